@@ -1,0 +1,38 @@
+"""Concept erasure for text-to-image diffusion, standalone: torch, safetensors, numpy, einops and nothing else."""
+
+from .api import erase
+from .artifact import Delta, Erasure, Header, WrongModelError
+from .concept import Concept, ConceptError, ConceptSpec, Rows
+from .formats import FileError, Layout, load, read_header, save
+from .fusion import merge
+from .methods import MethodSpec, all_methods
+from .port import Family, ModelPort, Prediction, Role, Site, TextStates, TokenKind
+from .version import __version__
+
+__all__ = [
+    "Concept",
+    "ConceptError",
+    "ConceptSpec",
+    "Delta",
+    "Erasure",
+    "Family",
+    "FileError",
+    "Header",
+    "Layout",
+    "MethodSpec",
+    "ModelPort",
+    "Prediction",
+    "Role",
+    "Rows",
+    "Site",
+    "TextStates",
+    "TokenKind",
+    "WrongModelError",
+    "__version__",
+    "all_methods",
+    "erase",
+    "load",
+    "merge",
+    "read_header",
+    "save",
+]

@@ -1,0 +1,40 @@
+"""What a script or a node calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .artifact import Erasure
+from .concept import ConceptSpec
+from .methods import Progress, all_methods, settings_from
+from .port import ModelPort
+
+
+def erase(
+    port: ModelPort,
+    spec: ConceptSpec,
+    method: str = "uce",
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Erasure:
+    """Compute the change that makes a model stop drawing ``spec.erase``. The model itself is not touched.
+
+    Args:
+        port: the model.
+        spec: what to erase, what it becomes, what to keep.
+        method: a name from :func:`erasure_core.methods.methods`.
+        settings: settings of the method that differ from its defaults.
+        progress: called as progress(done, total); may raise to cancel.
+
+    Raises:
+        ValueError: an unknown method or setting, or a model that the method can't edit.
+    """
+    known = all_methods()
+    if method not in known:
+        raise ValueError(f"method: {method!r} is unknown; there are {', '.join(known)}")
+    chosen = known[method]
+    with torch.no_grad():
+        return chosen.run(port, spec, settings_from(chosen, settings or {}), progress or (lambda done, total: None))

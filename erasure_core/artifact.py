@@ -1,0 +1,136 @@
+"""The Erasure: named weight changes with a typed header. Every method yields one; every host applies it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .concept import ConceptSpec
+from .port import Family, Site
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A weight change ``up @ down``: up [d_out, r], down [r, d_in]. ``down is None`` marks a dense change in ``up``."""
+
+    up: Tensor
+    down: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the weight that it changes."""
+        return self.up.shape[0], (self.up if self.down is None else self.down).shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Columns of the low-rank factor; min(d_out, d_in) for a dense change."""
+        return min(self.shape) if self.down is None else self.up.shape[1]
+
+    def dense(self) -> Tensor:
+        """The change itself, [d_out, d_in]."""
+        return self.up if self.down is None else self.up @ self.down
+
+    def scaled(self, strength: float) -> Delta:
+        return Delta(self.up * strength, self.down)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an erasure says of itself; stored as JSON in the file's metadata."""
+
+    method: str
+    settings: Mapping[str, Any]
+    spec: ConceptSpec
+    family: Family
+    base: str
+    """Fingerprint of the weights that it was computed on."""
+    version: str
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """Weight changes by site name, and the header. Immutable; tensors are float32 on the CPU unless a test asks for more."""
+
+    header: Header
+    deltas: Mapping[str, Delta] = field(repr=False)
+
+    def scaled(self, strength: float) -> Erasure:
+        """The same erasure at another strength: 0 changes nothing, 1 is as computed."""
+        header = replace(self.header, strength=self.header.strength * strength)
+        return Erasure(header, {name: d.scaled(strength) for name, d in self.deltas.items()})
+
+    def check_fits(self, sites: Mapping[str, Site] | list[Site]) -> None:
+        """Raise where this erasure was made for another kind of model.
+
+        Raises:
+            WrongModelError: names both models.
+        """
+        shapes = {s.name: (s.d_out, s.d_in) for s in (sites.values() if isinstance(sites, Mapping) else sites)}
+        wrong = [n for n, d in self.deltas.items() if shapes.get(n) != d.shape]
+        if wrong:
+            width = next(iter(shapes.values()))[1] if shapes else None
+            model = f"a model with text width {width}" if shapes else "a model without text cross-attention"
+            raise WrongModelError(
+                f"erasure: it was made for {self.header.family}, but this is {model}: {len(wrong)} of "
+                f"{len(self.deltas)} weights do not fit, first {wrong[0]}. Erase the concept on this model instead"
+            )
+
+    def summary(self) -> str:
+        """One paragraph for people: what, how, on what, how large."""
+        h = self.header
+        erased = "; ".join(", ".join(c.words) + (f" -> {c.to}" if c.to else "") for c in h.spec.erase)
+        ranks = sorted({d.rank for d in self.deltas.values()})
+        span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "0"
+        kept = f"; kept: {', '.join(h.spec.keep)}" if h.spec.keep else ""
+        return (
+            f"suppressed: {erased}{kept}\nmethod: {h.method}; made for {h.family}; "
+            f"{len(self.deltas)} weights, rank {span}; strength {h.strength:g}; library {h.version}"
+        )
+
+
+class WrongModelError(ValueError):
+    """An erasure and a model don't belong together."""
+
+
+class Fingerprint:
+    """64 bits that recognise a model by the weights that read its text, whatever precision they are stored in.
+
+    Each matrix is cut into 64 pieces; a bit says whether the piece's mean, summed over all matrices with a random sign
+    each, lies above the average. Rounding the weights flips a bit now and then (never the meaning: compare with
+    :func:`same_base`); another model flips half of them. It is not a checksum against tampering.
+    """
+
+    BITS = 64
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(self.BITS, dtype=torch.float64)
+
+    def update(self, site: Site, weight: Tensor) -> None:
+        flat = weight.detach().float().flatten()
+        if flat.numel() % self.BITS:
+            pieces = flat.tensor_split(self.BITS)
+            means = torch.stack([p.mean() if p.numel() else flat.new_zeros(()) for p in pieces])
+        else:  # the same, faster
+            means = flat.view(self.BITS, -1).mean(1)
+        means = means.cpu().double()
+        word = int.from_bytes(hashlib.sha256(site.name.encode()).digest()[:8], "big")
+        signs = torch.tensor([1.0 if word >> i & 1 else -1.0 for i in range(self.BITS)], dtype=torch.float64)
+        centred = means - means.mean()
+        self._sums += signs * centred / centred.norm().clamp_min(1e-30)
+
+    def hexdigest(self) -> str:
+        return f"{sum(1 << i for i, s in enumerate(self._sums.tolist()) if s > 0):016x}"
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two fingerprints are of one model, give or take its storage precision."""
+    try:
+        return (int(one, 16) ^ int(other, 16)).bit_count() <= 4
+    except ValueError:
+        return False

@@ -1,0 +1,249 @@
+"""What to erase, what it becomes, what stays: the user's intent, and the text rows that stand for it."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from .port import ModelPort, TextStates, TokenKind
+
+MAX_CONCEPTS = 1000
+MAX_WORDS_CHARACTERS = 2000
+
+
+class ConceptError(ValueError):
+    """The description of what to erase can't be used; the message says which part and what to do."""
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing to erase. ``words[0]`` is its name, the rest are aliases; ``to`` is what it becomes ("" = nothing)."""
+
+    words: tuple[str, ...]
+    to: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.words[0]
+
+
+@dataclass(frozen=True)
+class ConceptSpec:
+    """The whole request: concepts to erase and words whose pictures must not change."""
+
+    erase: tuple[Concept, ...]
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.erase:
+            raise ConceptError("concept: nothing to erase. Write at least one word, for example: cigarette")
+        if len(self.erase) > MAX_CONCEPTS:
+            raise ConceptError(f"concept: {len(self.erase)} concepts, at most {MAX_CONCEPTS} fit in one erasure")
+        seen: dict[str, str] = {}
+        for concept in self.erase:
+            if not concept.words or not all(_fold(word) for word in concept.words):
+                raise ConceptError("concept: one of the words to erase is empty. Write a word, or remove it")
+            for word in concept.words:
+                _check_words("concept", word)
+                key = _fold(word)
+                if key in seen:
+                    raise ConceptError(f"concept: {word!r} is listed twice. Remove one of them")
+                seen[key] = concept.name
+                if key == _fold(concept.to):
+                    raise ConceptError(
+                        f"replace_with: {concept.name!r} would be replaced by itself. "
+                        "Name something else, or leave it empty to replace it with nothing"
+                    )
+            _check_words("replace_with", concept.to)
+        for concept in self.erase:
+            if _fold(concept.to) in seen:
+                raise ConceptError(
+                    f"replace_with: {concept.to!r} is itself being erased (as {seen[_fold(concept.to)]!r}). "
+                    "Name something that stays"
+                )
+        for word in self.keep:
+            _check_words("keep", word)
+            if _fold(word) in seen:
+                raise ConceptError(
+                    f"keep: {word!r} is also in the concepts to erase. Remove it from one of the two lists"
+                )
+
+    @classmethod
+    def parse(cls, concept: str, replace_with: str = "", keep: str = "") -> ConceptSpec:
+        """Read the three text boxes of the Erase Concept node.
+
+        ``concept``: one concept a line, aliases after commas ("cat, kitty"). ``replace_with``: one line for all
+        concepts, or one line each. ``keep``: separated by lines or commas; repeated words are read once.
+
+        Raises:
+            ConceptError: a box is empty, contradictory, or too long; the message names the box.
+        """
+        groups = [_split(line, ",") for line in concept.splitlines()]
+        groups = [g for g in groups if g]
+        targets = [t.strip() for t in replace_with.rstrip().splitlines()]
+        if len(targets) != len(groups):  # an empty first line counts only where there is one line each
+            targets = [t.strip() for t in replace_with.strip().splitlines()] or [""]
+        if len(targets) == 1:
+            targets *= max(1, len(groups))
+        if len(targets) != len(groups) and groups:
+            raise ConceptError(
+                f"replace_with: {len(targets)} lines for {len(groups)} concepts. Write one line for all, or one line each"
+            )
+        kept = dict.fromkeys(_split(keep, ",\n"))
+        erase = tuple(Concept(tuple(words), to) for words, to in zip(groups, targets, strict=False))
+        return cls(erase, tuple(kept))
+
+    def union(self, other: ConceptSpec) -> ConceptSpec:
+        """Both requests as one: a word that either erases is not kept."""
+        known = {_fold(w) for c in self.erase for w in c.words}
+        extra = [Concept(tuple(w for w in c.words if _fold(w) not in known), c.to) for c in other.erase]
+        erase = self.erase + tuple(c for c in extra if c.words)
+        erased = {_fold(w) for c in erase for w in c.words}
+        keep = [w for w in dict.fromkeys((*self.keep, *other.keep)) if _fold(w) not in erased]
+        return ConceptSpec(erase, tuple(keep))
+
+
+_JOINERS = {0x200C, 0x200D, *range(0xE0020, 0xE0080)}
+"""Invisible characters that words need: Persian and Indic joiners, and those inside emoji families and flags."""
+
+
+def clean(text: str) -> str:
+    """``text`` with a space for every character that can't be seen and isn't part of a letter or an emoji."""
+    return "".join(c if c.isprintable() or ord(c) in _JOINERS else " " for c in text)
+
+
+def _fold(text: str) -> str:
+    """What two spellings of one word have in common."""
+    return " ".join(clean(unicodedata.normalize("NFC", text).casefold()).split())
+
+
+def _split(text: str, separators: str) -> list[str]:
+    return [part.strip() for part in re.split(f"[{separators}]", text) if part.strip()]
+
+
+def _check_words(box: str, words: str) -> None:
+    if len(words) > MAX_WORDS_CHARACTERS:
+        raise ConceptError(f"{box}: {words[:40]!r}... has {len(words)} characters, at most {MAX_WORDS_CHARACTERS} fit")
+    if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r" for c in words):
+        raise ConceptError(f"{box}: {words!r} contains control characters. Type it again without them")
+
+
+class Rows(StrEnum):
+    """Which rows of a prompt's text states stand for a concept (METHODS 1.5). BOS never does: every prompt shares it."""
+
+    LAST = "last"
+    """The last content token only (UCE 2025 code, SPEED)."""
+    LAST_TO_END = "last to end"
+    """The last content token, end-of-text and all padding (UCE 2023 code)."""
+    SUMMARY = "summary"
+    """The last content token, end-of-text, and four evenly spaced rows of the padding: at most six rows a prompt."""
+    ALL = "all"
+    """Everything behind BOS, position by position (RECE)."""
+
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "none": ("{}",),
+    "few": ("{}", "a {}", "a picture of {}"),
+    "many": (
+        "{}",
+        "a {}",
+        "a picture of {}",
+        "a photo of {}",
+        "an image of {}",
+        "a drawing of {}",
+        "{} style",
+        "in {} style",
+    ),
+}
+"""Sentences around a concept: a causal text encoder gives a word another state in each."""
+
+
+def expand(words: Iterable[str], templates: Sequence[str]) -> list[str]:
+    """Each word in each template, without repeats."""
+    return list(dict.fromkeys(t.format(w) for w in words for t in templates))
+
+
+def _chunk_bounds(kinds: Tensor) -> list[tuple[int, int]]:
+    """Prompts over 77 tokens are several chunks, each with its own BOS."""
+    starts = (kinds == TokenKind.BOS).nonzero().flatten().tolist() or [0]
+    return list(zip(starts, [*starts[1:], len(kinds)], strict=True))
+
+
+_SUMMARY_PADDING = 4
+
+
+def rows_of(text: TextStates, rule: Rows) -> Tensor:
+    """The rows [n, D] of ``text`` under ``rule``, float64 on the CPU.
+
+    LAST and SUMMARY of a prompt without content (the empty prompt, only emoji that the tokenizer drops) use its
+    end-of-text row, never BOS. Prompts of several chunks contribute the rows of the last chunk that has content.
+    """
+    chunks = _chunk_bounds(text.kinds)
+    with_content = [c for c in chunks if (text.kinds[c[0] : c[1]] == TokenKind.CONTENT).any()]
+    start, end = (with_content or chunks[:1])[-1]
+    states, kinds = text.states[start:end].cpu().double(), text.kinds[start:end].cpu()
+    content = (kinds == TokenKind.CONTENT).nonzero().flatten()
+    eos = (kinds == TokenKind.EOS).nonzero().flatten()
+    pad = (kinds == TokenKind.PAD).nonzero().flatten()
+    last_row = eos[:1] if len(eos) else content[-1:]
+    if len(content):
+        last_row = content[-1:]
+    if rule is Rows.LAST:
+        return states[last_row]
+    if rule is Rows.SUMMARY:
+        spread = torch.linspace(0, max(0, len(pad) - 1), min(_SUMMARY_PADDING, len(pad))).round().long()
+        return states[torch.cat([last_row, eos[:1], pad[spread]])]
+    if rule is Rows.LAST_TO_END:
+        return states[int(last_row[0]) :]
+    return states[1:] if kinds[0] == TokenKind.BOS else states
+
+
+def paired_rows(source: TextStates, target: TextStates, rule: Rows) -> tuple[Tensor, Tensor]:
+    """Rows of ``source`` and the rows of ``target`` that they should become, both [n, D] float64.
+
+    LAST_TO_END pairs from the first row on and drops the longer tail; the other rules give equal numbers of rows for
+    prompts of one chunk length.
+    """
+    c, to = rows_of(source, rule), rows_of(target, rule)
+    n = min(len(c), len(to))
+    return c[:n], to[:n]
+
+
+@dataclass(frozen=True)
+class EditRows:
+    """A concept spec in numbers: ``source`` rows become ``target`` rows, ``keep`` rows stay ([n, D], [n, D], [m, D])."""
+
+    source: Tensor
+    target: Tensor
+    keep: Tensor
+
+
+def edit_rows(port: ModelPort, spec: ConceptSpec, *, rule: Rows, templates: Sequence[str]) -> EditRows:
+    """Encode everything that ``spec`` names, in one batch, and pick its rows.
+
+    The empty prompt is always kept whole, BOS included: it is the unconditional half of guidance.
+    """
+    pairs = [
+        (s, t)
+        for concept in spec.erase
+        for template in templates
+        for word in concept.words
+        for s, t in [(template.format(word), template.format(concept.to) if concept.to else "")]
+    ]
+    keeps = expand(spec.keep, templates)
+    prompts = list(dict.fromkeys([*(p for pair in pairs for p in pair), *keeps, ""]))
+    states = dict(zip(prompts, port.text(prompts), strict=True))
+    matched = [paired_rows(states[s], states[t], rule) for s, t in dict.fromkeys(pairs)]
+    empty = states[""]
+    empty_rows = torch.cat([empty.states[:1].cpu().double(), rows_of(empty, rule)])
+    return EditRows(
+        torch.cat([c for c, _ in matched]),
+        torch.cat([to for _, to in matched]),
+        torch.cat([empty_rows, *(rows_of(states[k], rule) for k in keeps)]),
+    )

@@ -1,0 +1,67 @@
+"""Drawing for the benchmark: pictures with and without an erasure, those of the base model drawn only once."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ..artifact import Erasure
+from .judge import Judge
+from .model import EmojiCanvas
+from .splits import Shot
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """How pictures are drawn; part of every cache key."""
+
+    steps: int = 20
+    cfg: float = 4.0
+    bf16: bool = False
+
+
+class Studio:
+    """Draws shots with and without an erasure and lets the judge look at them; base pictures are drawn once."""
+
+    def __init__(self, model: EmojiCanvas, judge: Judge, sampler: Sampler, folder: Path, batch: int = 32) -> None:
+        self.model, self.judge, self.sampler, self.batch = model, judge, sampler, batch
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder / "base.safetensors"
+        self._base: dict[str, Tensor] = load_file(self._file) if self._file.exists() else {}
+
+    def _key(self, shot: Shot) -> str:
+        text = f"{shot.prompt}|{shot.seed}|{self.sampler}"
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def missing(self, shots: Sequence[Shot]) -> list[Shot]:
+        """Those whose base picture isn't in the cache yet, without repeats."""
+        return list({self._key(s): s for s in shots if self._key(s) not in self._base}.values())
+
+    def draw(self, shots: Sequence[Shot], erasure: Erasure | None, bar: tqdm) -> Tensor:
+        """[N, 3, 128, 128] in [-1, 1], rounded to 8 bits as a saved picture would be."""
+        if erasure is None:
+            new = self.missing(shots)
+            if new:
+                for shot, picture in zip(new, to_bytes(self._generate(new, None, bar)), strict=True):
+                    self._base[self._key(shot)] = picture
+                save_file({k: v.contiguous() for k, v in self._base.items()}, self._file)
+            pictures = torch.stack([self._base[self._key(s)] for s in shots])
+        else:
+            pictures = to_bytes(self._generate(shots, erasure, bar))
+        return pictures.float() / 127.5 - 1
+
+    def _generate(self, shots: Sequence[Shot], erasure: Erasure | None, bar: tqdm) -> Tensor:
+        prompts, seeds = [s.prompt for s in shots], [s.seed for s in shots]
+        options = dataclasses.asdict(self.sampler)
+        return self.model.generate(prompts, seeds, delta=erasure, batch=self.batch, progress=bar.update, **options)
+
+
+def to_bytes(pictures: Tensor) -> Tensor:
+    return ((pictures + 1) * 127.5).round().clamp(0, 255).byte()

@@ -1,0 +1,1 @@
+"""Ports for other libraries. Each file needs its library; nothing else in erasure_core does."""

@@ -1,0 +1,103 @@
+"""The one list of methods. Nodes, command line, docs and contract tests enumerate it.
+
+A method is one file in this package that ends with ``SPEC = MethodSpec(...)``; it is found by being there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from typing import Any, Protocol
+
+from ..artifact import Erasure
+from ..concept import ConceptSpec
+from ..port import ModelPort
+
+Progress = Callable[[int, int], None]
+"""Called as progress(done, total). It may raise to cancel: methods hold nothing that needs undoing."""
+
+
+class Run(Protocol):
+    def __call__(self, port: ModelPort, spec: ConceptSpec, settings: Any, progress: Progress) -> Erasure: ...
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """One erasure method: how it is named, cited, configured and run."""
+
+    name: str
+    """Identifier, lower case; also the node id's suffix. Never changes."""
+    title: str
+    summary: str
+    """One sentence for a tooltip: the effect on the picture and what it costs."""
+    paper: str
+    settings: type
+    """A frozen dataclass; each field made by :func:`setting`."""
+    run: Run
+
+
+def setting(
+    default: Any, help: str, *, low: float | None = None, high: float | None = None, step: float | None = None
+) -> Any:
+    """A settings field with the range and the tooltip that nodes show. Enum fields need no range."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "step": step})
+
+
+@cache
+def all_methods() -> Mapping[str, MethodSpec]:
+    """All methods by name, in alphabetical order."""
+    package = importlib.import_module(__package__ or "")
+    found: dict[str, MethodSpec] = {}
+    for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
+        spec = getattr(importlib.import_module(f"{__package__}.{info.name}"), "SPEC", None)
+        if spec is not None:
+            if spec.name in found:
+                raise ValueError(f"two methods are named {spec.name!r}")
+            found[spec.name] = spec
+    return found
+
+
+def settings_from(spec: MethodSpec, values: Mapping[str, Any]) -> Any:
+    """Settings of ``spec`` with some values replaced, types and ranges checked. A choice may be given by its text.
+
+    Raises:
+        ValueError: an unknown name, a value of the wrong kind or out of its range, named in the message.
+    """
+    fields = {f.name: f for f in dataclasses.fields(spec.settings)}
+    checked = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise ValueError(f"{spec.title}: no setting {name!r}; there are {', '.join(fields)}")
+        value = checked[name] = _of_kind(fields[name].default, value, f"{spec.title}: {name}")
+        low, high = fields[name].metadata["low"], fields[name].metadata["high"]
+        if (low is not None and value < low) or (high is not None and value > high):
+            raise ValueError(f"{spec.title}: {name} = {value} is outside {low} to {high}")
+    return dataclasses.replace(spec.settings(), **checked)
+
+
+def _of_kind(default: Any, value: Any, what: str) -> Any:
+    """``value`` as the type of ``default``: methods compare enum members by identity."""
+    if isinstance(default, Enum):
+        try:
+            return type(default)(value)
+        except ValueError:
+            choices = ", ".join(repr(m.value) for m in type(default))
+            raise ValueError(f"{what} = {value!r} is none of {choices}") from None
+    if isinstance(default, bool):
+        if isinstance(value, bool):
+            return value
+    elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(default, float):
+            return float(value)
+        if value == int(value):
+            return int(value)
+    raise ValueError(
+        f"{what} = {value!r} must be a {'yes or no' if isinstance(default, bool) else 'number'}"
+        f"{' without a fraction' if isinstance(default, int) and not isinstance(default, bool) else ''}"
+    )

@@ -1,0 +1,226 @@
+"""The training loop of every trained eraser: phases that take turns, one optimiser each.
+
+Deterministic: step i of a phase draws from its own generator, seeded by (seed, phase, i), so the same seed gives the same
+artefact and a resumed run equals an uninterrupted one. Cancelling is raising from ``progress``.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .trainable import TrainableModel, Weights
+
+Progress = Callable[[int, int], object]
+"""Called as progress(done, total) before every iteration and at the end; may raise to cancel."""
+Report = Callable[[int, Mapping[str, float]], object]
+"""Called as report(iterations done, mean of each loss since the last report)."""
+
+
+class TrainingFailedError(ValueError):
+    """The losses are no longer numbers."""
+
+
+class Kind(StrEnum):
+    ADAM = "adam"
+    ADAMW = "adamw"
+    SGD = "sgd"
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """Adam's betas are the usual (0.9, 0.999), the default of every paper here.
+
+    Weight decay pulls the *change* to zero; in the papers' full fine-tuning it shrinks the weights themselves.
+    """
+
+    lr: float
+    kind: Kind = Kind.ADAM
+    weight_decay: float = 0.0
+
+    def make(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+        match self.kind:
+            case Kind.ADAM:
+                return torch.optim.Adam(parameters, self.lr, weight_decay=self.weight_decay)
+            case Kind.ADAMW:
+                return torch.optim.AdamW(parameters, self.lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(parameters, self.lr, weight_decay=self.weight_decay)
+
+
+def constant(_: int) -> float:
+    """The learning rate as it is."""
+    return 1.0
+
+
+def cosine(iterations: int, *, restarts: int = 1, warmup: int = 0) -> Callable[[int], float]:
+    """Linear warm-up, then ``restarts`` half cosines from 1 to 0, each starting anew."""
+
+    def rate(i: int) -> float:
+        if i < warmup:
+            return (i + 1) / warmup
+        done = (i - warmup) / max(1, iterations - warmup)
+        return 0.5 * (1 + math.cos(math.pi * (restarts * done % 1.0)))
+
+    return rate
+
+
+@dataclass(eq=False)
+class Phase:
+    """One of the steps that an iteration consists of: ``parameters`` go down the sum of the losses that ``loss`` returns.
+
+    ``loss(i, generator)`` gives named, already weighted losses; no gradient reaches any tensor but ``parameters``.
+    """
+
+    name: str
+    parameters: Sequence[Tensor]
+    loss: Callable[[int, torch.Generator], Mapping[str, Tensor]]
+    optimiser: Optimiser
+    rate: Callable[[int], float] = constant
+    clip: float | None = None
+    """Largest norm of the whole gradient."""
+    after: Callable[[], object] | None = None
+    """Called behind every step, for projections."""
+    made: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = list(self.parameters)
+        self.made = self.optimiser.make(self.parameters)
+
+    def step(self, i: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """One step; returns the losses, detached."""
+        for group in self.made.param_groups:
+            group["lr"] = self.optimiser.lr * self.rate(i)
+        with torch.enable_grad():  # callers may be under no_grad
+            losses = self.loss(i, generator)
+            total = sum(losses.values(), start=torch.zeros(()))
+            gradients = torch.autograd.grad(total, self.parameters, allow_unused=True)
+        if self.clip is not None:
+            gradients = _clipped(gradients, self.clip)
+        for p, g in zip(self.parameters, gradients, strict=True):
+            p.grad = g
+        self.made.step()
+        self.made.zero_grad(set_to_none=True)
+        if self.after is not None:
+            self.after()
+        return {f"{self.name}/{k}": v.detach() for k, v in losses.items()}
+
+
+def _clipped(gradients: Sequence[Tensor | None], largest: float) -> tuple[Tensor | None, ...]:
+    """Scaled down together where their common norm is larger. Out of place: gradients of sums share memory."""
+    norms = [g.norm() for g in gradients if g is not None]
+    if not norms:
+        return tuple(gradients)
+    factor = (largest / (torch.stack(norms).norm() + 1e-6)).clamp(max=1)
+    return tuple(None if g is None else g * factor for g in gradients)
+
+
+def generator_for(seed: int, name: str, i: int) -> torch.Generator:
+    """The randomness of step ``i`` of the phase ``name``; on the CPU, so that devices agree."""
+    digest = hashlib.sha256(f"{seed}/{name}/{i}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class Trainer:
+    """Runs ``iterations`` rounds over the phases, in their order."""
+
+    def __init__(
+        self,
+        model: TrainableModel,
+        phases: Sequence[Phase],
+        iterations: int,
+        *,
+        seed: int = 0,
+        average: float | None = None,
+    ) -> None:
+        self.model, self.phases, self.iterations, self.seed, self.average = (
+            model,
+            list(phases),
+            iterations,
+            seed,
+            average,
+        )
+        self.done = 0
+        if len({p.name for p in self.phases}) < len(self.phases):
+            raise ValueError("two phases of a training have one name")
+        if average is not None:
+            model.start_average()
+
+    def run(
+        self,
+        progress: Progress | None = None,
+        report: Report | None = None,
+        *,
+        every: int = 25,
+        until: int | None = None,
+    ) -> Trainer:
+        """Train up to iteration ``until`` (default: all).
+
+        Losses stay on the device and are read once in ``every`` iterations, so the device is never waited for.
+
+        Raises:
+            TrainingFailedError: a loss is no longer a number.
+        """
+        end = self.iterations if until is None else min(until, self.iterations)
+        sums: dict[str, Tensor] = {}
+        since = self.done
+        while self.done < end:
+            if progress:
+                progress(self.done, self.iterations)
+            for phase in self.phases:
+                for name, loss in phase.step(self.done, generator_for(self.seed, phase.name, self.done)).items():
+                    sums[name] = sums[name] + loss if name in sums else loss
+            if self.average is not None:
+                self.model.update_average(self.average)
+            self.done += 1
+            if self.done % every == 0 or self.done == end:
+                self._read(sums, self.done - since, report)
+                sums, since = {}, self.done
+        if progress and self.done == self.iterations:
+            progress(self.done, self.iterations)
+        return self
+
+    def _read(self, sums: Mapping[str, Tensor], count: int, report: Report | None) -> None:
+        values = torch.stack([x.double() for x in sums.values()]).tolist() if sums else []
+        means = {name: value / count for name, value in zip(sums, values, strict=True)}
+        broken = [name for name, value in means.items() if not math.isfinite(value)]
+        if broken:
+            raise TrainingFailedError(
+                f"training: the loss {broken[0]!r} is no longer a number after {self.done} steps. Lower the learning rate"
+            )
+        if report:
+            report(self.done, means)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later run needs to continue; independent copies."""
+        return copy.deepcopy(
+            {
+                "done": self.done,
+                "phases": [
+                    {"parameters": [p.detach() for p in x.parameters], "optimiser": x.made.state_dict()}
+                    for x in self.phases
+                ],
+                "average": [p.detach() for p in self.model.parameters(Weights.AVERAGE)]
+                if self.average is not None
+                else [],
+            }
+        )
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict` of a trainer that was made in the same way."""
+        self.done = int(state["done"])
+        for phase, saved in zip(self.phases, state["phases"], strict=True):
+            for p, value in zip(phase.parameters, saved["parameters"], strict=True):
+                p.copy_(value)
+            phase.made.load_state_dict(copy.deepcopy(saved["optimiser"]))
+        averages = self.model.parameters(Weights.AVERAGE) if self.average is not None else []
+        for p, value in zip(averages, state["average"], strict=True):
+            p.copy_(value)

@@ -1,0 +1,356 @@
+"""The trainable view of a model: a frozen network, and beside it what is trained.
+
+The network's own weights are never changed: each trained layer computes ``W x + change(x)``, the second term added by a
+forward hook. So the reference prediction is the same network with the hook off, a cancelled run leaves nothing behind,
+and what was trained is the weight change itself.
+
+Only the linear layers of transformer blocks can be trained. Convolutions (and SD 1.x's 1x1 ``proj_in/out``), the residual
+blocks and the time embedding stay fixed: a change of theirs has no 2-D form that every LoRA reader takes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..artifact import Delta
+from ..port import ModelPort, Prediction, Role, Site
+from ..schedule import Schedule, space_of
+from .memory import PromptMemory
+
+_TEXT_ROLES = {".attn2.to_k": Role.TEXT_KEY, ".attn2.to_v": Role.TEXT_VALUE}
+
+
+class Layers(StrEnum):
+    """Which linear layers of the transformer blocks are trained, and what the papers call that."""
+
+    TEXT = "text keys and values"
+    """attn2.to_k, attn2.to_v (ESD-x-strict, KPOP's K/V)."""
+    CROSS = "cross-attention"
+    """All of attn2 (ESD-x, SDD, xattn)."""
+    SELF = "self-attention"
+    """All of attn1 (DUO's --no_cross_attn, selfattn)."""
+    NOT_CROSS = "all but cross-attention"
+    """attn1 and feed-forward (ESD-u, noxattn; the papers add convolutions and residual blocks)."""
+    ALL = "all"
+
+    def covers(self, site: str) -> bool:
+        match self:
+            case Layers.TEXT:
+                return site.endswith(tuple(_TEXT_ROLES))
+            case Layers.CROSS:
+                return ".attn2." in site
+            case Layers.SELF:
+                return ".attn1." in site
+            case Layers.NOT_CROSS:
+                return ".attn2." not in site
+        return True
+
+
+class Init(StrEnum):
+    """How a LoRA's down factor starts; the up factor starts at zero."""
+
+    KAIMING = "kaiming"
+    """Uniform in +-1/sqrt(d_in): kohya, SPM."""
+    GAUSSIAN = "gaussian"
+    """Normal with deviation 1/rank: peft, DUO."""
+
+
+@dataclass(frozen=True)
+class FullWeights:
+    """Every entry of the chosen matrices."""
+
+    layers: Layers = Layers.CROSS
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """``change(x) = alpha / rank * up down x``; alpha = rank where not given."""
+
+    layers: Layers = Layers.CROSS
+    rank: int = 4
+    alpha: float | None = None
+    init: Init = Init.KAIMING
+
+
+class Weights(StrEnum):
+    """Whose prediction: with the change being trained, without it, or with its running average."""
+
+    STUDENT = "student"
+    FROZEN = "frozen"
+    AVERAGE = "ema"
+
+
+@dataclass(frozen=True)
+class Cond:
+    """What a network reads beside the latent: text states ``context`` [B, L, D] and named extras [B, ...] (SDXL's y)."""
+
+    context: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.context.shape[0]
+
+    def expand(self, n: int) -> Cond:
+        """A batch of one as a batch of n; a batch of n as it is."""
+        return Cond(_expand(self.context, n), {k: _expand(v, n) for k, v in self.extra.items()})
+
+    def to(self, like: Tensor) -> Cond:
+        """On the device and in the type of a latent."""
+        return Cond(self.context.to(like), {k: v.to(like) for k, v in self.extra.items()})
+
+    @staticmethod
+    def cat(conds: Sequence[Cond]) -> Cond:
+        """One batch after the other."""
+        extra = {k: torch.cat([c.extra[k] for c in conds]) for k in conds[0].extra}
+        return Cond(torch.cat([c.context for c in conds]), extra)
+
+    def with_context(self, context: Tensor) -> Cond:
+        """Other text states, the same extras."""
+        return Cond(context, self.extra)
+
+
+def _expand(x: Tensor, n: int) -> Tensor:
+    if x.shape[0] not in (1, n):
+        raise ValueError(f"conditioning: a batch of {x.shape[0]} for {n} latents")
+    return x.expand(n, *x.shape[1:])
+
+
+class TrainablePort(ModelPort, Protocol):
+    """A port that can also be trained on."""
+
+    def trainable(self) -> TrainableModel:
+        """A private replica of the network, effective weights, float32, on the compute device. Close it after use."""
+        ...
+
+    def conditions(self, prompts: Sequence[str]) -> list[Cond]:
+        """Each prompt as the network reads it, a batch of one each."""
+        ...
+
+
+def linear_sites(net: nn.Module) -> list[Site]:
+    """Every linear layer inside a transformer block, in network order."""
+    return [
+        Site(name, next((r for end, r in _TEXT_ROLES.items() if name.endswith(end)), Role.OTHER), m.in_features, m.out_features)
+        for name, m in net.named_modules()
+        if isinstance(m, nn.Linear) and "transformer_blocks." in name
+    ]  # fmt: skip
+
+
+class _Full(nn.Module):
+    """change(x) = delta x, delta [d_out, d_in] from zero."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.delta = nn.Parameter(torch.zeros(site.d_out, site.d_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.delta.to(x))
+
+    def export(self) -> Delta:
+        return Delta(_plain(self.delta))
+
+
+class _LowRank(nn.Module):
+    """change(x) = scale up (down x), down [r, d_in] random, up [d_out, r] from zero."""
+
+    def __init__(self, site: Site, what: LoRA, generator: torch.Generator) -> None:
+        super().__init__()
+        shape = (what.rank, site.d_in)
+        if what.init is Init.KAIMING:  # a = sqrt(5) on fan-in d_in is this uniform
+            down = (2 * torch.rand(shape, generator=generator) - 1) / site.d_in**0.5
+        else:
+            down = torch.randn(shape, generator=generator) / what.rank
+        self.down, self.up = nn.Parameter(down), nn.Parameter(torch.zeros(site.d_out, what.rank))
+        self.scale = (what.rank if what.alpha is None else what.alpha) / what.rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.linear(F.linear(x, self.down.to(x)), self.up.to(x))
+
+    def export(self) -> Delta:
+        return Delta(_plain(self.up) * self.scale, _plain(self.down))
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.detach().to("cpu", torch.float32, copy=True)
+
+
+class TrainableModel(AbstractContextManager["TrainableModel"]):
+    """A plain network ``net(z, t, context, **extra)`` with trainable changes beside its weights.
+
+    Use as a context manager: leaving it takes all hooks off, whatever happened. The network must not recompute parts of
+    its forward pass during backward (gradient checkpointing): by then the change may be off.
+    """
+
+    def __init__(
+        self, net: nn.Module, schedule: Schedule, prediction: Prediction, latent_shape: tuple[int, int, int]
+    ) -> None:
+        self.net, self.schedule, self.prediction, self.latent_shape = net, schedule, prediction, latent_shape
+        self.space = space_of(prediction)
+        self.sites = linear_sites(net)
+        self._changes: dict[Weights, dict[str, Any]] = {Weights.STUDENT: {}, Weights.FROZEN: {}}
+        self._active: Mapping[str, Any] = {}
+        self._memory: PromptMemory | None = None
+        self._required = [(p, p.requires_grad) for p in net.parameters()]
+        for p, _ in self._required:
+            p.requires_grad_(False)
+        self._hooks = []
+        for site in self.sites:
+            module = net.get_submodule(site.name)
+            self._hooks.append(module.register_forward_hook(self._add_change(site.name)))
+            if site.role is not Role.OTHER:
+                self._hooks.append(module.register_forward_pre_hook(self._add_memory(site.name)))
+        first = next(net.parameters())
+        self.device, self.dtype = first.device, first.dtype
+
+    def _add_change(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
+        def hook(_module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+            change = self._active.get(name)
+            return None if change is None else out + change(args[0])
+
+        return hook
+
+    def _add_memory(self, name: str) -> Callable[[nn.Module, Any], Any]:
+        def hook(_module: nn.Module, args: Any) -> Any:
+            return None if self._memory is None else (self._memory.extend(name, args[0]), *args[1:])
+
+        return hook
+
+    def close(self) -> None:
+        """Take every hook off; the network is what it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for p, required in self._required:
+            p.requires_grad_(required)
+        self._required.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def train(self, what: FullWeights | LoRA, seed: int = 0) -> list[nn.Parameter]:
+        """Choose what is trained, from zero change; returns its parameters, in network order.
+
+        Raises:
+            ValueError: the network has no such layers, or the rank is below one.
+        """
+        chosen = [s for s in self.sites if what.layers.covers(s.name)]
+        if not chosen:
+            raise ValueError(f"model: it has no linear layers of the kind {what.layers.value!r} in transformer blocks")
+        if isinstance(what, LoRA) and what.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {what.rank}")
+        generator = torch.Generator().manual_seed(seed)
+        changes = {
+            s.name: (_Full(s) if isinstance(what, FullWeights) else _LowRank(s, what, generator)).to(
+                self.device, torch.float64 if self.dtype == torch.float64 else torch.float32
+            )
+            for s in chosen
+        }
+        self._changes = {Weights.STUDENT: changes, Weights.FROZEN: {}}
+        return self.parameters()
+
+    def parameters(self, weights: Weights = Weights.STUDENT) -> list[nn.Parameter]:
+        """The tensors of a set of changes, in a fixed order."""
+        return [p for change in self._changes[weights].values() for p in change.parameters()]
+
+    def start_average(self) -> None:
+        """Keep a running average of the change from here on."""
+        average = {name: copy.deepcopy(change).requires_grad_(False) for name, change in self._student.items()}
+        self._changes[Weights.AVERAGE] = average
+
+    @torch.no_grad()
+    def update_average(self, decay: float) -> None:
+        """average <- decay average + (1 - decay) student."""
+        torch._foreach_lerp_(self.parameters(Weights.AVERAGE), self.parameters(), 1 - decay)
+
+    @property
+    def _student(self) -> dict[str, Any]:
+        return self._changes[Weights.STUDENT]
+
+    def deltas(self, weights: Weights = Weights.STUDENT, energy: float = 1.0) -> dict[str, Delta]:
+        """What was trained, float32 on the CPU: exact factors of a LoRA, a dense matrix of full weights.
+
+        ``energy`` below 1 stores dense changes at the lowest rank that holds this share of their squared singular
+        values, so that they fit a LoRA file; it leaves LoRAs as they are.
+        """
+        exported = {name: change.export() for name, change in self._changes[weights].items()}
+        return {name: truncated(delta, energy) for name, delta in exported.items()}
+
+    def predict(
+        self,
+        z: Tensor,
+        t: Tensor,
+        cond: Cond,
+        weights: Weights = Weights.STUDENT,
+        memory: PromptMemory | None = None,
+    ) -> Tensor:
+        """The network's raw prediction for z [B, C, h, w] at schedule indices t [B]. Gradients as the caller's mode has
+        them; :meth:`reference` is the one without."""
+        cond = cond.to(z).expand(z.shape[0])
+        self._active, self._memory = self._changes[weights], memory
+        try:
+            t = self.schedule.network_time(t).to(z.device)
+            return self.net(z, t, cond.context, **cond.extra)
+        finally:
+            self._active, self._memory = {}, None
+
+    @torch.no_grad()
+    def reference(self, z: Tensor, t: Tensor, cond: Cond, weights: Weights = Weights.FROZEN) -> Tensor:
+        """A prediction to aim at: the original network's, without gradient."""
+        return self.predict(z, t, cond, weights)
+
+    def noise(self, n: int, generator: torch.Generator) -> Tensor:
+        """[n, C, h, w] standard normal. Drawn on the CPU, so that a seed means the same on every device."""
+        return torch.randn(n, *self.latent_shape, generator=generator).to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def denoise_until(
+        self,
+        cond: Cond,
+        uncond: Cond,
+        *,
+        guidance: float,
+        progress: float,
+        steps: int,
+        generator: torch.Generator,
+        weights: Weights = Weights.STUDENT,
+        memory: PromptMemory | None = None,
+    ) -> Tensor:
+        """On-policy latents [B, C, h, w] at index ``schedule.time_at(progress)``, clean at progress 1 (METHODS 1.1).
+
+        Deterministic sampling (DDIM, or Euler for flow models) from fresh noise, one latent for each entry of ``cond``,
+        with classifier-free guidance ``uncond + guidance (cond - uncond)``; at guidance 1 ``uncond`` isn't evaluated.
+        """
+        n = len(cond)
+        z = self.noise(n, generator)
+        both = cond if guidance == 1 else Cond.cat([uncond.to(z).expand(n), cond.to(z)])
+        stops = self.schedule.trajectory(steps, progress)
+        for at, to in pairwise(stops):
+            assert at is not None
+            t = torch.full((len(both),), at, dtype=torch.long)
+            out = self.predict(z.repeat(len(both) // n, 1, 1, 1), t, both, weights, memory)
+            if guidance != 1:
+                without, with_ = out.chunk(2)
+                out = without + guidance * (with_ - without)
+            z = self.schedule.step(out, z, at, to, self.space)
+        return z
+
+
+def truncated(delta: Delta, energy: float) -> Delta:
+    """A dense change as factors of the lowest rank that holds ``energy`` of its squared singular values."""
+    if energy >= 1 or delta.down is not None:
+        return delta
+    u, s, vh = torch.linalg.svd(delta.up.double(), full_matrices=False)
+    share = s.square().cumsum(0) / s.square().sum().clamp_min(1e-300)
+    rank = min(len(s), int((share < energy).sum()) + 1) if s.any() else 0
+    root = s[:rank].sqrt()
+    return Delta((u[:, :rank] * root).to(delta.up), (root[:, None] * vh[:rank]).to(delta.up))

@@ -1,0 +1,158 @@
+"""What the trained erasers share: settings, prompts of a step, on-policy latents, the loop, the Erasure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..artifact import Delta, Erasure, Fingerprint, Header
+from ..concept import ConceptSpec
+from ..methods.registry import Progress, setting
+from ..operators.regress import TargetTerm, keep_term, regress
+from ..operators.train_loop import Kind, Optimiser, Phase, Report, Trainer, constant
+from ..operators.trainable import Cond, FullWeights, Init, Layers, LoRA, TrainableModel, TrainablePort, Weights
+from ..schedule import progress_of_steps_done
+from ..version import __version__
+
+ERASE, TO, NULL, KEEP = "erase", "to", "null", "keep"
+"""Keys of a step's prompts: the concept, its replacement (the empty prompt where there is none), "", a kept word."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of every trained eraser; each method has its paper's defaults."""
+
+    iterations: int = setting(
+        200, "Training steps. More erase more firmly and take longer.", low=1, high=100000, step=10
+    )
+    learning_rate: float = setting(1e-5, "Size of a training step.", low=1e-8, high=1.0, step=1e-6)
+    layers: Layers = setting(Layers.CROSS, "Which layers are changed: cross-attention for what words name, the rest for what "
+        "appears unnamed.")  # fmt: skip
+    rank: int = setting(0, "Rank of the change; 0 trains every entry of the chosen layers.", low=0, high=512, step=1)
+    batch: int = setting(1, "Pictures per training step.", low=1, high=64, step=1)
+    guidance: float = setting(3.0, "Guidance of the pictures that training looks at.", low=0.0, high=30.0, step=0.5)
+    sample_steps: int = setting(50, "Sampler steps of these pictures; fewer are faster.", low=2, high=1000, step=1)
+    keep_weight: float = setting(1.0, "How hard the kept words are held.", low=0.0, high=1e6, step=0.1)
+    seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
+    energy: float = setting(
+        0.99, "Share of a full change that is stored; 1 stores it exactly.", low=0.5, high=1.0, step=0.01
+    )
+
+    def parameters(self) -> FullWeights | LoRA:
+        return LoRA(self.layers, self.rank, init=Init.KAIMING) if self.rank else FullWeights(self.layers)
+
+
+class Prompts:
+    """Everything that a spec names, encoded once."""
+
+    def __init__(self, port: TrainablePort, spec: ConceptSpec) -> None:
+        pairs = [(word, concept.to) for concept in spec.erase for word in concept.words]
+        texts = list(dict.fromkeys([*(x for pair in pairs for x in pair), *spec.keep, ""]))
+        self._conds = dict(zip(texts, port.conditions(texts), strict=True))
+        self.pairs, self.keep = pairs, list(spec.keep)
+        self.null = self._conds[""]
+
+    def __getitem__(self, text: str) -> Cond:
+        return self._conds[text]
+
+    def draw(self, n: int, generator: torch.Generator) -> dict[str, Cond]:
+        """The prompts of one step: ``n`` pairs (each word as often as the others), and as many kept words, if any."""
+        chosen = [self.pairs[i] for i in _spread(len(self.pairs), n, generator)]
+        conds = {
+            ERASE: Cond.cat([self[word] for word, _ in chosen]),
+            TO: Cond.cat([self[to] for _, to in chosen]),
+            NULL: self.null,
+        }
+        if self.keep:
+            conds[KEEP] = Cond.cat([self[self.keep[i]] for i in _spread(len(self.keep), n, generator)])
+        return conds
+
+
+def _spread(choices: int, n: int, generator: torch.Generator) -> list[int]:
+    """``n`` of ``choices`` in random order, none twice before every other one was taken."""
+    rounds = [torch.randperm(choices, generator=generator) for _ in range(-(-n // choices))]
+    return torch.cat(rounds)[:n].tolist()
+
+
+def draw_progress(steps: int, generator: torch.Generator, first: int = 1) -> float:
+    """LECO's and SPM's: 1..N-1 of N steps done, all equally likely."""
+    return progress_of_steps_done(int(torch.randint(first, steps, (), generator=generator)), steps)
+
+
+def on_policy(
+    model: TrainableModel,
+    cond: Cond,
+    null: Cond,
+    settings: TrainSettings,
+    generator: torch.Generator,
+    weights: Weights,
+    progress: float,
+) -> tuple[Tensor, Tensor]:
+    """(z, t): latents of ``cond`` as ``weights`` draw them, stopped at ``progress``, and their time [B]."""
+    z = model.denoise_until(
+        cond, null, guidance=settings.guidance, progress=progress, steps=settings.sample_steps, generator=generator,
+        weights=weights,
+    )  # fmt: skip
+    return z, torch.full((len(cond),), model.schedule.time_at(progress), dtype=torch.long)
+
+
+MoreLosses = Callable[[TrainableModel, Tensor, Tensor, Mapping[str, Cond], torch.Generator], Mapping[str, Tensor]]
+DrawProgress = Callable[[int, torch.Generator], float]
+
+
+def train_regression(
+    port: TrainablePort,
+    spec: ConceptSpec,
+    settings: TrainSettings,
+    progress: Progress,
+    *,
+    method: str,
+    terms: Sequence[TargetTerm],
+    extra: Mapping[str, Cond] | None = None,
+    sampled_by: Weights = Weights.STUDENT,
+    sampled_prompt: str = ERASE,
+    draw: DrawProgress = draw_progress,
+    optimiser: Kind = Kind.ADAM,
+    weight_decay: float = 0.0,
+    rate: Callable[[int], float] = constant,
+    average: float | None = None,
+    what: FullWeights | LoRA | None = None,
+    more: MoreLosses | None = None,
+    report: Report | None = None,
+) -> Erasure:
+    """One phase, one on-policy latent a step, the given terms, and the kept words at the same latent."""
+    prompts = Prompts(port, spec)
+    held = [keep_term(KEEP, settings.keep_weight)] if prompts.keep and settings.keep_weight else []
+
+    with port.trainable() as model:
+
+        def loss(_: int, generator: torch.Generator) -> dict[str, Tensor]:
+            conds = {**prompts.draw(settings.batch, generator), **(extra or {})}
+            at = draw(settings.sample_steps, generator)
+            sampled = conds[sampled_prompt].expand(settings.batch)
+            z, t = on_policy(model, sampled, prompts.null, settings, generator, sampled_by, at)
+            losses = regress(model, [*terms, *held], z, t, conds)
+            return losses if more is None else {**losses, **more(model, z, t, conds, generator)}
+
+        parameters = model.train(what or settings.parameters(), settings.seed)
+        phase = Phase("erase", parameters, loss, Optimiser(settings.learning_rate, optimiser, weight_decay), rate)
+        trainer = Trainer(model, [phase], settings.iterations, seed=settings.seed, average=average)
+        trainer.run(progress, report)
+        weights = Weights.STUDENT if average is None else Weights.AVERAGE
+        return erasure_of(port, spec, method, settings, model.deltas(weights, settings.energy))
+
+
+def erasure_of(
+    port: TrainablePort, spec: ConceptSpec, method: str, settings: Any, deltas: Mapping[str, Delta]
+) -> Erasure:
+    """The Erasure of a training, with the fingerprint that the closed-form methods write too."""
+    seen = Fingerprint()
+    for site in port.sites():
+        seen.update(site, port.weight(site))
+    plain = {k: v.value if isinstance(v, Enum) else v for k, v in asdict(settings).items()}
+    return Erasure(Header(method, plain, spec, port.family, seen.hexdigest(), __version__), deltas)

@@ -1,0 +1,124 @@
+"""ESD, Erasing Concepts (Gandikota et al., ICCV 2023, arXiv:2303.07345; METHODS 2.6).
+
+Distils negative guidance into the weights:
+
+    2023 code:  || eps_theta(z, c_e)    - ( eps_null - eta (eps_e - eps_null) ) ||^2,   eta = 1
+    2025 code:  || eps_theta(z, c_from) - ( eps_from - eta (eps_e - eps_null) ) ||^2,   eta = 2
+
+right-hand sides by the frozen network. With from = e, the 2025 form at eta is the 2023 form at eta - 1.
+
+The 2023 code samples z with the student and stops with k of 50 steps to go; the 2025 code samples with the frozen network,
+k steps done. ``erase_from`` removes a concept only inside another one (2025).
+
+Departures: a replacement takes the place of the empty prompt as the base of the target (as LECO's neutral prompt does);
+kept words are held at the same latents (the paper has no such term); only linear layers of transformer blocks are trained,
+so ESD-u leaves convolutions and the time embedding alone; several words are drawn in turn; the latent lies at exactly the
+time that is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import torch
+
+from ..artifact import Erasure
+from ..concept import ConceptSpec
+from ..methods.registry import Progress, setting
+from ..operators.regress import TargetTerm, shifted
+from ..operators.train_loop import Report
+from ..operators.trainable import Layers, TrainablePort, Weights
+from ..schedule import progress_of_steps_remaining
+from ._common import ERASE, NULL, TO, TrainSettings, draw_progress, train_regression
+
+FROM = "from"
+
+
+class Variant(StrEnum):
+    """Which layers: the paper's names."""
+
+    X = "esd-x"
+    """Cross-attention: styles, identities, objects that words name."""
+    X_STRICT = "esd-x-strict"
+    """Keys and values of cross-attention only."""
+    U = "esd-u"
+    """Everything else: what appears without being named."""
+    ALL = "esd-all"
+    SELF = "selfattn"
+
+
+LAYERS = {
+    Variant.X: Layers.CROSS,
+    Variant.X_STRICT: Layers.TEXT,
+    Variant.U: Layers.NOT_CROSS,
+    Variant.ALL: Layers.ALL,
+    Variant.SELF: Layers.SELF,
+}
+
+
+class Form(StrEnum):
+    CODE_2025 = "2025"
+    CODE_2023 = "2023"
+
+
+@dataclass(frozen=True)
+class Settings(TrainSettings):
+    learning_rate: float = setting(
+        5e-5, "Size of a training step; the 2023 code uses 1e-5.", low=1e-8, high=1.0, step=1e-6
+    )
+    variant: Variant = setting(  # it decides ``layers``
+        Variant.X, "Which layers are changed. esd-x for what words name, esd-u for what shows unnamed."
+    )
+    form: Form = setting(Form.CODE_2025, "Which of the authors' two programs is followed.")
+    negative_guidance: float = setting(2.0, "How far from the concept: 2 in the 2025 form is 1 in the 2023 form.",
+        low=0.0, high=20.0, step=0.5)  # fmt: skip
+
+
+def target(form: Form, eta: float, *, erase_from: bool = False, replaced: bool = False) -> TargetTerm:
+    """The loss term; ``replaced`` bases it on the replacement's prediction."""
+    if form is Form.CODE_2023:
+        base = TO if replaced else NULL
+        return TargetTerm("erase", ERASE, shifted(base, -eta, ERASE, NULL))
+    if replaced:  # the 2025 form with from = e, written as the 2023 one, where the base can be exchanged
+        return TargetTerm("erase", FROM if erase_from else ERASE, shifted(TO, 1 - eta, ERASE, NULL))
+    read = FROM if erase_from else ERASE
+    return TargetTerm("erase", read, shifted(read, -eta, ERASE, NULL))
+
+
+def draw_2023(steps: int, generator: torch.Generator) -> float:
+    """k ~ U{0..N-1} steps to go, then a time inside that step's share."""
+    k = int(torch.randint(0, steps, (), generator=generator))
+    return progress_of_steps_remaining(k, steps, float(torch.rand((), generator=generator)))
+
+
+def draw_2025(steps: int, generator: torch.Generator) -> float:
+    """k ~ U{0..N-1} steps done."""
+    return draw_progress(steps, generator, first=0)
+
+
+def run(
+    port: TrainablePort,
+    spec: ConceptSpec,
+    settings: Settings,
+    progress: Progress,
+    *,
+    erase_from: str = "",
+    report: Report | None = None,
+) -> Erasure:
+    """Erase with ESD. One sampler run and up to four network passes a step."""
+    old = settings.form is Form.CODE_2023
+    replaced = any(concept.to for concept in spec.erase)
+    return train_regression(
+        port,
+        spec,
+        replace(settings, layers=LAYERS[settings.variant]),
+        progress,
+        method="esd",
+        terms=[target(settings.form, settings.negative_guidance, erase_from=bool(erase_from), replaced=replaced)],
+        extra={FROM: port.conditions([erase_from])[0]} if erase_from else None,
+        sampled_by=Weights.STUDENT if old else Weights.FROZEN,
+        sampled_prompt=FROM if erase_from else ERASE,
+        draw=draw_2023 if old else draw_2025,
+        report=report,
+    )

@@ -1,0 +1,127 @@
+"""Forget-Me-Not (Zhang et al., 2023, arXiv:2303.17591; METHODS 2.10): attention re-steering.
+
+    L = || concat over layers of P[:, concept columns] ||_2
+
+with P = softmax(q k^T / sqrt(d)) the cross-attention probabilities [B, heads, hw, L] on noised pictures of the concept, and
+the columns those of the concept's tokens, end-of-text too with ``end_tokens``. A plain norm, not its square. AdamW 2e-6, 35
+steps. Weak against attacks and hard to reproduce, say later papers.
+
+Departures: pictures of the concept are sampled by the frozen network unless they are given; cross-attention only by default
+(the authors train the entire UNet); the preceding textual inversion is left to operators/search.py; kept words are held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..artifact import Erasure
+from ..concept import ConceptSpec
+from ..methods.registry import Progress, setting
+from ..operators.regress import keep_term, regress
+from ..operators.train_loop import Kind, Optimiser, Phase, Report, Trainer
+from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
+from ..port import TokenKind
+from ._common import ERASE, KEEP, Prompts, TrainSettings, erasure_of
+
+
+@dataclass(frozen=True)
+class Settings(TrainSettings):
+    iterations: int = setting(35, "Training steps.", low=1, high=100000, step=5)
+    learning_rate: float = setting(2e-6, "Size of a training step.", low=1e-8, high=1.0, step=1e-6)
+    pictures: int = setting(8, "Pictures of the concept drawn before training.", low=1, high=10000, step=1)
+    end_tokens: bool = setting(False, "Steer away from the end of the prompt too, which carries its summary.")
+
+
+@contextmanager
+def attention_probabilities(model: TrainableModel) -> Iterator[list[Tensor]]:
+    """Collects P [B, heads, hw, L] of every cross-attention that runs inside, in network order, with gradient.
+
+    Raises:
+        ValueError: a block does not say how many heads it has.
+    """
+    collected: list[Tensor] = []
+    pending: dict[str, Tensor] = {}
+    handles = []
+
+    def watch(block: str, heads: int) -> None:
+        def query(_module, _args, out: Tensor) -> None:
+            pending[block] = out
+
+        def key(_module, _args, out: Tensor) -> None:
+            q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (pending.pop(block), out))
+            collected.append((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1))
+
+        handles.append(model.net.get_submodule(f"{block}.to_q").register_forward_hook(query))
+        handles.append(model.net.get_submodule(f"{block}.to_k").register_forward_hook(key))
+
+    try:
+        for site in model.sites:
+            block, _, leaf = site.name.rpartition(".")
+            if leaf == "to_k" and block.endswith("attn2"):
+                heads = getattr(model.net.get_submodule(block), "heads", None)
+                if not isinstance(heads, int):
+                    raise ValueError(f"model: {block} does not say how many attention heads it has")
+                watch(block, heads)
+        yield collected
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def steering_loss(probabilities: list[Tensor], columns: Tensor) -> Tensor:
+    """|| P at the marked columns ||_2 over all layers. ``columns`` [B, L]: true where a token is the concept's."""
+    squares = [(p.square() * columns.to(p)[:, None, None, :]).sum() for p in probabilities]
+    return torch.stack(squares).sum().clamp_min(1e-20).sqrt()
+
+
+def concept_columns(kinds: Tensor, *, end_tokens: bool) -> Tensor:
+    """[L] bool: the content tokens of a prompt that is the concept's bare words, and on request all end-of-text ones."""
+    marked = kinds == TokenKind.CONTENT
+    return marked | (kinds == TokenKind.EOS) | (kinds == TokenKind.PAD) if end_tokens else marked
+
+
+def run(
+    port: TrainablePort,
+    spec: ConceptSpec,
+    settings: Settings,
+    progress: Progress,
+    *,
+    latents: Tensor | None = None,
+    report: Report | None = None,
+) -> Erasure:
+    """Erase with Forget-Me-Not. ``latents`` [N, C, h, w]: clean, scaled pictures of the concept."""
+    prompts = Prompts(port, spec)
+    words = [word for word, _ in prompts.pairs]
+    columns = torch.stack([concept_columns(x.kinds, end_tokens=settings.end_tokens) for x in port.text(words)])
+    with port.trainable() as model:
+        if latents is None:
+            progress(0, settings.iterations)
+            drawn = Cond.cat([prompts[words[i % len(words)]] for i in range(settings.pictures)])
+            latents = model.denoise_until(
+                drawn, prompts.null, guidance=settings.guidance, progress=1.0, steps=settings.sample_steps,
+                generator=torch.Generator().manual_seed(settings.seed), weights=Weights.FROZEN,
+            )  # fmt: skip
+        pool = latents.to(model.device, model.dtype)
+
+        def loss(_: int, generator: torch.Generator) -> dict[str, Tensor]:
+            chosen = torch.randint(0, len(pool), (settings.batch,), generator=generator)
+            number = [i % len(words) for i in chosen.tolist()]
+            t = torch.randint(0, len(model.schedule), (settings.batch,), generator=generator)
+            z = model.schedule.add_noise(pool[chosen.to(pool.device)], model.noise(settings.batch, generator), t)
+            conds = {**prompts.draw(settings.batch, generator), ERASE: Cond.cat([prompts[words[i]] for i in number])}
+            with attention_probabilities(model) as probabilities:
+                model.predict(z, t, conds[ERASE])
+            losses = {"attention": steering_loss(probabilities, columns[number].to(model.device))}
+            if prompts.keep and settings.keep_weight:
+                losses.update(regress(model, [keep_term(KEEP, settings.keep_weight)], z, t, conds))
+            return losses
+
+        parameters = model.train(settings.parameters(), settings.seed)
+        phase = Phase("steer", parameters, loss, Optimiser(settings.learning_rate, Kind.ADAMW, 0.01))
+        Trainer(model, [phase], settings.iterations, seed=settings.seed).run(progress, report)
+        return erasure_of(port, spec, "forget_me_not", settings, model.deltas(energy=settings.energy))

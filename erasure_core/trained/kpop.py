@@ -1,0 +1,117 @@
+"""KPOP, hiding and recovering knowledge with a learnable prompt (Bui et al., arXiv:2403.12326; METHODS 2.1).
+
+A prompt memory p (operators/memory.py) learns to bring the concept back while the weights learn to hide it:
+
+    recover:  L2(p)     = || eps_theta(z, c_e, p) - eps_0(z, c_e) ||^2
+    hide:     L1(theta) = w_without || eps_theta(z, c_e) - T ||^2 + w_with || eps_theta(z, c_e, p) - eps_0(z, c_e) ||^2
+
+one step each in turn on one on-policy latent, T = eps_null - eta (eps_e - eps_null). The weights are published without the
+memory; who has the memory gets the concept back.
+
+Unverified (METHODS 2.1, 10): the authors' training loop is gone. The layer is theirs; the two losses, their order and T are
+a reconstruction; w_without 1, w_with 0.1, both rates 1e-5, 1000 iterations, 10 rows, ``mid`` and guidance 3 are read from
+the names of their runs. How p starts is not known: here normal with deviation 0.02.
+
+Departures as in esd.py: a replacement is the base of T, kept words are held (without memory), linear layers only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..artifact import Erasure
+from ..concept import ConceptSpec
+from ..methods.registry import Progress, setting
+from ..operators.memory import Placement, PromptMemory
+from ..operators.regress import TargetTerm, keep_term, regress, shifted
+from ..operators.train_loop import Optimiser, Phase, Report, Trainer
+from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
+from ._common import ERASE, KEEP, NULL, TO, Prompts, TrainSettings, draw_progress, erasure_of, on_policy
+
+
+@dataclass(frozen=True)
+class Settings(TrainSettings):
+    iterations: int = setting(1000, "Rounds of one step each.", low=1, high=100000, step=10)
+    negative_guidance: float = setting(1.0, "How far from the concept the weights go.", low=0.0, high=20.0, step=0.5)
+    weight_without: float = setting(1.0, "How hard the weights hide the concept.", low=0.0, high=1000.0, step=0.1)
+    weight_with: float = setting(0.1, "How hard the weights let the key work.", low=0.0, high=1000.0, step=0.1)
+    rows: int = setting(
+        10, "Size of the key: rows that cross-attention reads beside the text.", low=1, high=1000, step=1
+    )
+    placement: Placement = setting(Placement.MID, "Which blocks read the key.")
+    shared: bool = setting(False, "One set of rows for keys and values.")
+    memory_rate: float = setting(1e-5, "Size of the key's training step.", low=1e-8, high=1.0, step=1e-6)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Two artefacts: the public change, and the private ``key`` that restores the concept (key, value [m, D])."""
+
+    erasure: Erasure
+    key: dict[str, Tensor]
+
+
+def recover_loss(model: TrainableModel, memory: PromptMemory, z: Tensor, t: Tensor, concept: Cond) -> Tensor:
+    """|| eps_theta(z, c_e, p) - eps_0(z, c_e) ||^2, mean over elements."""
+    return F.mse_loss(model.predict(z, t, concept, memory=memory), model.reference(z, t, concept))
+
+
+def hide_losses(
+    model: TrainableModel,
+    memory: PromptMemory,
+    z: Tensor,
+    t: Tensor,
+    conds: dict[str, Cond],
+    settings: Settings,
+) -> dict[str, Tensor]:
+    """The weighted parts of L1, and the kept words."""
+    terms = [
+        TargetTerm("without", ERASE, shifted(TO, -settings.negative_guidance, ERASE, NULL), settings.weight_without)
+    ]
+    if KEEP in conds and settings.keep_weight:
+        terms.append(keep_term(KEEP, settings.keep_weight))
+    losses = regress(model, terms, z, t, conds)
+    return {**losses, "with": settings.weight_with * recover_loss(model, memory, z, t, conds[ERASE])}
+
+
+def phases(model: TrainableModel, memory: PromptMemory, prompts: Prompts, settings: Settings) -> list[Phase]:
+    """Recover, then hide, on the same latent; it is sampled without the memory."""
+    shared: dict[int, tuple[Tensor, Tensor, dict[str, Cond]]] = {}
+
+    def recover(i: int, generator: torch.Generator) -> dict[str, Tensor]:
+        conds = prompts.draw(settings.batch, generator)
+        at = draw_progress(settings.sample_steps, generator)
+        z, t = on_policy(model, conds[ERASE], prompts.null, settings, generator, Weights.STUDENT, at)
+        shared.clear()
+        shared[i] = z, t, conds
+        return {"recover": recover_loss(model, memory, z, t, conds[ERASE])}
+
+    def hide(i: int, _: torch.Generator) -> dict[str, Tensor]:
+        z, t, conds = shared[i]
+        return hide_losses(model, memory, z, t, conds, settings)
+
+    parameters = model.train(settings.parameters(), settings.seed)
+    return [
+        Phase("memory", list(memory.parameters()), recover, Optimiser(settings.memory_rate)),
+        Phase("weights", parameters, hide, Optimiser(settings.learning_rate)),
+    ]
+
+
+def run(
+    port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, *, report: Report | None = None
+) -> Hidden:
+    """Hide the concept behind a key."""
+    prompts = Prompts(port, spec)
+    with port.trainable() as model:
+        memory = PromptMemory(
+            settings.rows, port.family.context_dim, settings.placement, torch.Generator().manual_seed(settings.seed),
+            shared=settings.shared,
+        ).to(model.device)  # fmt: skip
+        trainer = Trainer(model, phases(model, memory, prompts, settings), settings.iterations, seed=settings.seed)
+        trainer.run(progress, report)
+        made = erasure_of(port, spec, "kpop", settings, model.deltas(energy=settings.energy))
+        return Hidden(made, memory.tensors())

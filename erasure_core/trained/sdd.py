@@ -1,0 +1,49 @@
+"""SDD, Safe self-Distillation Diffusion (Kim et al., arXiv:2307.05977; METHODS 2.9).
+
+    || sg eps_theta(z, null) - eps_theta(z, c) ||^2
+
+The target is the student's own unconditional prediction; a running average of the student (0.999 a step) samples z, for all
+concepts joined into one prompt, and is what is saved. Cross-attention, AdamW 1e-5, weight decay 1e-4, 1500 steps, guidance
+3; the concepts take turns in the loss ("iterative").
+
+Departures: a replacement takes the place of the empty prompt in the target; a chain always stops where it is trained (the
+authors' ``until=0`` runs it to its end); the README and the code of the authors swap which of the joined and the single
+prompt is sampled: here the joined one, as in the code; weight decay acts on the change, not on the weights, since the base
+is never touched; kept words are held at the same latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..artifact import Erasure
+from ..concept import ConceptSpec
+from ..methods.registry import Progress, setting
+from ..operators.regress import TargetTerm
+from ..operators.train_loop import Kind, Report
+from ..operators.trainable import TrainablePort, Weights
+from ._common import ERASE, TO, TrainSettings, train_regression
+
+JOINED = "joined"
+
+
+@dataclass(frozen=True)
+class Settings(TrainSettings):
+    iterations: int = setting(1500, "Training steps.", low=1, high=100000, step=10)
+    average: float = setting(0.999, "Share of the running average that a step keeps.", low=0.0, high=1.0, step=0.001)
+
+
+def target() -> TargetTerm:
+    """The loss term."""
+    return TargetTerm("erase", ERASE, {TO: 1.0}, reference=Weights.STUDENT)
+
+
+def run(
+    port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, *, report: Report | None = None
+) -> Erasure:
+    """Erase with SDD. One sampler run and two or three network passes a step."""
+    joined = port.conditions([", ".join(word for concept in spec.erase for word in concept.words)])[0]
+    return train_regression(
+        port, spec, settings, progress, method="sdd", terms=[target()], extra={JOINED: joined}, sampled_prompt=JOINED,
+        sampled_by=Weights.AVERAGE, average=settings.average, optimiser=Kind.ADAMW, weight_decay=1e-4, report=report,
+    )  # fmt: skip

@@ -1,0 +1,125 @@
+"""SPM, one-dimensional adapters with latent anchoring and a gate (Lyu et al., CVPR 2024, arXiv:2312.16145; METHODS 2.8).
+
+    || eps_theta(z, c) - ( eps_0(neutral) - eta (eps_0(c) - eps_0(neutral)) ) ||^2
+      + lambda mean_a || eps_theta(z, a) - eps_0(z, a) ||^2,            eta = 1, lambda = 1000, 4 anchors a step
+
+Anchors are Gaussian conditionings of the prompt's shape and about its norm, the likelier the less they point its way. LoRA of
+rank 1, alpha 1, AdamW 1e-4, cosine with 3 restarts and 500 steps of warm-up, 3000 steps, z sampled with the adapter on.
+
+Facilitated transport: at inference each adapter counts as much as its prompt resembles the concept, ``W + m up down``.
+
+Departures: the gate m is one scalar on the product (the authors scale both factors, which gives m^2, and mix the factors of
+several adapters); every anchor is evaluated (about half of theirs are the empty prompt in fact); linear layers only (theirs
+include SD 1.x's 1x1 convolutions proj_in/out); AdamW in full precision; the similarity of content rows is offered beside
+the flattened one, which BOS and padding dominate; kept words are held at the same latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..artifact import Delta, Erasure
+from ..concept import ConceptSpec
+from ..methods.registry import Progress, setting
+from ..operators.regress import TargetTerm, shifted
+from ..operators.train_loop import Kind, Report, cosine
+from ..operators.trainable import Cond, Layers, LoRA, TrainableModel, TrainablePort, Weights
+from ..port import TextStates, TokenKind
+from ._common import ERASE, TO, TrainSettings, train_regression
+
+
+@dataclass(frozen=True)
+class Settings(TrainSettings):
+    iterations: int = setting(3000, "Training steps.", low=1, high=100000, step=10)
+    learning_rate: float = setting(1e-4, "Size of a training step.", low=1e-8, high=1.0, step=1e-5)
+    layers: Layers = setting(Layers.ALL, "Which layers are changed.")
+    rank: int = setting(1, "Rank of the change.", low=1, high=512, step=1)
+    sample_steps: int = setting(30, "Sampler steps of the pictures that training looks at.", low=2, high=1000, step=1)
+    negative_guidance: float = setting(1.0, "How far from the concept.", low=0.0, high=20.0, step=0.5)
+    anchors: int = setting(4, "Random prompts that are held, per step.", low=0, high=64, step=1)
+    anchor_weight: float = setting(1000.0, "How hard they are held.", low=0.0, high=1e6, step=100.0)
+    warmup: int = setting(500, "Steps in which the learning rate rises.", low=0, high=100000, step=10)
+
+
+def target(eta: float) -> TargetTerm:
+    """The erasing term."""
+    return TargetTerm("erase", ERASE, shifted(TO, -eta, ERASE, TO))
+
+
+def sample_anchors(concept: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """[n, L, D]: unit Gaussian directions, kept with probability 1 - cos(concept, direction), times U(0.8, 1.2) ||concept||.
+
+    concept [1, L, D]; norms and cosine are over all entries.
+    """
+    flat = concept.detach().flatten()
+    found: list[Tensor] = []
+    while len(found) < n:
+        direction = F.normalize(torch.randn(flat.numel(), generator=generator), dim=0).to(flat)
+        refuse = torch.rand((), generator=generator) > 1 - F.cosine_similarity(flat, direction, dim=0).cpu()
+        if not refuse:
+            size = 0.8 + 0.4 * torch.rand((), generator=generator).to(flat)
+            found.append((size * flat.norm() * direction).view(concept.shape[1:]))
+    return torch.stack(found)
+
+
+def anchoring_loss(model: TrainableModel, z: Tensor, t: Tensor, anchors: Tensor, like: Cond) -> Tensor:
+    """mean_a || eps_theta(z, a) - eps_0(z, a) ||^2 for every latent with every anchor [n, L, D]."""
+    latents, n = z.shape[0], len(anchors)
+    one = Cond(like.context[:1], {k: v[:1] for k, v in like.extra.items()}).expand(n * latents)
+    cond = one.with_context(anchors.repeat_interleave(latents, dim=0))
+    many, times = z.repeat(n, 1, 1, 1), t.repeat(n)
+    return F.mse_loss(model.predict(many, times, cond), model.reference(many, times, cond, Weights.FROZEN))
+
+
+def gate(prompt: Tensor, concept: Tensor, prompt_tokens: Collection[int], concept_tokens: Collection[int]) -> float:
+    """m = max( cos(prompt, concept), |tokens shared| / |tokens of the concept| ), within [0, 1].
+
+    Args:
+        prompt, concept: states of one shape, flattened as the paper does, or the pooled rows of :func:`content`.
+        prompt_tokens, concept_tokens: ids without special tokens.
+    """
+    cosine_ = float(F.cosine_similarity(prompt.flatten().double(), concept.flatten().double(), dim=0))
+    wanted = set(concept_tokens)
+    shared = len(wanted & set(prompt_tokens)) / len(wanted) if wanted else 0.0
+    return min(1.0, max(0.0, cosine_, shared))
+
+
+def content(text: TextStates) -> Tensor:
+    """The mean of a prompt's content rows [D], centred on its BOS row: a similarity that unrelated prompts don't share."""
+    rows = text.states[text.kinds == TokenKind.CONTENT]
+    return (rows if len(rows) else text.states[1:]).mean(0) - text.states[0]
+
+
+def transport(adapters: Iterable[tuple[Mapping[str, Delta], float]]) -> dict[str, Tensor]:
+    """The dense change of several gated adapters: sum_i m_i up_i down_i, each product on its own."""
+    total: dict[str, Tensor] = {}
+    for deltas, m in adapters:
+        for name, delta in deltas.items():
+            change = m * delta.dense()
+            total[name] = total[name] + change if name in total else change
+    return total
+
+
+def run(
+    port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, *, report: Report | None = None
+) -> Erasure:
+    """Erase with SPM. One sampler run and 4 + 2 * anchors network passes a step, in four batches."""
+
+    def anchoring(
+        model: TrainableModel, z: Tensor, t: Tensor, conds: Mapping[str, Cond], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        if not settings.anchors or not settings.anchor_weight:
+            return {}
+        anchors = sample_anchors(conds[ERASE].context[:1].to(z), settings.anchors, generator)
+        return {"anchors": settings.anchor_weight * anchoring_loss(model, z, t, anchors, conds[ERASE])}
+
+    return train_regression(
+        port, spec, settings, progress, method="spm", terms=[target(settings.negative_guidance)], more=anchoring,
+        optimiser=Kind.ADAMW, weight_decay=0.01, rate=cosine(settings.iterations, restarts=3, warmup=settings.warmup),
+        what=LoRA(settings.layers, settings.rank, 1.0), report=report,
+    )  # fmt: skip

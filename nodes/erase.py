@@ -1,0 +1,141 @@
+"""Erase Concept and Apply Erasure."""
+
+from __future__ import annotations
+
+import comfy.utils
+import torch
+from comfy_api.latest import io, ui
+
+from ..erasure_core import ConceptError, ConceptSpec, erase
+from ..erasure_core.presets import PRESETS
+from .patching import apply_erasure
+from .port import ComfyPort, ordinary_tensors
+from .types import CATEGORY, Erasure, Method
+
+
+def check_words_are_read(port: ComfyPort, spec: ConceptSpec) -> None:
+    """Raise where a word to erase encodes just as what replaces it: ComfyUI drops embeddings that it can't use, and
+    then nothing would be erased without anybody noticing."""
+    pairs = [(word, concept.to) for concept in spec.erase for word in concept.words]
+    prompts = list(dict.fromkeys(prompt for pair in pairs for prompt in pair))
+    states = dict(zip(prompts, (t.states for t in port.text(prompts)), strict=True))
+    for word, to in pairs:
+        if states[word].shape == states[to].shape and torch.allclose(states[word], states[to], rtol=1e-4, atol=1e-5):
+            raise ConceptError(
+                f"concept: to this CLIP, {word!r} means the same as {repr(to) if to else 'nothing'}, so there is nothing to "
+                "erase. If it is an embedding, check that its file is in models/embeddings and fits this kind of model"
+            )
+
+
+class EraseConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ErasureEraseConcept",
+            display_name="Erase Concept",
+            category=CATEGORY,
+            description="Makes the model stop drawing something. Put it behind the checkpoint loader (and your LoRAs), type "
+            "what should go, and sample as always. Your checkpoint is not changed; delete the node to undo.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to edit, with the LoRAs that it will be used with."),
+                io.Clip.Input("clip", tooltip="The CLIP that encodes your prompts; the concept is read through it."),
+                io.String.Input(
+                    "concept",
+                    multiline=True,
+                    default="",
+                    placeholder="cigarette, cigar, smoking",
+                    tooltip="What must no longer appear. One concept a line, other words for it behind commas. Words that "
+                    "you list are erased firmly, words that you leave out only as far as they are related.",
+                ),
+                io.String.Input(
+                    "replace_with",
+                    multiline=True,
+                    default="",
+                    placeholder="(nothing)",
+                    tooltip="What is drawn instead. Empty: nothing in particular. Something of the same kind (dog for cat) "
+                    "keeps pictures natural. One line for all concepts, or one line each.",
+                ),
+                io.String.Input(
+                    "keep",
+                    multiline=True,
+                    default="",
+                    placeholder="dog, tiger, horse",
+                    tooltip="What must look as before, by commas or lines. Name what is similar to the concept: that is "
+                    "what would suffer.",
+                ),
+                io.Combo.Input(
+                    "quality",
+                    options=list(PRESETS),
+                    default=next(iter(PRESETS)),
+                    tooltip=" ".join(f"{name}: {p.summary}" for name, p in PRESETS.items())
+                    + " A connected method overrides this.",
+                ),
+                Method.Input("method", optional=True, tooltip="A Method node, to choose method and settings by hand."),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model without the concept, at full strength."),
+                Erasure.Output(display_name="erasure", tooltip="For Apply (with a strength), Save and Merge Erasure."),
+                io.String.Output(display_name="report", tooltip="What was done, in words."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, concept, replace_with, keep):
+        if concept is None or replace_with is None or keep is None:  # linked: known only when the graph runs
+            return True
+        try:
+            ConceptSpec.parse(concept, replace_with, keep)
+        except ConceptError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, model, clip, concept, replace_with, keep, quality, method=None) -> io.NodeOutput:
+        spec = ConceptSpec.parse(concept, replace_with, keep)
+        if method is None and quality not in PRESETS:
+            raise ValueError(f"quality: {quality!r} is none of {', '.join(PRESETS)}")
+        name, settings = method if method is not None else (PRESETS[quality].method, PRESETS[quality].settings)
+        bar = comfy.utils.ProgressBar(100)
+
+        def progress(done: int, total: int) -> None:
+            bar.update_absolute(100 * done // max(1, total))  # also stops here when the user cancels
+
+        with ordinary_tensors():
+            port = ComfyPort(model, clip)
+            check_words_are_read(port, spec)
+            erasure = erase(port, spec, name, settings, progress)
+            patched = apply_erasure(model, erasure, 1.0)
+        report = erasure.summary()
+        return io.NodeOutput(patched, erasure, report, ui=ui.PreviewText(report))
+
+
+class ApplyErasure(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ErasureApply",
+            display_name="Apply Erasure",
+            category=CATEGORY,
+            description="Puts an erasure on a model at a strength. Moving the slider costs nothing: nothing is computed "
+            "again. Put it behind LoRAs and other model patches, just before the sampler.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to patch, of the family that the erasure was made for."),
+                Erasure.Input("erasure", tooltip="From Erase Concept, Load Erasure or Merge Erasures."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-2.0,
+                    max=3.0,
+                    step=0.05,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip="0 is the untouched model, 1 the erasure as computed. Lower it if other things change, raise it "
+                    "a little if traces remain; below 0 exaggerates the concept.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The patched model.")],
+        )
+
+    @classmethod
+    def execute(cls, model, erasure, strength) -> io.NodeOutput:
+        with ordinary_tensors():
+            return io.NodeOutput(apply_erasure(model, erasure, strength))

@@ -1,0 +1,205 @@
+"""Save, Load and Merge Erasure."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+
+from ..erasure_core import FileError, Layout, load, merge, read_header, save
+from ..erasure_core.formats import check_file_name
+from .patching import apply_erasure
+from .port import ComfyPort, ordinary_tensors
+from .types import CATEGORY, Erasure
+
+FOLDERS = ("loras", "erasure")
+_NONE = "(no erasure saved yet)"
+_PRECISIONS = {"full (float32)": torch.float32, "half (float16)": torch.float16}
+_LAYOUTS = {
+    "LoRA (ComfyUI, A1111, Forge)": Layout.LORA,
+    "diffusers": Layout.DIFFUSERS,
+    "full delta (large)": Layout.FULL,
+}
+
+folder_paths.add_model_folder_path("erasure", os.path.join(folder_paths.models_dir, "erasure"))
+
+
+@lru_cache(maxsize=4096)
+def _is_erasure(path: str, modified: float, size: int) -> bool:
+    try:
+        read_header(path)
+    except (FileError, OSError):
+        return False
+    return True
+
+
+def saved_erasures() -> list[str]:
+    """``folder/file`` of every erasure that can be loaded, newest first."""
+    found: list[tuple[float, str]] = []
+    for folder in FOLDERS:
+        for name in folder_paths.get_filename_list(folder):
+            path = folder_paths.get_full_path(folder, name)
+            if path is None or not name.endswith(".safetensors"):
+                continue
+            stat = os.stat(path)
+            if _is_erasure(path, stat.st_mtime, stat.st_size):
+                found.append((stat.st_mtime, f"{folder}/{name}"))
+    return [name for _, name in sorted(found, reverse=True)]
+
+
+def resolve(file: str) -> str:
+    """The path of a ``folder/file`` entry; only files that ComfyUI itself lists are reachable."""
+    folder, _, name = file.partition("/")
+    path = folder_paths.get_full_path(folder, name) if folder in FOLDERS and name else None
+    root_listed = folder in FOLDERS and name in folder_paths.get_filename_list(folder)
+    if path is None or not root_listed:
+        raise FileError(f"file: {file[:80]!r} is not in models/loras or models/erasure. Choose one from the list")
+    return path
+
+
+class SaveErasure(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ErasureSave",
+            display_name="Save Erasure",
+            category=CATEGORY,
+            description="Writes the erasure as one small file to share. In models/loras the stock Load LoRA node, A1111 and "
+            "Forge can use it too: whoever loads it needs nothing of this pack.",
+            is_output_node=True,
+            inputs=[
+                Erasure.Input("erasure", tooltip="From Erase Concept or Merge Erasures."),
+                io.String.Input("name", default="no-cigarette", tooltip="File name, without folders."),
+                io.Combo.Input(
+                    "folder",
+                    options=list(FOLDERS),
+                    default="loras",
+                    tooltip="models/loras is also seen by Load LoRA; models/erasure keeps it apart.",
+                ),
+                io.Combo.Input(
+                    "layout",
+                    options=list(_LAYOUTS),
+                    default=next(iter(_LAYOUTS)),
+                    tooltip="LoRA suits nearly everything. diffusers: for load_lora_weights. Full delta: the plain change of "
+                    "each weight, large.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(_PRECISIONS),
+                    default=next(iter(_PRECISIONS)),
+                    tooltip="Half is half the size; the picture differs by about as much as a half-precision model does.",
+                ),
+                io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of the same name."),
+            ],
+            outputs=[io.String.Output(display_name="file", tooltip="folder/file, as Load Erasure lists it.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, name):
+        if name is None:
+            return True
+        try:
+            check_file_name(name)
+        except FileError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, erasure, name, folder, layout, precision, overwrite) -> io.NodeOutput:
+        file = check_file_name(name) + ".safetensors"
+        # ComfyUI 0.3.75 does not look at what API calls send for a choice.
+        for what, value, choices in (
+            ("folder", folder, FOLDERS),
+            ("layout", layout, _LAYOUTS),
+            ("precision", precision, _PRECISIONS),
+        ):
+            if value not in choices:
+                raise FileError(f"{what}: {value!r} is not one of {', '.join(choices)}")
+        root = Path(folder_paths.get_folder_paths(folder)[0])
+        root.mkdir(parents=True, exist_ok=True)
+        if (root / file).exists() and not overwrite:
+            raise FileError(f"name: {file} is already in models/{folder}. Choose another name or switch overwrite on")
+        save(erasure, root / file, layout=_LAYOUTS[layout], dtype=_PRECISIONS[precision])
+        size = (root / file).stat().st_size
+        shown = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} KB"
+        return io.NodeOutput(f"{folder}/{file}", ui=ui.PreviewText(f"saved models/{folder}/{file} ({shown})"))
+
+
+class LoadErasure(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ErasureLoad",
+            display_name="Load Erasure",
+            category=CATEGORY,
+            description="Reads an erasure that you or somebody else saved, and says what it does. Connect it to Apply Erasure.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=saved_erasures() or [_NONE],
+                    tooltip="Erasures in models/loras and models/erasure, newest first. Press R to refresh the list.",
+                )
+            ],
+            outputs=[
+                Erasure.Output(display_name="erasure", tooltip="For Apply Erasure and Merge Erasures."),
+                io.String.Output(display_name="report", tooltip="What the file says of itself."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file):
+        if file is None:
+            return True
+        try:
+            resolve(file)
+        except FileError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        stat = os.stat(resolve(file))
+        return f"{stat.st_mtime_ns}:{stat.st_size}"
+
+    @classmethod
+    def execute(cls, file) -> io.NodeOutput:
+        with ordinary_tensors():
+            erasure = load(resolve(file))
+        return io.NodeOutput(erasure, erasure.summary(), ui=ui.PreviewText(erasure.summary()))
+
+
+class MergeErasures(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ErasureMerge",
+            display_name="Merge Erasures",
+            category=CATEGORY,
+            description="Joins several erasures into one, so that each still does what it does on its own words and disturbs "
+            "the others less than stacking them would. Save the result as one file.",
+            inputs=[
+                io.Model.Input("model", tooltip="A model of the family that the erasures were made for."),
+                io.Clip.Input("clip", tooltip="Its CLIP: the words are encoded again."),
+                Erasure.Input("erasure_1", tooltip="From Erase Concept or Load Erasure."),
+                Erasure.Input("erasure_2", tooltip="From Erase Concept or Load Erasure."),
+                Erasure.Input("erasure_3", optional=True, tooltip="From Erase Concept or Load Erasure."),
+                Erasure.Input("erasure_4", optional=True, tooltip="From Erase Concept or Load Erasure."),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model with all of them, at full strength."),
+                Erasure.Output(display_name="erasure", tooltip="For Apply (with a strength) and Save Erasure."),
+                io.String.Output(display_name="report", tooltip="What was joined."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, erasure_1, erasure_2, erasure_3=None, erasure_4=None) -> io.NodeOutput:
+        given = [e for e in (erasure_1, erasure_2, erasure_3, erasure_4) if e is not None]
+        with ordinary_tensors():
+            merged = merge(ComfyPort(model, clip), given)
+            patched = apply_erasure(model, merged, 1.0)
+        return io.NodeOutput(patched, merged, merged.summary(), ui=ui.PreviewText(merged.summary()))

@@ -1,0 +1,129 @@
+"""ComfyUI's MODEL and CLIP as a ModelPort, and the border between inference mode and ordinary tensors.
+
+Everything that crosses into ``erasure_core`` here is a private, ordinary tensor; nothing of the shared model is changed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import comfy.lora
+import comfy.model_management as mm
+import comfy.model_sampling
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ..erasure_core import Family, Prediction, Role, Site, TextStates
+from ..erasure_core.port import token_kinds
+
+_PREFIX = "diffusion_model."
+_TEXT_SITE = re.compile(r"^diffusion_model\.(.+\.attn2\.to_([kv]))\.weight$")
+_FAMILIES = {768: "sd15", 1024: "sd20", 1280: "sdxl-refiner", 2048: "sdxl"}
+_BOS, _EOS = 49406, 49407
+_ENCODE_AT_ONCE = 32
+_CACHED_PROMPTS = 4096
+
+_text_cache: WeakKeyDictionary[Any, dict[tuple, TextStates]] = WeakKeyDictionary()
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Leave ComfyUI's inference mode: tensors made inside can be changed, saved and differentiated."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def family_of(model) -> Family:
+    """Which family a MODEL belongs to, from its network's configuration."""
+    config = model.model.model_config
+    unet = config.unet_config
+    name = getattr(config, "erasure_family", None) or _FAMILIES.get(
+        unet.get("context_dim"), type(config).__name__.lower()
+    )
+    blocks = unet.get("num_res_blocks", 1)
+    levels = unet.get("channel_mult", (1,))
+    return Family(name, unet.get("context_dim") or 1, blocks if isinstance(blocks, int) else blocks[0], len(levels))
+
+
+class ComfyPort:
+    """A :class:`erasure_core.ModelPort` over a ModelPatcher and a CLIP. Use inside :func:`ordinary_tensors`."""
+
+    def __init__(self, model, clip=None) -> None:
+        self._model, self._clip = model, clip
+        self.family = family_of(model)
+        sampling = model.get_model_object("model_sampling")
+        if isinstance(sampling, comfy.model_sampling.CONST):
+            self.prediction = Prediction.FLOW
+        else:
+            is_v = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
+            self.prediction = Prediction.V if is_v else Prediction.EPS
+        self._patches = {k: v for k, v in model.get_key_patches(_PREFIX).items() if _TEXT_SITE.match(k)}
+
+    def sites(self) -> Sequence[Site]:
+        out = []
+        for key, entry in self._patches.items():
+            match = _TEXT_SITE.match(key)
+            if match is not None:
+                d_out, d_in = entry[0][0].shape
+                out.append(Site(match[1], Role.TEXT_KEY if match[2] == "k" else Role.TEXT_VALUE, d_in, d_out))
+        return out
+
+    def weight(self, site: Site) -> Tensor:
+        """The weight with all patches of the incoming MODEL (user LoRAs) applied, float32, on the compute device."""
+        key = f"{_PREFIX}{site.name}.weight"
+        (weight, convert), *patches = self._patches[key]
+        own = mm.cast_to_device(weight, mm.get_torch_device(), torch.float32, copy=True)
+        own = convert(own, inplace=True)
+        return comfy.lora.calculate_weight(patches, own, key) if patches else own
+
+    def text(self, prompts: Sequence[str]) -> list[TextStates]:
+        if self._clip is None:
+            raise ValueError("clip: connect the CLIP that belongs to the model")
+        clip = self._clip
+        cache = _text_cache.setdefault(clip, {})
+        if len(cache) > _CACHED_PROMPTS:
+            cache.clear()
+        state = (clip.layer_idx, clip.patcher.patches_uuid)
+        wanted = [p for p in dict.fromkeys(prompts) if (*state, p) not in cache]
+        for start in range(0, len(wanted), _ENCODE_AT_ONCE):
+            mm.throw_exception_if_processing_interrupted()
+            for states in _encode(clip, wanted[start : start + _ENCODE_AT_ONCE]):
+                cache[(*state, states.prompt)] = states
+        return [cache[(*state, p)] for p in prompts]
+
+    def predict(self, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        if self.family.name == "sdxl":
+            raise ValueError(
+                "model: predictions of SDXL need its size and pooled conditioning, which this port does not make"
+            )
+        mm.load_model_gpu(self._model)
+        device, dtype = mm.get_torch_device(), self._model.model.get_dtype()
+        net = self._model.model.diffusion_model
+        return net(z.to(device, dtype), t.to(device), context=context.to(device, dtype)).float()
+
+
+def _encode(clip, prompts: Sequence[str]) -> list[TextStates]:
+    """Encode prompts together. ComfyUI encodes the sections of one prompt as a batch and lays them end to end, so
+    the sections of many prompts can travel as one, every word at weight 1."""
+    tokenised = [clip.tokenize(p) for p in prompts]
+    lengths = [{name: len(sections) for name, sections in t.items()} for t in tokenised]
+    if len(prompts) > 1 and any(len(set(n.values())) != 1 for n in lengths):  # towers that split a prompt differently
+        return [s for p in prompts for s in _encode(clip, [p])]
+    plain = {name: [[(word[0], 1.0) for word in s] for t in tokenised for s in t[name]] for name in tokenised[0]}
+    states = clip.encode_from_tokens(plain)[0].float().cpu().clone()  # [all rows, D]
+    first = next(iter(tokenised[0]))
+    counts = [sum(len(s) for s in t[first]) for t in tokenised]
+    if sum(counts) != len(states):
+        raise ValueError(f"clip: {sum(counts)} tokens gave {len(states)} rows; this text encoder is not supported")
+    out, start = [], 0
+    for prompt, tokens, count in zip(prompts, tokenised, counts, strict=True):
+        ids = [[w[0] if isinstance(w[0], int) else -1 for w in section] for section in tokens[first]]
+        kinds = torch.cat([token_kinds(section, bos=_BOS, eos=_EOS) for section in ids])
+        out.append(TextStates(prompt, states[start : start + count].clone(), kinds))
+        start += count
+    return out

@@ -1,0 +1,251 @@
+"""Tiny random pipelines of the real diffusers: erase on them, put the change on, take it off, load the file."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+import torch
+
+from erasure_core import (
+    ConceptSpec,
+    Layout,
+    ModelPort,
+    Prediction,
+    Role,
+    TokenKind,
+    WrongModelError,
+    erase,
+    load,
+    names,
+    save,
+)
+from erasure_core.integrations.diffusers import DiffusersPort, apply, attach, remove
+
+pytestmark = pytest.mark.core
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+SPEC = ConceptSpec.parse("red cat, kitty", "dog", "bird")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """CLIP's own words, from the merges that the testbed ships."""
+    from transformers import CLIPTokenizer
+
+    from erasure_core.emojicanvas import text
+
+    lines = gzip.decompress(text._MERGES.read_bytes()).decode("utf-8").splitlines()[1:]
+    merges = [tuple(line.split()) for line in lines if line]
+    vocabulary = text._byte_pair_encoder().get_vocab()
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+
+
+def text_encoder(width: int, projection: bool = False):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        vocab_size=49408,
+        projection_dim=width,
+        bos_token_id=49406,
+        eos_token_id=49407,
+        pad_token_id=49407,
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def unet(width: int, **more):
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        norm_num_groups=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=width,
+        attention_head_dim=8,
+        **more,
+    ).eval()
+
+
+@pytest.fixture
+def pipe(tokenizer):
+    torch.manual_seed(3)
+    return diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4),
+        text_encoder=text_encoder(48),
+        tokenizer=tokenizer,
+        unet=unet(48),
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.fixture
+def xl(tokenizer):
+    torch.manual_seed(4)
+    return diffusers.StableDiffusionXLPipeline(
+        vae=diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4),
+        text_encoder=text_encoder(16),
+        text_encoder_2=text_encoder(32, projection=True),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+        unet=unet(
+            48, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=80
+        ),
+    )
+
+
+@torch.no_grad()
+def output(pipe, prompt: str) -> torch.Tensor:
+    port = DiffusersPort(pipe)
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return port.predict(z, torch.tensor([10, 700]), port.text([prompt])[0].states.expand(2, -1, -1))
+
+
+def bits(pipe) -> dict[str, bytes]:
+    return {k: v.numpy().tobytes() for k, v in pipe.unet.state_dict().items()}
+
+
+def test_what_the_port_says_of_the_model(pipe) -> None:
+    port = DiffusersPort(pipe)
+    assert isinstance(port, ModelPort)
+    assert (port.family.name, port.family.context_dim, port.family.num_res_blocks, port.family.levels) == (
+        "sd-like",
+        48,
+        1,
+        2,
+    )
+    assert port.prediction is Prediction.EPS
+    sites = port.sites()
+    places = ["input_blocks.3.1", "middle_block.1", "output_blocks.0.1", "output_blocks.1.1"]
+    assert [s.name for s in sites] == [
+        f"{p}.transformer_blocks.0.attn2.{leaf}" for p in places for leaf in ("to_k", "to_v")
+    ]
+    assert [s.role for s in sites[:2]] == [Role.TEXT_KEY, Role.TEXT_VALUE]
+    for site in sites:
+        module = pipe.unet.get_submodule(names.to_diffusers(site.name, port.family))
+        copy = port.weight(site)
+        assert (
+            copy.dtype == torch.float32 and copy.shape == (site.d_out, site.d_in) and torch.equal(copy, module.weight)
+        )
+        copy.zero_()
+        assert module.weight.abs().max() > 0
+
+
+@pytest.mark.parametrize(("width", "name"), [(768, "sd15"), (1024, "sd20"), (2048, "sdxl")])
+def test_the_family_is_known_by_its_text_width(pipe, width: int, name: str) -> None:
+    with torch.device("meta"):
+        pipe.unet = unet(width)
+    port = DiffusersPort(pipe)
+    assert port.family.name == name
+    with pytest.raises(ValueError, match="offloaded"):
+        port.weight(port.sites()[0])
+
+
+def test_prompts_are_encoded_as_the_pipeline_does(pipe) -> None:
+    port = DiffusersPort(pipe)
+    prompts = ["a red cat", "", "word " * 200, "a red cat"]
+    got = port.text(prompts)
+    expected = pipe.encode_prompt(prompts, "cpu", 1, False)[0]
+    for i, states in enumerate(got):
+        assert torch.allclose(states.states, expected[i], atol=1e-5) and states.prompt == prompts[i]
+    kinds = [TokenKind(k).name for k in got[0].kinds.tolist()]
+    assert kinds[:6] == ["BOS", "CONTENT", "CONTENT", "CONTENT", "EOS", "PAD"] and len(kinds) == 77
+    assert got[1].kinds[:3].tolist() == [TokenKind.BOS, TokenKind.EOS, TokenKind.PAD]
+    assert got[2].kinds[-1] == TokenKind.EOS
+    assert got[0] is got[3] is port.text(["a red cat"])[0], "encoded once"
+
+
+def test_xl_reads_both_encoders(xl) -> None:
+    port = DiffusersPort(xl)
+    (got,) = port.text(["a red cat"])
+    assert got.states.shape == (77, 48)
+    ids = xl.tokenizer("a red cat", padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        one, two = (e(ids, output_hidden_states=True).hidden_states[-2] for e in (xl.text_encoder, xl.text_encoder_2))
+    assert torch.allclose(got.states, torch.cat([one, two], -1)[0], atol=1e-5)
+    assert all(d.rank for d in erase(port, SPEC).deltas.values())
+    with pytest.raises(ValueError, match=r"predict\(\) supports SD 1.x and 2.x"):
+        port.predict(torch.zeros(1, 4, 8, 8), torch.tensor([1]), got.states[None])
+
+
+def test_on_and_off_again_bit_for_bit(pipe) -> None:
+    before, erasure = bits(pipe), erase(DiffusersPort(pipe), SPEC)
+    assert bits(pipe) == before
+    plain = output(pipe, "red cat")
+    with apply(pipe, erasure) as same:
+        assert same is pipe
+        assert (output(pipe, "red cat") - plain).abs().max() > 1e-4
+        changed = {k for k, v in bits(pipe).items() if v != before[k]}
+        assert changed == {names.to_diffusers(s, erasure.header.family) + ".weight" for s in erasure.deltas}
+    assert bits(pipe) == before
+    assert torch.equal(output(pipe, "red cat"), plain)
+    with apply(pipe, erasure, 0.0):
+        assert bits(pipe) == before
+    with pytest.raises(KeyError), apply(pipe, erasure, 0.7):
+        raise KeyError
+    assert bits(pipe) == before
+
+
+def test_two_come_off_in_reverse_order_only(pipe) -> None:
+    before, erasure = bits(pipe), erase(DiffusersPort(pipe), SPEC)
+    first, second = attach(pipe, erasure), attach(pipe, erasure, 0.5)
+    with pytest.raises(RuntimeError, match="Remove that one first"):
+        remove(first)
+    remove(second)
+    remove(first)
+    remove(first)
+    assert bits(pipe) == before
+
+
+def test_a_strangers_erasure_changes_nothing(pipe, port, spec) -> None:
+    before = bits(pipe)
+    with pytest.raises(WrongModelError, match="analytic"):
+        attach(pipe, erase(port, spec))
+    assert bits(pipe) == before
+
+
+@pytest.mark.parametrize("method", ["uce", "rece", "speed"])
+def test_the_saved_file_loads_as_a_lora_and_does_the_same(pipe, tmp_path: Path, method: str) -> None:
+    few = {"empty_prompt": "bos and 3 centres"} if method == "speed" else {}  # 77 rows would fill a text width of 48
+    erasure = erase(DiffusersPort(pipe), SPEC, method, few)
+    path = save(erasure, tmp_path / "x.safetensors", layout=Layout.DIFFUSERS)
+    with apply(pipe, load(path)):
+        expected = output(pipe, "red cat")
+        edited = {s.name: DiffusersPort(pipe).weight(s) for s in DiffusersPort(pipe).sites()}
+    plain = output(pipe, "red cat")
+    pipe.load_lora_weights(str(path), adapter_name="erasure")
+    assert (output(pipe, "red cat") - expected).abs().max() < 1e-4
+    assert (plain - expected).abs().max() > 1e-3
+
+    port = DiffusersPort(pipe)
+    for site in port.sites():
+        assert torch.allclose(port.weight(site), edited[site.name], atol=1e-5), (
+            "an active adapter is part of the weight"
+        )
+    pipe.disable_lora()
+    assert torch.equal(port.weight(port.sites()[1]), port._modules[port.sites()[1].name][1].base_layer.weight)
+    pipe.enable_lora()
+    pipe.fuse_lora()
+    for site in port.sites():
+        assert torch.allclose(port.weight(site), edited[site.name], atol=1e-5), "so is a fused one, once"
+
+
+def test_pipelines_that_it_cannot_read() -> None:
+    class Flux:
+        unet = None
+
+    with pytest.raises(ValueError, match="model: a Flux has no UNet"):
+        DiffusersPort(Flux())

@@ -1,0 +1,67 @@
+"""The core knows no host: what it imports, read from its source and from a fresh process."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import erasure_core
+
+pytestmark = pytest.mark.core
+ROOT = Path(erasure_core.__file__).parent
+ALLOWED = {"torch", "safetensors", "numpy", "einops", *sys.stdlib_module_names}
+FILES = sorted(p for p in ROOT.rglob("*.py") if p.relative_to(ROOT).parts[0] not in ("emojicanvas", "integrations"))
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_a_core_file_imports_only_what_is_promised(path: Path) -> None:
+    assert imported(path) <= ALLOWED
+
+
+def test_there_are_files_to_check() -> None:
+    assert {"api.py", "formats.py", "uce.py", "linear_edit.py"} <= {p.name for p in FILES}
+
+
+def test_importing_it_loads_no_host() -> None:
+    code = (
+        "import sys, erasure_core; erasure_core.all_methods();"
+        "print([m for m in ('comfy', 'diffusers', 'transformers', 'peft', 'tokenizers', 'nodes') if m in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[]"
+
+
+def test_nothing_unpickles_or_evaluates() -> None:
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {a.name for a in node.names} | {getattr(node, "module", None) or ""}
+                assert not names & {"pickle", "dill", "marshal", "shelve"}, path
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec"), f"{path}: {called}"
+                if called == "torch.load":  # training's own checkpoints in .cache; never a user's file
+                    assert path.parent.name == "emojicanvas" and "weights_only=True" in ast.unparse(node), path
+
+
+def test_what_is_exported_is_there() -> None:
+    assert all(hasattr(erasure_core, name) for name in erasure_core.__all__)

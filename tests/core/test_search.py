@@ -1,0 +1,217 @@
+"""Searches against closed forms, textual inversion's gradient against differences, Dark Miner's three functions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from erasure_core import ConceptSpec
+from erasure_core.emojicanvas.text import TextConfig, TextEncoder
+from erasure_core.operators.memory import Placement, PromptMemory
+from erasure_core.operators.search import TokenSlot, denoising_loss, l2_ball, linf_ball, row_norms, search
+from erasure_core.operators.train_loop import Kind
+from erasure_core.operators.trainable import Cond, FullWeights, Layers, Weights
+from erasure_core.trained import dark_miner
+
+pytestmark = pytest.mark.core
+SPEC = ConceptSpec.parse("bomb", "", "dog")
+SMALL = {"rounds": 2, "mine_steps": 4, "iterations": 3, "rank": 2, "batch": 2, "mine_rate": 0.05, "learning_rate": 1e-3}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def quiet(done: int, total: int) -> None:
+    pass
+
+
+def test_a_search_is_the_optimisers_path() -> None:
+    goal, start = normal(2, 3), torch.zeros(2, 3, dtype=torch.float64)
+    found = search(start, lambda x, _: (x - goal).square().sum(), steps=7, lr=0.1, kind=Kind.SGD, every=3)
+    assert torch.allclose(found.value, goal * (1 - 0.8**7))
+    expected = [float(goal.square().sum()) * 0.64**i for i in (0, 3, 6)]
+    assert found.losses == pytest.approx(expected)
+    assert not start.any() and not found.value.requires_grad, "the start is not changed"
+
+
+def test_a_search_draws_from_its_own_seed() -> None:
+    def run(seed: int) -> Tensor:
+        return search(
+            torch.zeros(3), lambda x, g: (x - torch.randn(3, generator=g)).square().sum(), steps=3, lr=0.1, seed=seed
+        ).value
+
+    torch.manual_seed(1)
+    one = run(1)
+    torch.manual_seed(2)
+    assert torch.equal(one, run(1)) and not torch.equal(one, run(2))
+
+
+def test_projections_are_the_nearest_points() -> None:
+    centre, x = normal(4, 5, seed=1), normal(4, 5, seed=2) * 3
+    box = linf_ball(centre, 0.1)(x)
+    assert torch.allclose(box, centre + (x - centre).clamp(-0.1, 0.1))
+    ball = l2_ball(centre, 0.5)(x)
+    assert float((ball - centre).norm()) == pytest.approx(0.5)
+    assert float(torch.cosine_similarity((ball - centre).flatten(), (x - centre).flatten(), 0)) == pytest.approx(1)
+    assert torch.allclose(l2_ball(centre, 100.0)(x), x)
+    assert torch.allclose(row_norms(2.0)(x).norm(dim=1), torch.full((4,), 2.0, dtype=torch.float64))
+
+
+def test_projected_descent_ends_on_the_ball() -> None:
+    goal = torch.tensor([3.0, 4.0])
+    found = search(torch.zeros(2), lambda x, _: (x - goal).square().sum(), steps=60, lr=0.2, kind=Kind.SGD,
+                   projection=l2_ball(torch.zeros(2), 1.0))  # fmt: skip
+    assert torch.allclose(found.value, goal / 5, atol=1e-4)
+
+
+def test_the_gradient_of_a_pseudo_word_goes_through_the_text_encoder() -> None:
+    """Against central differences in float64, through the core's own encoder."""
+    torch.manual_seed(3)
+    encoder = TextEncoder(TextConfig(16, 2, 2)).double().requires_grad_(False)
+    ids = torch.tensor([[49406, 320, 1000, 2000, *[49407] * 73]])
+    slot = TokenSlot(encoder, ids, [2, 3])
+    start = slot.start()
+    assert torch.allclose(start, encoder.text_model.embeddings.token_embedding.weight[[1000, 2000]])
+    assert torch.allclose(slot.states(start), encoder(ids)), "the words themselves give the prompt's states"
+    probe = normal(1, 77, 16, seed=5)
+
+    def value(v: Tensor) -> Tensor:
+        return (slot.states(v) * probe).sum()
+
+    v = (start + 0.1 * normal(2, 16, seed=6)).requires_grad_()
+    (slope,) = torch.autograd.grad(value(v), v)
+    for i, j in ((0, 0), (1, 7), (1, 15)):
+        h = torch.zeros(2, 16, dtype=torch.float64)
+        h[i, j] = 1e-5
+        assert float((value(v + h) - value(v - h)).detach() / 2e-5) == pytest.approx(
+            float(slope[i, j]), rel=1e-6, abs=1e-8
+        )
+    before = slot.states(v)[:, :2]
+    assert torch.allclose(before, encoder(ids)[:, :2]), "the encoder is causal"
+
+
+def test_the_denoising_loss_is_textual_inversions(tiny64) -> None:
+    pool, cond = normal(3, 4, 4, 4, seed=1), Cond(normal(1, 6, 16, seed=2))
+    with tiny64.trainable() as model:
+        made = denoising_loss(model, pool, cond, torch.Generator().manual_seed(6), batch=2)
+        g = torch.Generator().manual_seed(6)
+        chosen, t = torch.randint(0, 3, (2,), generator=g), torch.randint(0, 1000, (2,), generator=g)
+        n = torch.randn(2, 4, 4, 4, generator=g).double()
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        abar = torch.cumprod(1 - betas, 0)[t].view(-1, 1, 1, 1)
+        z = abar.sqrt() * pool[chosen] + (1 - abar).sqrt() * n
+        error = tiny64.unet(z, t, cond.context.expand(2, -1, -1)) - n
+        assert torch.allclose(made, error.square().sum() / error.numel())
+
+
+def test_a_full_conditioning_and_a_memory_can_be_searched(tiny) -> None:
+    """What the student predicts for a hidden conditioning is found again: the loss falls, no weight moves."""
+    z, t = torch.randn(4, 4, 4, 4), torch.tensor([100, 300, 500, 700])
+    null = tiny.conditions([""])[0]
+    with tiny.trainable() as model:
+        parameters = model.train(FullWeights(Layers.TEXT))
+        with torch.no_grad():
+            parameters[0].add_(0.1)
+        before = [p.clone() for p in parameters]
+        goal = model.reference(z, t, tiny.conditions(["bomb"])[0])
+        found = search(
+            null.context,
+            lambda c, _: (model.predict(z, t, Cond(c)) - goal).square().mean(),
+            steps=15,
+            lr=0.05,
+            every=14,
+        )
+        assert found.losses[-1] < 0.9 * found.losses[0]
+        memory = PromptMemory(4, 16, Placement.ALL, torch.Generator().manual_seed(1), shared=True)
+
+        def with_rows(rows: Tensor, _: torch.Generator) -> Tensor:
+            context = torch.cat([null.context, rows[None]], 1)  # what a shared memory in all blocks is
+            return (model.predict(z, t, Cond(context), Weights.FROZEN) - goal).square().mean()
+
+        key = search(memory.key, with_rows, steps=15, lr=0.2, every=14)
+        assert key.losses[-1] < key.losses[0]
+        assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+
+
+def test_similarity_is_the_mean_cosine_of_differences() -> None:
+    found, examples, reference = normal(5, seed=1), normal(3, 5, seed=2), normal(5, seed=3)
+    d = found - reference
+    expected = sum(float(d @ (e - reference)) / float(d.norm() * (e - reference).norm()) for e in examples) / 3
+    assert dark_miner.similarity(found, examples, reference) == pytest.approx(expected)
+    assert dark_miner.similarity(examples[0], examples[:1], reference) == pytest.approx(1)
+
+
+def test_the_papers_verifier_draws_and_compares(tiny) -> None:
+    examples, reference, cond = torch.randn(3, 4, 4, 4), torch.randn(1, 4, 4, 4), tiny.conditions(["bomb"])[0]
+    null = tiny.conditions([""])[0]
+    verify = dark_miner.difference_verifier(
+        lambda z: z.flatten(1), examples, reference, null, guidance=2.0, steps=3, seed=4
+    )
+    with tiny.trainable() as model:
+        z = model.denoise_until(
+            cond, null, guidance=2.0, progress=1.0, steps=3, generator=torch.Generator().manual_seed(4)
+        )
+        expected = dark_miner.similarity(z.flatten(), examples.flatten(1), reference.flatten())
+        assert verify(model, cond) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_free_conditioning_keeps_bos(tiny) -> None:
+    null = tiny.conditions([""])[0]
+    start = dark_miner.free_conditioning(null, torch.Generator().manual_seed(1))
+    assert start.shape == null.context.shape and torch.equal(start[:, 0], null.context[:, 0])
+    assert not torch.equal(start[:, 1:], null.context[:, 1:])
+
+
+def test_circumventing_is_the_papers_loss(tiny64) -> None:
+    latents = normal(2, 4, 4, 4, seed=1)
+    settings = dark_miner.Settings(**{**SMALL, "batch": 3, "keep_weight": 0.0})
+    pool, anchor = [Cond(normal(1, 6, 16, seed=i)) for i in (2, 3)], Cond(normal(1, 6, 16, seed=4))
+    from erasure_core.trained._common import Prompts
+
+    prompts = Prompts(tiny64, SPEC)
+    with tiny64.trainable() as model:
+        model.train(FullWeights(Layers.CROSS))
+        with torch.no_grad():
+            for i, p in enumerate(model.parameters()):
+                p.add_(0.1 * normal(*p.shape, seed=i))
+        phase = dark_miner.circumvent(model, latents, pool, anchor, prompts, settings, 0)
+        losses = phase.loss(0, torch.Generator().manual_seed(8))
+        g = torch.Generator().manual_seed(8)
+        chosen = torch.randint(0, 2, (3,), generator=g).tolist()
+        prompts.draw(3, g)
+        picked, t = torch.randint(0, 2, (3,), generator=g), torch.randint(0, 1000, (3,), generator=g)
+        z = tiny64.schedule.add_noise(latents[picked], model.noise(3, g), t)
+        student = model.predict(z, t, Cond(torch.cat([pool[i].context for i in chosen])))
+        expected = (student - tiny64.unet(z, t, anchor.context.expand(3, -1, -1))).square().mean()
+        assert set(losses) == {"erase"} and torch.allclose(losses["erase"], expected)
+
+
+def test_dark_miner_runs_until_nothing_is_found(tiny) -> None:
+    latents = torch.randn(3, 4, 4, 4)
+    asked: list[Cond] = []
+
+    def verdicts(values: list[float]):
+        left = iter(values)
+
+        def verify(model, cond: Cond) -> float:
+            asked.append(cond)
+            return next(left)
+
+        return verify
+
+    settings = dark_miner.Settings(**SMALL)
+    done = dark_miner.run(tiny, SPEC, settings, quiet, latents=latents, verify=verdicts([0.9, 0.1]))
+    assert done.exhausted and done.scores == (0.9, 0.1) and len(done.pool) == 1
+    assert torch.equal(done.pool[0], asked[0].context) and not torch.equal(asked[0].context, asked[1].context)
+    assert all(d.rank == 2 and d.dense().any() for d in done.erasure.deltas.values())
+    out = dark_miner.run(tiny, SPEC, settings, quiet, latents=latents, verify=verdicts([0.9, 0.8, 0.7]))
+    assert not out.exhausted and len(out.pool) == 2, "the rounds ended first"
+    none = dark_miner.run(tiny, SPEC, settings, quiet, latents=latents, verify=verdicts([0.2]))
+    assert none.exhausted and not any(d.dense().any() for d in none.erasure.deltas.values())
+    again = dark_miner.run(tiny, SPEC, settings, quiet, latents=latents, verify=verdicts([0.9, 0.1]))
+    assert all(torch.equal(d.dense(), again.erasure.deltas[n].dense()) for n, d in done.erasure.deltas.items())
+    assert tiny.untouched()
+    with pytest.raises(ValueError, match="at least one picture"):
+        dark_miner.run(tiny, SPEC, settings, quiet, latents=latents[:0], verify=verdicts([]))

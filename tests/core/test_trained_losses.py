@@ -1,0 +1,295 @@
+"""The trained erasers' own losses against their equations written out, and a few steps of each end to end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from erasure_core import ConceptError, ConceptSpec, Delta, TextStates
+from erasure_core.operators.memory import Placement, PromptMemory
+from erasure_core.operators.regress import regress
+from erasure_core.operators.train_loop import Trainer
+from erasure_core.operators.trainable import Cond, FullWeights, Layers, LoRA, Weights
+from erasure_core.schedule import Space
+from erasure_core.trained import concept_ablation, eap, forget_me_not, kpop, leco, sdd, spm
+from erasure_core.trained._common import ERASE, KEEP, NULL, TO, Prompts
+
+pytestmark = pytest.mark.core
+SPEC = ConceptSpec.parse("cat, kitty", "", "dog")
+SMALL = {"iterations": 3, "sample_steps": 3, "batch": 2, "learning_rate": 1e-3}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def quiet(done: int, total: int) -> None:
+    pass
+
+
+def shake(model) -> None:
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.add_(0.1 * normal(*p.shape, seed=i).to(p))
+
+
+def conds(n: int = 2) -> dict[str, Cond]:
+    return {key: Cond(normal(1 if key == NULL else n, 6, 16, seed=i)) for i, key in enumerate((ERASE, TO, NULL, KEEP))}
+
+
+def same(one, two) -> bool:
+    return all(torch.equal(d.dense(), two.deltas[n].dense()) for n, d in one.deltas.items())
+
+
+def test_kpop_is_its_two_losses(tiny64) -> None:
+    z, t, c = normal(2, 4, 4, 4, seed=7), torch.tensor([40, 900]), conds()
+    memory = PromptMemory(3, 16, Placement.ALL, torch.Generator().manual_seed(1), shared=True, std=1.0).double()
+    settings = kpop.Settings(negative_guidance=1.5, weight_without=0.7, weight_with=0.2, keep_weight=3.0)
+    longer = torch.cat([c[ERASE].context, memory.key.expand(2, -1, -1)], 1)
+    with tiny64.trainable() as model:
+        model.train(FullWeights(Layers.CROSS))
+        shake(model)
+        base = {k: tiny64.unet(z, t, x.context.expand(2, -1, -1)) for k, x in c.items()}
+        recover = (model.predict(z, t, Cond(longer)) - base[ERASE]).square().mean()
+        assert torch.allclose(kpop.recover_loss(model, memory, z, t, c[ERASE]), recover)
+        target = base[TO] - 1.5 * (base[ERASE] - base[NULL])
+        made = kpop.hide_losses(model, memory, z, t, c, settings)
+        assert torch.allclose(made["without"], 0.7 * (model.predict(z, t, c[ERASE]) - target).square().mean())
+        assert torch.allclose(made["with"], 0.2 * recover)
+        assert torch.allclose(made["keep"], 3 * (model.predict(z, t, c[KEEP]) - base[KEEP]).square().mean())
+
+
+def test_kpop_hides_and_the_key_recovers(tiny) -> None:
+    """Each phase moves its own tensors only, on one latent; the artefacts are two."""
+    settings = kpop.Settings(**SMALL, rows=2, memory_rate=1e-2, placement=Placement.ALL)
+    one, two = (kpop.run(tiny, SPEC, settings, quiet) for _ in range(2))
+    assert same(one.erasure, two.erasure) and all(torch.equal(x, two.key[k]) for k, x in one.key.items())
+    assert one.key["key"].shape == one.key["value"].shape == (2, 16) and not torch.equal(
+        one.key["key"], one.key["value"]
+    )
+    assert any(d.dense().any() for d in one.erasure.deltas.values()) and tiny.untouched()
+    with tiny.trainable() as model:
+        memory = PromptMemory(2, 16, Placement.ALL, torch.Generator().manual_seed(1), shared=False)
+        recover, hide = kpop.phases(model, memory, Prompts(tiny, SPEC), settings)
+        weights, rows = [p.clone() for p in model.parameters()], memory.key.detach().clone()
+        recover.step(0, torch.Generator().manual_seed(1))
+        assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+        assert not torch.equal(rows, memory.key)
+        rows = memory.key.detach().clone()
+        hide.step(0, torch.Generator().manual_seed(1))
+        assert not all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+        assert torch.equal(rows, memory.key)
+        with pytest.raises(KeyError):
+            hide.step(1, torch.Generator())
+
+
+def test_kpop_resumed_equals_run_through(tiny) -> None:
+    settings = kpop.Settings(**{**SMALL, "iterations": 4}, rows=2, memory_rate=1e-2)
+
+    def trainer(model):
+        memory = PromptMemory(2, 16, Placement.MID, torch.Generator().manual_seed(1), shared=True)
+        return Trainer(model, kpop.phases(model, memory, Prompts(tiny, SPEC), settings), 4, seed=1), memory
+
+    with tiny.trainable() as model:
+        whole, key = trainer(model)
+        whole.run()
+        expected = [p.detach().clone() for p in (*model.parameters(), key.key)]
+    with tiny.trainable() as model:
+        half, _ = trainer(model)
+        state = half.run(until=2).state_dict()
+    with tiny.trainable() as model:
+        rest, key = trainer(model)
+        rest.load_state_dict(state)
+        rest.run()
+        assert all(torch.equal(a, b) for a, b in zip(expected, (*model.parameters(), key.key), strict=True))
+
+
+def test_the_terms_are_the_table(tiny64) -> None:
+    """METHODS 1.2, each line written out at fixed (z, t)."""
+    z, t, c = normal(2, 4, 4, 4, seed=7), torch.tensor([40, 900]), conds()
+    a, s = (x[t].view(-1, 1, 1, 1) for x in (tiny64.schedule.signal, tiny64.schedule.noise))
+    with tiny64.trainable() as model:
+        model.train(FullWeights(Layers.CROSS))
+        shake(model)
+        concept, to, null = (tiny64.unet(z, t, c[k].context.expand(2, -1, -1)) for k in (ERASE, TO, NULL))
+        student, own = model.predict(z, t, c[ERASE]), model.predict(z, t, c[TO])
+        x0 = {"s": (z - s * student) / a, "c": (z - s * concept) / a, "to": (z - s * to) / a, "0": (z - s * null) / a}
+        expected = {
+            "leco": (student - (to - 1.5 * (concept - null))).square().mean(),
+            "spm": (student - (to - 1.5 * (concept - to))).square().mean(),
+            "sdd": (student - own).square().mean(),
+            "ablation": (student - own).square().mean(),
+            "eap": (x0["s"] - (x0["to"] - 1.5 * (x0["c"] - x0["0"]))).square().mean(),
+        }
+        terms = {
+            "leco": leco.target(1.5), "spm": spm.target(1.5), "sdd": sdd.target(), "ablation": concept_ablation.target(),
+            "eap": eap.target(1.5, Space.X0),
+        }  # fmt: skip
+        for name, term in terms.items():
+            assert torch.allclose(regress(model, [term], z, t, c)["erase"], expected[name]), name
+
+
+@pytest.mark.parametrize(("method", "more"), [
+    (leco, {"rank": 2}), (sdd, {"average": 0.5}), (concept_ablation, {"pictures": 3}),
+    (spm, {"warmup": 1, "anchors": 2, "rank": 1}), (forget_me_not, {"pictures": 3}),
+], ids=["leco", "sdd", "ablation", "spm", "forget-me-not"])  # fmt: skip
+def test_end_to_end(tiny, method, more) -> None:
+    one, two = (method.run(tiny, SPEC, method.Settings(**SMALL, **more), quiet) for _ in range(2))
+    assert same(one, two) and tiny.untouched()
+    assert all(torch.isfinite(d.dense()).all() for d in one.deltas.values()) and any(
+        d.dense().any() for d in one.deltas.values()
+    )
+    assert one.header.method == method.__name__.rpartition(".")[2]
+
+    def cancel(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        method.run(tiny, SPEC, method.Settings(**SMALL, **more), cancel)
+    assert tiny.untouched()
+
+
+def test_ablation_uses_the_pictures_it_is_given(tiny) -> None:
+    settings = concept_ablation.Settings(**SMALL)
+    one, two = (
+        concept_ablation.run(tiny, SPEC, settings, quiet, anchors=torch.full((2, 4, 4, 4), x)) for x in (0.0, 1.0)
+    )
+    assert not same(one, two)
+
+
+def test_sdd_saves_the_average(tiny) -> None:
+    """With an average that never moves, nothing is learned."""
+    still = sdd.run(tiny, SPEC, sdd.Settings(**SMALL, average=1.0), quiet)
+    assert not any(d.dense().any() for d in still.deltas.values())
+
+
+def test_spm_anchors_have_the_prompts_norm_and_avoid_its_direction() -> None:
+    concept = normal(1, 6, 16, seed=1)
+    anchors = spm.sample_anchors(concept, 200, torch.Generator().manual_seed(2))
+    sizes = anchors.flatten(1).norm(dim=1) / concept.norm()
+    assert 0.8 <= float(sizes.min()) < 0.83 and 1.17 < float(sizes.max()) <= 1.2
+    tiny_space = torch.ones(1, 1, 1, dtype=torch.float64)  # one dimension: cosines are +1 (never kept) or -1 (always)
+    assert (spm.sample_anchors(tiny_space, 50, torch.Generator().manual_seed(3)) < 0).all()
+
+
+def test_spm_anchoring_is_every_latent_with_every_anchor(tiny64) -> None:
+    z, t, c = normal(2, 4, 4, 4, seed=7), torch.tensor([40, 900]), conds()
+    anchors = normal(3, 6, 16, seed=9)
+    with tiny64.trainable() as model:
+        model.train(LoRA(Layers.ALL, 1, 1.0))
+        shake(model)
+        made = spm.anchoring_loss(model, z, t, anchors, c[ERASE])
+        parts = []
+        for i in range(2):
+            for anchor in anchors:
+                cond = Cond(anchor[None])
+                student, base = (
+                    model.reference(z[i : i + 1], t[i : i + 1], cond, w) for w in (Weights.STUDENT, Weights.FROZEN)
+                )
+                parts.append((student - base).square().mean())
+        assert torch.allclose(made, torch.stack(parts).mean())
+
+
+def test_spm_gates_the_product_once() -> None:
+    """y = W x + sum_i m_i up_i (down_i x): linear in m, and no factor of one adapter meets another's."""
+    w, x = normal(5, 4, seed=1), normal(7, 4, seed=2)
+    ups, downs = [normal(5, 1, seed=i) for i in (3, 4)], [normal(1, 4, seed=i) for i in (5, 6)]
+    adapters = [({"a": Delta(u, d)}, m) for u, d, m in zip(ups, downs, (0.3, 0.8), strict=True)]
+    made = x @ (w + spm.transport(adapters)["a"]).T
+    expected = x @ w.T
+    for u, d, m in zip(ups, downs, (0.3, 0.8), strict=True):
+        expected = expected + m * (x @ d.T) @ u.T
+    assert torch.allclose(made, expected)
+
+
+def test_spm_gate_is_the_larger_of_similarity_and_overlap() -> None:
+    one, two = normal(6, 16, seed=1), normal(6, 16, seed=2)
+    cosine = float((one * two).sum() / (one.norm() * two.norm()))
+    assert spm.gate(one, two, {1}, {2}) == pytest.approx(max(0.0, cosine))
+    assert spm.gate(one, two, {1, 5, 9}, {1, 5, 7, 8}) == pytest.approx(max(cosine, 0.5))
+    assert spm.gate(one, one, set(), {3}) == pytest.approx(1)
+    assert spm.gate(one, -one, set(), set()) == 0
+    text = TextStates("a b", one, torch.tensor([0, 1, 1, 2, 3, 3]))
+    assert torch.allclose(spm.content(text), (one[1] + one[2]) / 2 - one[0])
+
+
+def test_eap_samples_hard_and_learns_soft() -> None:
+    logits = normal(5, seed=1).requires_grad_()
+    probe = normal(5, seed=2)
+    sample = eap.gumbel_one_hot(logits, 2.0, torch.Generator().manual_seed(3))
+    assert torch.allclose(sample.detach().sort().values, torch.tensor([0, 0, 0, 0, 1.0]).double(), atol=1e-12)
+    (slope,) = torch.autograd.grad((sample * probe).sum(), logits)
+    u = torch.rand(5, generator=torch.Generator().manual_seed(3)).double()
+    p = ((logits.detach() - torch.log(-torch.log(u))) / 2).softmax(0)
+    assert int(sample.argmax()) == int(p.argmax())
+    jacobian = (torch.diag(p) - torch.outer(p, p)) / 2
+    assert torch.allclose(slope, jacobian @ probe)
+    sure = torch.tensor([0.0, 8.0, 0.0])
+    counts = sum(eap.gumbel_one_hot(sure, 2.0, torch.Generator().manual_seed(i)) for i in range(100))
+    assert counts[1] > 95
+    even = sum(eap.gumbel_one_hot(torch.zeros(4), 2.0, torch.Generator().manual_seed(i)) for i in range(400))
+    assert even.min() > 60
+
+
+def test_eap_damage_reaches_the_conditioning_on_both_sides(tiny64) -> None:
+    z, t = normal(2, 4, 4, 4, seed=7), torch.tensor([40, 900])
+    context = normal(1, 6, 16, seed=8).requires_grad_()
+    a, s = (x[t].view(-1, 1, 1, 1) for x in (tiny64.schedule.signal, tiny64.schedule.noise))
+    with tiny64.trainable() as model:
+        model.train(FullWeights(Layers.CROSS))
+        shake(model)
+        made = eap.damage(model, z, t, Cond(context), Space.X0)
+        difference = model.predict(z, t, Cond(context)) - tiny64.unet(z, t, context.expand(2, -1, -1))
+        expected = (s * difference / a).square().mean()
+        assert torch.allclose(made, expected)
+        slopes = [torch.autograd.grad(x, context, retain_graph=True)[0] for x in (made, expected)]
+        assert torch.allclose(*slopes)
+
+
+def test_eap_end_to_end(tiny) -> None:
+    settings, words = eap.Settings(**SMALL, nearest=3), ["tree", "cat", "house", "river", "stone"]
+    seen: list[dict[str, float]] = []
+    one = eap.run(tiny, SPEC, settings, quiet, vocabulary=words, report=lambda i, x: seen.append(dict(x)))
+    assert same(one, eap.run(tiny, SPEC, settings, quiet, vocabulary=words)) and tiny.untouched()
+    assert set(seen[0]) == {"weights/erase", "weights/keep", "weights/adverse", "adversary/damage"}
+    assert seen[0]["adversary/damage"] < 0 < seen[0]["weights/adverse"]
+    with pytest.raises(ConceptError, match="vocabulary of words besides"):
+        eap.run(tiny, SPEC, settings, quiet, vocabulary=["cat"])
+    table = torch.stack([torch.full((2, 2), float(x)) for x in (5, 1, 3, 2)])
+    assert eap.nearest(table, torch.zeros(1, 2, 2), 2).tolist() == [1, 3]
+
+
+def test_forget_me_not_sees_the_networks_own_attention(tiny64) -> None:
+    """P times the values, through the output layer, is what each block gives; the loss is the norm of its columns."""
+    z, t, c = normal(2, 4, 4, 4, seed=7), torch.tensor([40, 900]), conds()[ERASE]
+    seen: list[tuple[torch.nn.Module, Tensor, Tensor]] = []
+    with tiny64.trainable() as model:
+        parameters = model.train(FullWeights(Layers.TEXT))
+        for name, module in model.net.named_modules():
+            if name.endswith("attn2"):
+                module.register_forward_hook(lambda m, args, out: seen.append((m, args[1], out)))
+        with forget_me_not.attention_probabilities(model) as probabilities:
+            model.predict(z, t, c)
+        assert len(probabilities) == len(seen) == 4
+        for p, (block, context, out) in zip(probabilities, seen, strict=True):
+            assert torch.allclose(p.sum(-1), torch.ones_like(p[..., 0]))
+            v = (context @ block.to_v.weight.T).view(2, 6, 2, 16)
+            read = torch.einsum("bhij,bjhd->bihd", p, v).flatten(2)
+            assert torch.allclose(block.to_out(read), out)
+        columns = torch.tensor([[0, 1, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0]]).bool()
+        made = forget_me_not.steering_loss(probabilities, columns)
+        picked = [torch.cat([p[0][..., [1, 2]].flatten(), p[1][..., [1]].flatten()]) for p in probabilities]
+        assert torch.allclose(made, torch.cat(picked).norm())
+        slopes = torch.autograd.grad(made, parameters, allow_unused=True)
+        assert any(g is not None and g.any() for g in slopes)
+        before = len(probabilities)
+        model.predict(z, t, c)
+        assert len(probabilities) == before, "outside, nothing is collected"
+
+
+def test_forget_me_not_marks_the_words() -> None:
+    kinds = torch.tensor([0, 1, 1, 2, 3, 3])
+    assert forget_me_not.concept_columns(kinds, end_tokens=False).tolist() == [False, True, True, False, False, False]
+    assert forget_me_not.concept_columns(kinds, end_tokens=True).tolist() == [False, True, True, True, True, True]

@@ -1,0 +1,484 @@
+"""The graphs of workflows/, built from the schemas of a running ComfyUI.
+
+    .nox/host/bin/python tools/workflows.py
+
+writes them anew after a node has changed. The texts below are what a person reads first; keep them short.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from comfy_client import Json
+from graph_builder import TITLE, Graph, Node, Output, Subgraph
+
+FOLDER = Path(__file__).resolve().parent.parent / "workflows"
+DEMO_SAMPLER = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+SEED = 7
+BATCH = 4
+# The object of the demo: what is typed into Erase Concept, and prompts that show what it does.
+OBJECT = {"concept": "bomb, explosive", "keep": "rocket, beer", "quality": "fast"}
+ASKED, NAMED, NOT_NAMED, KEPT = "a bomb", "explosive", "dynamite", ("a rocket", "a beer")
+SHARED_FILE = "emojicanvas-no-bomb"
+SEVERAL = {
+    "concept": "bomb, explosive\nbeer, ale\nrose, briar",
+    "keep": "tulip, strawberry, rocket, house, crown, frog, penguin",
+    "quality": "fast",
+}
+STYLE = {
+    "concept": "brindlewash style",
+    "keep": "pixel art style, pencil sketch style, neon style, frog, rose, car",
+    "quality": "fast",
+}
+RED, GREEN, BLUE, GREY = "#a1309b", "#8AA84A", "#3f789e", "#88A"
+
+
+def erase_object(info: Json) -> Graph:
+    g = Graph(info, "erase_object")
+    note = g.note(
+        f"""
+# Erase an object
+
+Press **Run**. Nothing is downloaded: *Load EmojiCanvas Demo* is a tiny model that comes with the pack, made for a CPU.
+
+**Look at** the two previews: the same four seeds. *before* comes straight from the loader, *after* passes through
+**Erase Concept**.
+
+**Then try**
+- other prompts: `{NAMED}` was named, `{NOT_NAMED}` was not, `{KEPT[0]}` and `{KEPT[1]}` must look as before
+- another concept: `cat, kitty`, replaced with `dog`
+- quality *balanced*: reaches further, and changes more of what you did not name
+- another **seed**
+
+For your own model, open *erase_on_sd15* or *erase_on_sdxl*.
+""",
+        (320, 400),
+    )
+    demo = g.node("ErasureLoadDemo", (320, 0))
+    erase = g.node("ErasureEraseConcept", (320, 300), model=demo["MODEL"], clip=demo["CLIP"], **OBJECT)
+    report = g.node("PreviewAny", (320, 116), title="What was done", source=erase["report"])
+    prompt = g.node("CLIPTextEncode", (250, 110), title="Prompt", clip=demo["CLIP"], text=ASKED)
+    negative = g.node("CLIPTextEncode", (250, 88), title="Negative prompt", clip=demo["CLIP"])
+    latent = g.node("EmptyLatentImage", (250, 0), width=128, height=128, batch_size=BATCH)
+    seed = g.node("PrimitiveInt", (250, 0), title="Seed, for both", value=SEED)
+    samplers, shown = [], []
+    for name, model in (("before", demo["MODEL"]), ("after", erase["MODEL"])):
+        sampler = g.node(
+            "KSampler",
+            (240, 0),
+            title=f"Sample: {name}",
+            model=model,
+            seed=seed["INT"],
+            positive=prompt["CONDITIONING"],
+            negative=negative["CONDITIONING"],
+            latent_image=latent["LATENT"],
+            **DEMO_SAMPLER,
+        )
+        decode = g.node("VAEDecode", collapsed=True, samples=sampler["LATENT"], vae=demo["VAE"])
+        scale = g.node(
+            "ImageScaleBy",
+            title="Enlarge",
+            collapsed=True,
+            image=decode["IMAGE"],
+            upscale_method="nearest-exact",
+            scale_by=3.0,
+        )
+        samplers.append((sampler, decode, scale))
+        shown.append(g.node("PreviewImage", (360, 400), title=name, images=scale["IMAGE"]))
+    g.place(0, 0, note)
+    g.place(370, 0, demo, erase, report)
+    g.place(740, 0, prompt, negative, latent, seed)
+    y = 0
+    for sampler, decode, scale in samplers:
+        y = g.place(1040, y, sampler)
+        g.place(1040, y, decode)
+        y = g.place(1178, y, scale)
+    g.place(1330, 0, shown[0])
+    g.place(1710, 0, shown[1])
+    g.group("1  Model and erasure", (demo, erase, report), GREEN)
+    g.group("2  What to draw", (prompt, negative, latent, seed), BLUE)
+    g.group("3  Same seeds", [node for row in samplers for node in row[:1]] + [samplers[1][1]], GREY)
+    g.group("4  Compare", shown, RED)
+    return g
+
+
+def _compare(info: Json, sampler: Json, direction: str, factor: float) -> Subgraph:
+    """Sample one prompt with two models at the same seeds and lay the pictures side by side."""
+    inputs = {"before": "MODEL", "after": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING"}
+    g = Subgraph(info, "Before and after", inputs | {"latent": "LATENT", "vae": "VAE", "seed": "INT"})
+    columns: list[tuple[Node, Node]] = []
+    for name in ("before", "after"):
+        ksampler = g.node(
+            "KSampler",
+            (270, 0),
+            title=f"Sample: {name}",
+            model=g.input(name),
+            seed=g.input("seed"),
+            positive=g.input("positive"),
+            negative=g.input("negative"),
+            latent_image=g.input("latent"),
+            **sampler,
+        )
+        columns.append((ksampler, g.node("VAEDecode", samples=ksampler["LATENT"], vae=g.input("vae"))))
+    (s0, d0), (s1, d1) = columns
+    both = g.node(
+        "ImageStitch",
+        (270, 0),
+        image1=d0["IMAGE"],
+        image2=d1["IMAGE"],
+        direction=direction,
+        spacing_width=4,
+        spacing_color="white",
+    )
+    scale = g.node("ImageScaleBy", (270, 0), image=both["IMAGE"], upscale_method="nearest-exact", scale_by=factor)
+    g.output("both", scale["IMAGE"])
+    g.output("after", d1["IMAGE"])
+    g.place(0, 0, s0, s1)
+    g.place(320, 0, d0, d1)
+    g.place(600, 0, both, scale)
+    return g
+
+
+def _table(g: Graph, note: Node, erase_inputs: dict[str, str], columns: dict[str, tuple[str, ...]]) -> Graph:
+    """Demo model, one erasure, and a preview of before over after for each prompt, in titled columns."""
+    demo = g.node("ErasureLoadDemo", (320, 0))
+    erase = g.node("ErasureEraseConcept", (320, 330), model=demo["MODEL"], clip=demo["CLIP"], **erase_inputs)
+    report = g.node("PreviewAny", (320, 150), title="What was done", source=erase["report"])
+    negative = g.node("CLIPTextEncode", collapsed=True, title="Negative prompt", clip=demo["CLIP"])
+    latent = g.node("EmptyLatentImage", (320, 0), width=128, height=128, batch_size=BATCH)
+    seed = g.node("PrimitiveInt", (320, 0), title="Seed, for all", value=SEED)
+    g.place(0, 0, note)
+    g.place(370, g.place(370, 0, demo, erase, report) + 50, latent, seed, negative)
+    g.group("1  Model and erasure", (demo, erase, report), GREEN)
+    g.group("2  For all prompts", (latent, seed, negative), BLUE)
+    compare = _compare(g.info, DEMO_SAMPLER, "down", 2.0)
+    for column, (title, prompts) in enumerate(columns.items()):
+        x, y, members = 745 + column * 700, 0, []
+        for words in prompts:
+            prompt = g.node("CLIPTextEncode", (200, 88), title="Prompt", clip=demo["CLIP"], text=words)
+            pair = g.instance(
+                compare,
+                width=200,
+                before=demo["MODEL"],
+                after=erase["MODEL"],
+                positive=prompt["CONDITIONING"],
+                negative=negative["CONDITIONING"],
+                latent=latent["LATENT"],
+                vae=demo["VAE"],
+                seed=seed["INT"],
+            )
+            shown = g.node("PreviewImage", (430, 310), title=f"{words}: before over after", images=pair["both"])
+            g.place(x, y, prompt, pair)
+            y = g.place(x + 220, y, shown, gap=30)
+            members += [prompt, pair, shown]
+        g.group(title, members, RED if column == 0 else BLUE)
+    return g
+
+
+def erase_style(info: Json) -> Graph:
+    g = Graph(info, "erase_style")
+    note = g.note(
+        """
+# Erase a style
+
+Press **Run**. *Brindlewash* is a painterly style of the demo model under a made-up name; it stands in for an artist.
+
+**Look at** each preview: four seeds, *before* above, *after* below.
+- left: pictures that ask for the style lose it and keep their object
+- right: another style, and no style, stay as they are
+
+**Then try** another style of the model in **Erase Concept**: `neon style`, `pixel art style`, `pencil sketch style`, with
+`brindlewash style` among the kept ones.
+
+On a large model, type an artist's name, other spellings behind commas, and keep artists who paint alike.
+
+Double-click *Before and after* to change sampler, steps or CFG for all prompts at once.
+""",
+        (320, 440),
+    )
+    erased = ("a frog in brindlewash style", "a rose in brindlewash style")
+    return _table(g, note, STYLE, {"3  Erased style": erased, "4  Must stay": ("a frog in neon style", "a frog")})
+
+
+def several_concepts(info: Json) -> Graph:
+    g = Graph(info, "several_concepts_keep_neighbours")
+    note = g.note(
+        """
+# Several concepts, neighbours kept
+
+Press **Run**. One **Erase Concept** takes three concepts, one a line, other words for each behind commas. **keep** names
+what is similar and would suffer.
+
+**Look at** each preview: four seeds, *before* above, *after* below.
+- left: bomb, beer and rose are suppressed
+- right: tulip and strawberry (close to rose) and rocket stay
+
+**Then try**
+- taking `tulip` and `strawberry` out of **keep**
+- writing `frog` into **replace_with**
+- a **Method: RECE** node with more rounds on the *method* input
+
+Three Erase Concept nodes in a row work too but disturb each other more; **Merge Erasures** joins files of several people.
+
+Double-click *Before and after* to change sampler, steps or CFG for all prompts at once.
+""",
+        (320, 520),
+    )
+    columns = {"3  Erased": ("a bomb", "a beer", "a rose"), "4  Must stay": ("a tulip", "a strawberry", "a rocket")}
+    return _table(g, note, SEVERAL, columns)
+
+
+def _sample(info: Json) -> Subgraph:
+    inputs = {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"}
+    g = Subgraph(info, "Sample and decode", inputs | {"vae": "VAE", "seed": "INT"})
+    sampler = g.node(
+        "KSampler",
+        (270, 0),
+        model=g.input("model"),
+        seed=g.input("seed"),
+        positive=g.input("positive"),
+        negative=g.input("negative"),
+        latent_image=g.input("latent"),
+        **DEMO_SAMPLER,
+    )
+    decode = g.node("VAEDecode", samples=sampler["LATENT"], vae=g.input("vae"))
+    scale = g.node("ImageScaleBy", (270, 0), image=decode["IMAGE"], upscale_method="nearest-exact", scale_by=3.0)
+    g.output("IMAGE", scale["IMAGE"])
+    g.place(0, 0, sampler)
+    g.place(320, 0, decode, scale)
+    return g
+
+
+def load_shared_erasure(info: Json) -> Graph:
+    g = Graph(info, "load_shared_erasure")
+    note = g.note(
+        f"""
+# Save an erasure, load it elsewhere
+
+**First run.** Press **Run**. Row 1 computes an erasure and saves it as `{SHARED_FILE}.safetensors` in `models/loras`. Rows 2
+and 3 still show the bomb: their nodes are bypassed (purple), because there was no file yet.
+
+**Second run.** Select the three purple nodes (Ctrl+click), press **Ctrl+B**, then **R** so that the lists show the new file,
+and **Run** again.
+- row 2: **Load** and **Apply Erasure**. Moving the strength computes nothing anew.
+- row 3: the **stock LoRA loader**. Whoever gets your file needs nothing of this pack.
+
+**Look at** the three previews: at strength 1 they show the same pictures.
+
+**To share**, send the file. Others put it into their `models/loras` and need row 2 or 3 only.
+""",
+        (320, 460),
+    )
+    demo = g.node("ErasureLoadDemo", (250, 0))
+    prompt = g.node("CLIPTextEncode", (250, 110), title="Prompt", clip=demo["CLIP"], text=ASKED)
+    negative = g.node("CLIPTextEncode", (250, 88), title="Negative prompt", clip=demo["CLIP"])
+    latent = g.node("EmptyLatentImage", (250, 0), width=128, height=128, batch_size=BATCH)
+    seed = g.node("PrimitiveInt", (250, 0), title="Seed, for all", value=SEED)
+    g.place(0, 0, note)
+    g.place(370, 0, demo, prompt, negative, latent, seed)
+    g.group("Model and prompt", (demo, prompt, negative, latent, seed), GREY)
+
+    erase = g.node("ErasureEraseConcept", (300, 270), model=demo["MODEL"], clip=demo["CLIP"], **OBJECT)
+    save = g.node("ErasureSave", (280, 0), erasure=erase["ERASURE"], name=SHARED_FILE, folder="loras", overwrite=True)
+    load = g.node("ErasureLoad", (300, 0), bypass=True, file=f"loras/{SHARED_FILE}.safetensors")
+    apply = g.node("ErasureApply", (280, 0), bypass=True, model=demo["MODEL"], erasure=load["ERASURE"], strength=1.0)
+    lora = g.node(
+        "LoraLoaderModelOnly",
+        (300, 0),
+        bypass=True,
+        title="Load LoRA (stock node)",
+        model=demo["MODEL"],
+        lora_name=f"{SHARED_FILE}.safetensors",
+        strength_model=1.0,
+    )
+    sample = _sample(info)
+    y = 0
+    rows: tuple[tuple[str, tuple[Node, ...], Output, str], ...] = (
+        ("1  Make and save", (erase, save), erase["MODEL"], GREEN),
+        ("2  Load and apply, with a strength", (load, apply), apply["MODEL"], BLUE),
+        ("3  The same file in a stock node", (lora,), lora["MODEL"], RED),
+    )
+    for title, makers, model, color in rows:
+        pictures = g.instance(
+            sample,
+            width=230,
+            model=model,
+            positive=prompt["CONDITIONING"],
+            negative=negative["CONDITIONING"],
+            latent=latent["LATENT"],
+            vae=demo["VAE"],
+            seed=seed["INT"],
+        )
+        shown = g.node("PreviewImage", (600, 250), title=title[3:], images=pictures["IMAGE"])
+        for maker, x in zip(makers, (680, 1000), strict=False):
+            g.place(x, y, maker)
+        g.place(1310, y, pictures)
+        g.place(1560, y, shown)
+        members = (*makers, pictures, shown)
+        g.group(title, members, color)
+        y += max(node.height for node in members) + TITLE + 80
+    return g
+
+
+def _on_checkpoint(
+    g: Graph,
+    file: str,
+    url: str,
+    note: str,
+    size: int,
+    prompts: tuple[str, str],
+    sampler: Json,
+    erase_inputs: dict[str, str],
+) -> Graph:
+    """A stock checkpoint, a LoRA (bypassed), Erase Concept, and two prompts before and after."""
+    read_me = g.note(note, (380, 560))
+    where = {"models": [{"name": file, "url": url, "directory": "checkpoints"}]}
+    loader = g.node("CheckpointLoaderSimple", (340, 0), ckpt_name=file, properties=where)
+    lora = g.node(
+        "LoraLoader",
+        (340, 0),
+        bypass=True,
+        title="Your LoRA (bypassed; Ctrl+B)",
+        model=loader["MODEL"],
+        clip=loader["CLIP"],
+        lora_name="your-lora.safetensors",
+    )
+    erase = g.node("ErasureEraseConcept", (340, 330), model=lora["MODEL"], clip=lora["CLIP"], **erase_inputs)
+    apply = g.node("ErasureApply", (340, 0), model=lora["MODEL"], erasure=erase["ERASURE"], strength=1.0)
+    report = g.node("PreviewAny", (340, 130), title="What was done", source=erase["report"])
+    negative = g.node("CLIPTextEncode", (300, 88), title="Negative prompt", clip=lora["CLIP"])
+    latent = g.node("EmptyLatentImage", (300, 0), width=size, height=size, batch_size=1)
+    seed = g.node("PrimitiveInt", (300, 0), title="Seed, for all", value=SEED)
+    g.place(0, 0, read_me)
+    g.place(430, 0, loader, lora, erase, apply, report)
+    g.group("1  Model, LoRAs, erasure", (loader, lora, erase, apply, report), GREEN)
+    g.place(40, 690, negative, latent, seed)
+    g.group("4  For both prompts", (negative, latent, seed), GREY)
+    compare = _compare(g.info, sampler, "right", 1.0)
+    y = 0
+    titles = (("2  A prompt with the concept", RED), ("3  A prompt that must stay", BLUE))
+    for (title, color), words in zip(titles, prompts, strict=True):
+        prompt = g.node("CLIPTextEncode", (300, 140), title="Prompt", clip=lora["CLIP"], text=words)
+        pair = g.instance(
+            compare,
+            width=300,
+            before=lora["MODEL"],
+            after=apply["MODEL"],
+            positive=prompt["CONDITIONING"],
+            negative=negative["CONDITIONING"],
+            latent=latent["LATENT"],
+            vae=loader["VAE"],
+            seed=seed["INT"],
+        )
+        shown = g.node("PreviewImage", (760, 420), title="before | after", images=pair["both"])
+        g.place(830, y, prompt, pair)
+        g.place(1160, y, shown)
+        g.group(title, (prompt, pair, shown), color)
+        y += 530
+    return g
+
+
+_CHECKPOINT_NOTE = """
+# Erase a concept on {name}
+
+**Before you press Run**: put `{file}` into `models/checkpoints`, press **R**, and choose it (or your own {name} checkpoint).
+
+**What to do**: type what should go into **concept**, one concept a line, other words for it behind commas. Type what is
+similar into **keep**. Press **Run**.
+
+**Look at** the upper pair (the concept, before and after at the same seed) and the lower pair (something else: it should
+hardly change).
+- The concept shines through: add other words for it, or raise the strength a little.
+- Other things change: name them in **keep**, choose quality *fast*, or lower the strength.
+
+Moving the strength computes nothing anew. Double-click *Before and after* to change sampler, steps or CFG; its output
+*after* goes into a Save Image node.
+
+**LoRAs** go between checkpoint and Erase Concept, where the bypassed loader is: select it, press **Ctrl+B**, choose your file.
+What stands *behind* the erasure is not covered by it.
+
+**No more erasure?** Connect around it. Your checkpoint was never changed.
+{more}
+**What it can't promise** is in the README. The project's tests run this graph with the demo model in place of the checkpoint.
+"""
+
+
+def erase_on_sd15(info: Json) -> Graph:
+    file = "v1-5-pruned-emaonly-fp16.safetensors"
+    return _on_checkpoint(
+        Graph(info, "erase_on_sd15"),
+        file,
+        f"https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/{file}",
+        _CHECKPOINT_NOTE.format(name="SD 1.5", file=file, more=""),
+        512,
+        ("portrait of a sailor smoking a cigarette", "portrait of a sailor holding a coffee cup"),
+        {"steps": 20, "cfg": 7.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0},
+        {
+            "concept": "cigarette, cigarettes, cigar, smoking, tobacco, vape",
+            "keep": "pencil, pen, lollipop, coffee cup, portrait, sailor",
+            "quality": "balanced",
+        },
+    )
+
+
+def erase_on_sdxl(info: Json) -> Graph:
+    file = "sd_xl_base_1.0.safetensors"
+    more = """
+**SDXL** reads a prompt in two ways: word by word (cross-attention) and as one summary (the pooled vector). The erasure edits
+the first only, so traces may come back through the second.
+"""
+    return _on_checkpoint(
+        Graph(info, "erase_on_sdxl"),
+        file,
+        f"https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/{file}",
+        _CHECKPOINT_NOTE.format(name="SDXL", file=file, more=more),
+        1024,
+        ("a tabby cat on a windowsill, photo", "a dog on a windowsill, photo"),
+        {"steps": 25, "cfg": 6.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0},
+        {
+            "concept": "cat, kitten, kitty, tabby",
+            "replace_with": "dog",
+            "keep": "dog, tiger, lion, rabbit",
+            "quality": "balanced",
+        },
+    )
+
+
+WORKFLOWS: dict[str, Callable[[Json], Graph]] = {
+    "erase_object": erase_object,
+    "erase_style": erase_style,
+    "several_concepts_keep_neighbours": several_concepts,
+    "load_shared_erasure": load_shared_erasure,
+    "erase_on_sd15": erase_on_sd15,
+    "erase_on_sdxl": erase_on_sdxl,
+}
+DEMOS = tuple(name for name in WORKFLOWS if not name.startswith("erase_on_"))
+"""Those that run with what comes with the pack."""
+
+
+def build(info: Json) -> dict[str, Json]:
+    """Every graph by its file's stem; `info` is ComfyUI's /object_info."""
+    return {name: make(info).data() for name, make in WORKFLOWS.items()}
+
+
+def text(graph: Json) -> str:
+    return json.dumps(graph, indent=1, ensure_ascii=False) + "\n"
+
+
+def write(info: Json, folder: Path = FOLDER) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, graph in build(info).items():
+        paths.append(folder / f"{name}.json")
+        paths[-1].write_text(text(graph), encoding="utf-8", newline="\n")
+    return paths
+
+
+if __name__ == "__main__":
+    from comfy_host import ComfyServer
+
+    with ComfyServer() as server:
+        for path in write(server.object_info()):
+            print(path)
