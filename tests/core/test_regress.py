@@ -250,20 +250,19 @@ def test_esd_end_to_end(tiny, settings) -> None:
 
 
 def test_esd_pulls_the_concept_to_the_target(tiny) -> None:
-    """The loss at fixed latents, before and after."""
+    """The loss at fixed latents, before and after. What is kept isn't asked: ESD has no term for it."""
     chosen = esd.Settings(**{**SMALL, "iterations": 30, "sample_steps": 4, "energy": 1.0})
     made = esd.run(tiny, SPEC, chosen, lambda done, total: None)
     c = Prompts(tiny, SPEC)
     z, t = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(5)), torch.arange(100, 900, 100)
     with tiny.trainable() as model:
-        keys = {ERASE: c["cat"], NULL: c.null, "keep": c["dog"]}
+        keys = {ERASE: c["cat"], NULL: c.null}
         base = {k: model.reference(z, t, x) for k, x in keys.items()}
         target = 2 * base[NULL] - base[ERASE]
         with patched(model.net, made):
-            after = {k: model.reference(z, t, x) for k, x in keys.items()}
-    moved = (after[ERASE] - target).square().mean() / (base[ERASE] - target).square().mean()
+            after = model.reference(z, t, keys[ERASE])
+    moved = (after - target).square().mean() / (base[ERASE] - target).square().mean()
     assert moved < 0.8
-    assert (after["keep"] - base["keep"]).square().mean() < 0.5 * (after[ERASE] - base[ERASE]).square().mean()
 
 
 def test_the_same_seed_gives_the_same_artefact_and_cancelling_leaves_nothing(tiny) -> None:
