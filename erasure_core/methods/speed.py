@@ -244,8 +244,8 @@ def run(port: ModelPort, spec: ConceptSpec, settings: Settings, progress: Progre
 SPEC = MethodSpec(
     name="speed",
     title="SPEED",
-    summary="Erases only in directions that the kept words don't use, so these stay exactly as they were: the choice when "
-    "many things must not change. Give it a good list of words to keep.",
+    summary="Erases only in directions that the kept words don't use, so these hardly change (not at all with the filter "
+    "off): the choice when many things must not change. Give it a good list of words to keep.",
     paper="https://arxiv.org/abs/2503.07392",
     settings=Settings,
     run=run,
