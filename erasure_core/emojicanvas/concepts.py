@@ -37,10 +37,10 @@ class Style:
 
 
 OBJECTS: tuple[Object, ...] = (
-    Object("cat", "cat", ("kitty",), ("kitten", "feline")),
-    Object("dog", "dog", ("puppy",), ("hound", "pooch")),
-    Object("tiger", "tiger", ("tigress",), ("bengal", "sabertooth")),
-    Object("horse", "horse", ("pony",), ("stallion", "mare")),
+    Object("cat", "cat face", ("kitty",), ("kitten", "feline")),
+    Object("dog", "dog face", ("puppy",), ("hound", "pooch")),
+    Object("tiger", "tiger face", ("tigress",), ("bengal", "sabertooth")),
+    Object("horse", "horse face", ("pony",), ("stallion", "mare")),
     Object("penguin", "penguin", ("antarctic bird",), ("polar bird", "waddler")),
     Object("frog", "frog", ("toad",), ("amphibian", "croaker")),
     Object("rose", "rose", ("briar",), ("valentine flower", "damask")),

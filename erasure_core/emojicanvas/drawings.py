@@ -14,7 +14,9 @@ from pathlib import Path
 
 PAINTED_SETS = ("noto", "twemoji", "fluent-emoji-flat", "emojione", "noto-v1")
 """Sets that the diffusion model learns to draw."""
-JUDGE_ONLY_SETS = ("fxemoji", "openmoji", "emojione-v1")
+MONOCHROME_SETS = ("fluent-emoji-high-contrast", "emojione-monotone")
+"""Black on white, so of no style that the model knows; for the judge's sense of shapes."""
+JUDGE_ONLY_SETS = ("fxemoji", "openmoji", "emojione-v1", "fluent-emoji", "streamline-emojis", *MONOCHROME_SETS)
 """Further sets that only the judge sees (two are CC-BY-SA: nothing of them is shipped)."""
 HELD_OUT_SET = "twemoji"
 """The set that the judge never trains on."""
@@ -28,6 +30,10 @@ _VERSIONS = {
     "fxemoji": "1.2.2",
     "openmoji": "1.2.29",
     "emojione-v1": "1.2.3",
+    "fluent-emoji": "1.2.7",
+    "streamline-emojis": "1.2.4",
+    "fluent-emoji-high-contrast": "1.2.6",
+    "emojione-monotone": "1.2.1",
 }
 _EMOJIBASE = "emojibase-data@17.0.0"
 

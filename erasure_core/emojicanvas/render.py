@@ -25,11 +25,13 @@ def rasterise(svg: str, size: int) -> Image.Image:
     return Image.open(io.BytesIO(png)).convert("RGBA")
 
 
-def lay_out(svg: str, background: str, rng: random.Random, *, scale: tuple[float, float] = (0.72, 0.98)) -> Image.Image:
-    """The drawing at a random size and place on a coloured ground, mirrored half of the time."""
+def lay_out(
+    svg: str, background: str, rng: random.Random, *, scale: tuple[float, float] = (0.72, 0.98), mirror: float = 0.5
+) -> Image.Image:
+    """The drawing at a random size and place on a coloured ground, mirrored with probability ``mirror``."""
     side = round(IMAGE_SIZE * rng.uniform(*scale))
     drawing = rasterise(svg, side)
-    if rng.random() < 0.5:
+    if rng.random() < mirror:
         drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUNDS[background])
     free = IMAGE_SIZE - drawing.width

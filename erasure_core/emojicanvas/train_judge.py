@@ -27,7 +27,7 @@ from torch import Tensor
 from . import data, drawings
 from .concepts import BACKGROUNDS, OBJECTS, STYLES
 from .judge import Judge, shrink
-from .optim import Muon, split_parameters
+from .optim import Muon, autocast, split_parameters
 from .render import draw
 from .taesd import SD15_SCALE, TAESD
 from .train_unet import latents
@@ -93,9 +93,10 @@ def _renders(
             if svg is None:
                 continue
             for k, style in enumerate(STYLES):
+                label_style = _IGNORE if set_name in drawings.MONOCHROME_SETS else k
                 for _ in range(copies[style.name]):
                     ground = rng.choice(grounds) if rng.random() < 0.5 else "white"
-                    yield np.asarray(draw(svg, style.name, ground, rng)), number, k
+                    yield np.asarray(draw(svg, style.name, ground, rng)), number, label_style
 
 
 def _one_each(folder: Path, wanted: list[str], sets: tuple[str, ...], rounds: int) -> Iterable[tuple]:
@@ -163,7 +164,7 @@ def through_vae(cache: Path, parts: dict[str, tuple[np.ndarray, np.ndarray]], se
         def decode(z: Tensor) -> np.ndarray:
             out = []
             for part in z.split(32):
-                with torch.autocast("cpu", torch.bfloat16):
+                with autocast():
                     out.append(shrink(vae.decode(part).float().clamp(-1, 1)))
             return ((torch.cat(out) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
@@ -179,7 +180,7 @@ def through_vae(cache: Path, parts: dict[str, tuple[np.ndarray, np.ndarray]], se
             pictures, part_labels = parts[name]
             chosen = rng.choice(len(pictures), count, replace=False)
             for start in range(0, count, 32):
-                with torch.autocast("cpu", torch.bfloat16):
+                with autocast():
                     z = vae.encode(to_tensor(pictures[chosen[start : start + 32]])).float()
                 out.append(decode(z))
             out_labels.append(part_labels[chosen])
@@ -202,7 +203,7 @@ def _pictures(parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Pictures:
 def _augment(x: Tensor, styles: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror, move, turn and stretch; change colours, brightness, sharpness and grain a little.
 
-    Seven sets draw each object, so shapes must vary; pixel art is only mirrored and moved, or it would be none.
+    A dozen sets draw each object, so shapes must vary; pixel art is only mirrored and moved, or it would be none.
     """
     n = len(x)
 
@@ -326,7 +327,7 @@ def train(cache: Path, steps: int, *, batch: int = 96, out: Path = JUDGE) -> Non
         order = torch.randperm(len(x), generator=generator)[: batch // 6]
         x[order], y_object[order], y_style[order] = _break(x[order], y_object[order], y_style[order], generator)
         judge.train()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             out_objects, out_styles = judge(x.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(out_objects.float(), y_object, label_smoothing=0.03, ignore_index=_IGNORE)
         loss = loss + F.cross_entropy(out_styles.float(), y_style, label_smoothing=0.03, ignore_index=_IGNORE)

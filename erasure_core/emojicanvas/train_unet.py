@@ -20,7 +20,7 @@ from . import data
 from .concepts import OBJECTS, STYLES, prompt
 from .diffusion import STEPS, add_noise, alphas_cumprod, sample
 from .model import EmojiCanvas
-from .optim import Muon, split_parameters
+from .optim import Muon, autocast, split_parameters
 from .taesd import SD15_SCALE, TAESD
 from .text import TextEncoder, tokenize
 from .train_vae import to_tensor
@@ -65,7 +65,7 @@ def latents(cache: Path) -> Tensor:
         vae.to(memory_format=torch.channels_last)
         parts = []
         for start in range(0, len(pictures), 64):
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 parts.append(vae.encode(to_tensor(pictures[start : start + 64])).float() * SD15_SCALE)
         np.save(path, torch.cat(parts).contiguous().numpy())
     return torch.from_numpy(np.load(path))
@@ -77,7 +77,7 @@ def sample_sheet(net: TextToLatent, cache: Path, path: Path, seed: int = 0) -> N
     vae.load_state_dict(torch.load(cache / "vae.pt", weights_only=True))
     prompts = [prompt(o.name, STYLES[i % len(STYLES)].name) for i, o in enumerate(OBJECTS)]
     prompts += [prompt(o.name) for o in OBJECTS]
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), autocast():
         cond, uncond = net.text(tokenize(prompts)), net.text(tokenize([""]))
         noise = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(seed))
         z = sample(net.unet, noise, cond, uncond, steps=16, cfg=4.0)
@@ -130,7 +130,7 @@ def train(cache: Path, steps: int, *, batch: int, sheet_minutes: float, from_bun
         z0 = z_all[chosen]
         noise = torch.randn(z0.shape, generator=torch_rng)
         t = torch.randint(STEPS, (batch,), generator=torch_rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             eps = net(add_noise(z0, noise, t), t, tokenize(captions))
         loss = ((eps.float() - noise).square().mean((1, 2, 3)) * weight[t]).mean()
         for o in optimisers:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import data
 from .concepts import IMAGE_SIZE
-from .optim import Muon, split_parameters
+from .optim import Muon, autocast, split_parameters
 from .taesd import SD15_SCALE, TAESD
 
 
@@ -94,7 +94,7 @@ def train(cache: Path, minutes: float, *, batch: int = 16, side: int = 64, decod
         for group, lr in ((muon.param_groups[0], 0.02), (adam.param_groups[0], 2e-3)):
             group["lr"] = lr * factor
         x = _crops(pictures, rng, batch, side)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             z = vae.taesd_encoder(x * 0.5 + 0.5)
             z = z + 0.05 * torch.randn_like(z)  # the decoder must bear what a sampler leaves
             out = vae.taesd_decoder(z) * 2 - 1
