@@ -11,7 +11,6 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-
 _NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # Where the CPU can't compute in bfloat16, emulating it is some 20 times slower than float32.
 _DTYPE = torch.bfloat16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else torch.float32
