@@ -5,13 +5,16 @@ from .artifact import Delta, Erasure, Header, WrongModelError
 from .concept import Concept, ConceptError, ConceptSpec, Rows
 from .formats import FileError, Layout, load, read_header, save
 from .fusion import merge
-from .methods import MethodSpec, all_methods
+from .methods import Aids, MethodSpec, all_methods
+from .pairs import ConceptPairs
 from .port import Family, ModelPort, Prediction, Role, Site, TextStates, TokenKind
 from .version import __version__
 
 __all__ = [
+    "Aids",
     "Concept",
     "ConceptError",
+    "ConceptPairs",
     "ConceptSpec",
     "Delta",
     "Erasure",

@@ -9,7 +9,7 @@ import torch
 
 from .artifact import Erasure
 from .concept import ConceptSpec
-from .methods import Progress, all_methods, settings_from
+from .methods import Aids, Progress, all_methods, settings_from
 from .port import ModelPort
 
 
@@ -19,22 +19,31 @@ def erase(
     method: str = "uce",
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    aids: Aids | None = None,
 ) -> Erasure:
     """Compute the change that makes a model stop drawing ``spec.erase``. The model itself is not touched.
 
     Args:
         port: the model.
         spec: what to erase, what it becomes, what to keep.
-        method: a name from :func:`erasure_core.methods.methods`.
+        method: a name from :func:`erasure_core.methods.all_methods`.
         settings: settings of the method that differ from its defaults.
         progress: called as progress(done, total); may raise to cancel.
+        aids: mined embeddings, pictures, pairs, a judge, somebody who watches: what the method may use beside the words.
 
     Raises:
-        ValueError: an unknown method or setting, or a model that the method can't edit.
+        ValueError: an unknown method or setting, a model that the method can't edit or train, or pairs that it needs and
+            doesn't have.
     """
     known = all_methods()
     if method not in known:
         raise ValueError(f"method: {method!r} is unknown; there are {', '.join(known)}")
-    chosen = known[method]
+    chosen, given = known[method], aids or Aids()
+    if chosen.trains and not hasattr(port, "trainable"):
+        raise ValueError(f"model: {chosen.title} trains, which {type(port).__name__} can't do. Use UCE, RECE or SPEED")
+    if chosen.needs_pairs and given.pairs is None:
+        raise ValueError(f"pairs: {chosen.title} learns from pairs of pictures. Connect Make SDEdit Pair")
     with torch.no_grad():
-        return chosen.run(port, spec, settings_from(chosen, settings or {}), progress or (lambda done, total: None))
+        return chosen.run(
+            port, spec, settings_from(chosen, settings or {}), progress or (lambda done, total: None), given
+        )

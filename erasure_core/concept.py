@@ -224,8 +224,13 @@ class EditRows:
     keep: Tensor
 
 
-def edit_rows(port: ModelPort, spec: ConceptSpec, *, rule: Rows, templates: Sequence[str]) -> EditRows:
+def edit_rows(
+    port: ModelPort, spec: ConceptSpec, *, rule: Rows, templates: Sequence[str], dark: Sequence[Tensor] = ()
+) -> EditRows:
     """Encode everything that ``spec`` names, in one batch, and pick its rows.
+
+    ``dark``: text states [L, D] that were found to bring the (first) concept back. Each of their rows but BOS may carry it,
+    so all of them become the replacement's at the same place.
 
     The empty prompt is always kept whole, BOS included: it is the unconditional half of guidance.
     """
@@ -240,6 +245,11 @@ def edit_rows(port: ModelPort, spec: ConceptSpec, *, rule: Rows, templates: Sequ
     prompts = list(dict.fromkeys([*(p for pair in pairs for p in pair), *keeps, ""]))
     states = dict(zip(prompts, port.text(prompts), strict=True))
     matched = [paired_rows(states[s], states[t], rule) for s, t in dict.fromkeys(pairs)]
+    replacement = rows_of(states[pairs[0][1]], Rows.ALL)
+    for found in dark:
+        rows = found.detach().cpu().double()[1:]
+        n = min(len(rows), len(replacement))
+        matched.append((rows[:n], replacement[:n]))
     empty = states[""]
     empty_rows = torch.cat([empty.states[:1].cpu().double(), rows_of(empty, rule)])
     return EditRows(

@@ -1,5 +1,5 @@
 """Erasure methods, one file each. See registry.py for how they are found."""
 
-from .registry import MethodSpec, Progress, all_methods, setting, settings_from
+from .registry import Aids, MethodSpec, Progress, all_methods, setting, settings_from
 
-__all__ = ["MethodSpec", "Progress", "all_methods", "setting", "settings_from"]
+__all__ = ["Aids", "MethodSpec", "Progress", "all_methods", "setting", "settings_from"]

@@ -30,7 +30,7 @@ from ..concept import TEMPLATES, ConceptSpec, EditRows, Rows, edit_rows
 from ..operators.linear_edit import ContextMap, mean_square, solve
 from ..port import ModelPort
 from ._closed_form import Templates, build, energy_setting, rows_setting, templates_setting, text_sites
-from .registry import MethodSpec, Progress, setting
+from .registry import Aids, MethodSpec, Progress, setting
 
 
 class Derivation(StrEnum):
@@ -135,11 +135,11 @@ def context_map(rows: EditRows, gram: Tensor, settings: Settings, progress: Prog
     return edit
 
 
-def run(port: ModelPort, spec: ConceptSpec, settings: Settings, progress: Progress) -> Erasure:
+def run(port: ModelPort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
     """Erase with RECE. Seconds; needs no pictures and no network passes."""
     sites = text_sites(port)
     total = 2 * len(sites) + settings.rounds
-    rows = edit_rows(port, spec, rule=settings.rows, templates=TEMPLATES[settings.templates])
+    rows = edit_rows(port, spec, rule=settings.rows, templates=TEMPLATES[settings.templates], dark=aids.dark)
     gram = torch.zeros(rows.source.shape[1], rows.source.shape[1], dtype=torch.float64)
     for i, site in enumerate(sites):
         progress(i, total)

@@ -15,16 +15,38 @@ from enum import Enum
 from functools import cache
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from ..artifact import Erasure
 from ..concept import ConceptSpec
-from ..port import ModelPort
+from ..operators.train_loop import Watch
+from ..pairs import ConceptPairs
 
 Progress = Callable[[int, int], None]
 """Called as progress(done, total). It may raise to cancel: methods hold nothing that needs undoing."""
 
 
+Look = Callable[[Tensor], Tensor]
+"""Clean, scaled latents [N, C, h, w] -> probability [N] that each shows the concept: a judge behind a decoder."""
+
+
+@dataclass(frozen=True)
+class Aids:
+    """What a method may use beside the model and the words. All optional."""
+
+    dark: tuple[Tensor, ...] = ()
+    """Text states [L, D] that bring the concept back; erased as further words for it."""
+    pictures: Tensor | None = None
+    """Clean, scaled latents [k, C, h, w] that show the concept; methods that need some draw their own otherwise."""
+    pairs: ConceptPairs | None = None
+    look: Look | None = None
+    watch: Watch | None = None
+
+
 class Run(Protocol):
-    def __call__(self, port: ModelPort, spec: ConceptSpec, settings: Any, progress: Progress) -> Erasure: ...
+    def __call__(self, port: Any, spec: ConceptSpec, settings: Any, progress: Progress, aids: Aids) -> Erasure:
+        """``port`` is a ModelPort, for methods that train a TrainablePort."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,6 +62,9 @@ class MethodSpec:
     settings: type
     """A frozen dataclass; each field made by :func:`setting`."""
     run: Run
+    trains: bool = False
+    """Whether it runs the network: takes minutes, and shows its progress through ``Aids.watch``."""
+    needs_pairs: bool = False
 
 
 def setting(
@@ -89,6 +114,10 @@ def _of_kind(default: Any, value: Any, what: str) -> Any:
         except ValueError:
             choices = ", ".join(repr(m.value) for m in type(default))
             raise ValueError(f"{what} = {value!r} is none of {choices}") from None
+    if isinstance(default, str):
+        if isinstance(value, str):
+            return value
+        raise ValueError(f"{what} = {value!r} must be a text")
     if isinstance(default, bool):
         if isinstance(value, bool):
             return value

@@ -29,7 +29,7 @@ from ..concept import TEMPLATES, ConceptError, ConceptSpec, EditRows, Rows, edit
 from ..operators.linear_edit import ContextMap, compress, mean_square, solve
 from ..port import ModelPort, Role, Site
 from ._closed_form import Templates, build, energy_setting, rows_setting, templates_setting, text_sites
-from .registry import MethodSpec, Progress, setting
+from .registry import Aids, MethodSpec, Progress, setting
 
 
 class Params(StrEnum):
@@ -227,10 +227,10 @@ class LayerEdits:
         return span, torch.nn.functional.pad(retained, (0, 1)), torch.cat([inside, size[None]])
 
 
-def run(port: ModelPort, spec: ConceptSpec, settings: Settings, progress: Progress) -> Erasure:
+def run(port: ModelPort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
     """Erase with SPEED. Seconds; needs no pictures and no network passes."""
     sites = [s for s in text_sites(port) if settings.params != Params.VALUES or s.role is Role.TEXT_VALUE]
-    rows = edit_rows(port, spec, rule=settings.rows, templates=TEMPLATES[settings.templates])
+    rows = edit_rows(port, spec, rule=settings.rows, templates=TEMPLATES[settings.templates], dark=aids.dark)
     empty = empty_rows(port.text([""])[0].states.cpu().double(), settings.empty_prompt)
     result = build(port, spec, "speed", asdict(settings), LayerEdits(rows, empty, settings), progress, sites)
     if not any(delta.rank for delta in result.deltas.values()):

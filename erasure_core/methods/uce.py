@@ -19,7 +19,7 @@ from ..concept import TEMPLATES, ConceptSpec, EditRows, Rows, edit_rows
 from ..operators.linear_edit import ContextMap, mean_square, solve
 from ..port import ModelPort
 from ._closed_form import Templates, build, energy_setting, rows_setting, templates_setting
-from .registry import MethodSpec, Progress, setting
+from .registry import Aids, MethodSpec, Progress, setting
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def context_map(rows: EditRows, settings: Settings) -> ContextMap:
     )
 
 
-def run(port: ModelPort, spec: ConceptSpec, settings: Settings, progress: Progress) -> Erasure:
+def run(port: ModelPort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
     """Erase with UCE. Seconds; needs no pictures and no network passes."""
-    rows = edit_rows(port, spec, rule=settings.rows, templates=TEMPLATES[settings.templates])
+    rows = edit_rows(port, spec, rule=settings.rows, templates=TEMPLATES[settings.templates], dark=aids.dark)
     return build(port, spec, "uce", asdict(settings), context_map(rows, settings).truncated(settings.energy), progress)
 
 

@@ -21,8 +21,8 @@ from .trainable import TrainableModel, Weights
 
 Progress = Callable[[int, int], object]
 """Called as progress(done, total) before every iteration and at the end; may raise to cancel."""
-Report = Callable[[int, Mapping[str, float]], object]
-"""Called as report(iterations done, mean of each loss since the last report)."""
+Watch = Callable[[TrainableModel, int, Mapping[str, float]], object]
+"""Called as watch(model in training, iterations done, mean of each loss since the last call); it may draw with the model."""
 
 
 class TrainingFailedError(ValueError):
@@ -156,7 +156,7 @@ class Trainer:
     def run(
         self,
         progress: Progress | None = None,
-        report: Report | None = None,
+        watch: Watch | None = None,
         *,
         every: int = 25,
         until: int | None = None,
@@ -181,13 +181,13 @@ class Trainer:
                 self.model.update_average(self.average)
             self.done += 1
             if self.done % every == 0 or self.done == end:
-                self._read(sums, self.done - since, report)
+                self._read(sums, self.done - since, watch)
                 sums, since = {}, self.done
         if progress and self.done == self.iterations:
             progress(self.done, self.iterations)
         return self
 
-    def _read(self, sums: Mapping[str, Tensor], count: int, report: Report | None) -> None:
+    def _read(self, sums: Mapping[str, Tensor], count: int, watch: Watch | None) -> None:
         values = torch.stack([x.double() for x in sums.values()]).tolist() if sums else []
         means = {name: value / count for name, value in zip(sums, values, strict=True)}
         broken = [name for name, value in means.items() if not math.isfinite(value)]
@@ -195,8 +195,8 @@ class Trainer:
             raise TrainingFailedError(
                 f"training: the loss {broken[0]!r} is no longer a number after {self.done} steps. Lower the learning rate"
             )
-        if report:
-            report(self.done, means)
+        if watch:
+            watch(self.model, self.done, means)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later run needs to continue; independent copies."""

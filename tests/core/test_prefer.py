@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasure_core import ConceptSpec
+from erasure_core import ConceptSpec, erase
+from erasure_core.methods import Aids, duo
 from erasure_core.operators.prefer import PairErrors, draw_times, preference_loss, preference_losses, scaled_by_beta
 from erasure_core.operators.train_loop import Trainer
 from erasure_core.operators.trainable import Cond, FullWeights, Layers
-from erasure_core.trained import duo
+from erasure_core.pairs import ConceptPairs
 
 pytestmark = pytest.mark.core
 SMALL = {"iterations": 6, "rank": 4, "batch": 2, "base_learning_rate": 1e-2, "base_prior_weight": 10.0, "beta": 100.0}
@@ -112,12 +113,13 @@ def test_duo_end_to_end(tiny) -> None:
     g = torch.Generator().manual_seed(3)
     unsafe = torch.randn(3, 4, 4, 4, generator=g)
     safe = unsafe + 0.5 * torch.randn(3, 4, 4, 4, generator=g)
+    pairs = ConceptPairs(unsafe, safe, "cat", "", tiny.family)
     spec, losses = ConceptSpec.parse("cat"), []
     settings = duo.Settings(**SMALL)
 
     def run(seed: int = 0, progress=lambda done, total: None, report=None):
         chosen = duo.Settings(**SMALL, seed=seed)
-        return duo.run(tiny, spec, chosen, progress, unsafe=unsafe, safe=safe, report=report)
+        return duo.run(tiny, spec, chosen, progress, Aids(pairs=pairs, watch=report))
 
     one, two, other = run(), run(), run(1)
     assert set(one.deltas) == {s.name for s in tiny.trainable().sites if ".attn1." in s.name}
@@ -128,8 +130,8 @@ def test_duo_end_to_end(tiny) -> None:
     assert not all(torch.equal(d.up, other.deltas[n].up) for n, d in one.deltas.items())
     tiny.replicas.pop(-1)  # the one that is still open
     with tiny.trainable() as model:
-        phase = duo.phase(model, unsafe, safe, tiny.conditions([""])[0], settings)
-        Trainer(model, [phase], 30).run(report=lambda i, x: losses.append(x["duo/preference"]), every=10)
+        phase = duo.phase(model, pairs, tiny.conditions([""])[0], settings)
+        Trainer(model, [phase], 30).run(watch=lambda _, i, x: losses.append(x["duo/preference"]), every=10)
     assert losses[-1] < losses[0] and losses[-1] < math.log(2)
 
     class Cancelled(Exception):
@@ -143,4 +145,6 @@ def test_duo_end_to_end(tiny) -> None:
         run(progress=cancel)
     assert tiny.untouched()
     with pytest.raises(ValueError, match="pairs:"):
-        duo.run(tiny, spec, settings, lambda d, t: None, unsafe=unsafe, safe=safe[:2])
+        ConceptPairs(unsafe, safe[:2], "cat", "", tiny.family)
+    with pytest.raises(ValueError, match="Connect Make SDEdit Pair"):
+        erase(tiny, spec, "duo")

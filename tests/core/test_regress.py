@@ -10,12 +10,12 @@ from torch import Tensor
 
 from erasure_core import ConceptSpec
 from erasure_core.emojicanvas.model import patched
+from erasure_core.methods import Aids, esd
+from erasure_core.methods._training import ERASE, NULL, TO, Prompts
 from erasure_core.operators.regress import TargetTerm, keep_term, regress, shifted
 from erasure_core.operators.train_loop import Kind, Optimiser, Phase, Trainer, TrainingFailedError, cosine
 from erasure_core.operators.trainable import Cond, FullWeights, Layers, LoRA, Weights
 from erasure_core.schedule import Space
-from erasure_core.trained import esd
-from erasure_core.trained._common import ERASE, NULL, TO, Prompts
 
 pytestmark = pytest.mark.core
 SPEC = ConceptSpec.parse("cat, kitty\nbomb", "", "dog")
@@ -134,7 +134,7 @@ def test_the_loop_is_plain_gradient_descent_in_turn(tiny) -> None:
     seen: list[Tensor] = []
     reports = []
     with tiny.trainable() as model:
-        trainer = quadratic(model, seen=seen).run(report=lambda i, losses: reports.append((i, losses)), every=4)
+        trainer = quadratic(model, seen=seen).run(watch=lambda _, i, losses: reports.append((i, losses)), every=4)
     x, losses = torch.zeros(3), []
     y = torch.zeros(3, requires_grad=True)
     adam = torch.optim.Adam([y], 0.05)
@@ -228,31 +228,30 @@ def test_words_are_drawn_evenly(tiny) -> None:
 
 
 @pytest.mark.parametrize("settings", [
-    {"variant": esd.Variant.X},
-    {"variant": esd.Variant.U, "form": esd.Form.CODE_2023},
-    {"variant": esd.Variant.X_STRICT, "rank": 3},
+    {"layers": Layers.CROSS},
+    {"layers": Layers.NOT_CROSS, "form": esd.Form.CODE_2023},
+    {"layers": Layers.TEXT, "rank": 3},
 ])  # fmt: skip
 def test_esd_end_to_end(tiny, settings) -> None:
     reports: list[float] = []
     chosen = esd.Settings(**{**SMALL, **settings})
 
-    def report(i: int, losses) -> None:
+    def report(_, i: int, losses) -> None:
         reports.append(losses["erase/erase"])
 
     with torch.no_grad():  # as api.erase calls it
-        made = esd.run(tiny, SPEC, chosen, lambda done, total: None, report=report)
+        made = esd.run(tiny, SPEC, chosen, lambda done, total: None, Aids(watch=report))
     assert len(reports) == 1 and math.isfinite(reports[0])
-    layers = esd.LAYERS[chosen.variant]
-    assert all(layers.covers(name) for name in made.deltas)
+    assert all(chosen.layers.covers(name) for name in made.deltas)
     assert all(d.rank and torch.isfinite(d.dense()).all() and d.dense().any() for d in made.deltas.values())
-    assert made.header.method == "esd" and made.header.settings["variant"] == chosen.variant.value
+    assert made.header.method == "esd" and made.header.settings["layers"] == chosen.layers.value
     assert tiny.untouched()
 
 
 def test_esd_pulls_the_concept_to_the_target(tiny) -> None:
     """The loss at fixed latents, before and after. What is kept isn't asked: ESD has no term for it."""
     chosen = esd.Settings(**{**SMALL, "iterations": 30, "sample_steps": 4, "energy": 1.0})
-    made = esd.run(tiny, SPEC, chosen, lambda done, total: None)
+    made = esd.run(tiny, SPEC, chosen, lambda done, total: None, Aids())
     c = Prompts(tiny, SPEC)
     z, t = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(5)), torch.arange(100, 900, 100)
     with tiny.trainable() as model:
@@ -267,7 +266,7 @@ def test_esd_pulls_the_concept_to_the_target(tiny) -> None:
 
 def test_the_same_seed_gives_the_same_artefact_and_cancelling_leaves_nothing(tiny) -> None:
     def run(seed: int, progress=lambda done, total: None):
-        return esd.run(tiny, SPEC, esd.Settings(**SMALL, seed=seed), progress)
+        return esd.run(tiny, SPEC, esd.Settings(**SMALL, seed=seed), progress, Aids())
 
     one, two, other = run(1), run(1), run(2)
     assert all(torch.equal(d.dense(), two.deltas[n].dense()) for n, d in one.deltas.items())
@@ -289,5 +288,6 @@ def test_the_same_seed_gives_the_same_artefact_and_cancelling_leaves_nothing(tin
 
 
 def test_esd_inside_another_prompt(tiny) -> None:
-    made = esd.run(tiny, SPEC, esd.Settings(**{**SMALL, "iterations": 2}), lambda d, t: None, erase_from="animal")
+    settings = esd.Settings(**{**SMALL, "iterations": 2}, erase_from="animal")
+    made = esd.run(tiny, SPEC, settings, lambda d, t: None, Aids())
     assert any(d.dense().any() for d in made.deltas.values())

@@ -8,15 +8,25 @@ from torch import Tensor
 
 from erasure_core import ConceptSpec
 from erasure_core.emojicanvas.text import TextConfig, TextEncoder
+from erasure_core.methods import Aids, dark_miner
+from erasure_core.methods._training import Prompts
 from erasure_core.operators.memory import Placement, PromptMemory
 from erasure_core.operators.search import TokenSlot, denoising_loss, l2_ball, linf_ball, row_norms, search
 from erasure_core.operators.train_loop import Kind
 from erasure_core.operators.trainable import Cond, FullWeights, Layers, Weights
-from erasure_core.trained import dark_miner
 
 pytestmark = pytest.mark.core
 SPEC = ConceptSpec.parse("bomb", "", "dog")
-SMALL = {"rounds": 2, "mine_steps": 4, "iterations": 3, "rank": 2, "batch": 2, "mine_rate": 0.05, "learning_rate": 1e-3}
+SMALL = {
+    "rounds": 2,
+    "mine_steps": 4,
+    "iterations": 3,
+    "rank": 2,
+    "batch": 2,
+    "mine_rate": 0.05,
+    "learning_rate": 1e-3,
+    "sample_steps": 3,
+}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -139,22 +149,27 @@ def test_similarity_is_the_mean_cosine_of_differences() -> None:
     found, examples, reference = normal(5, seed=1), normal(3, 5, seed=2), normal(5, seed=3)
     d = found - reference
     expected = sum(float(d @ (e - reference)) / float(d.norm() * (e - reference).norm()) for e in examples) / 3
-    assert dark_miner.similarity(found, examples, reference) == pytest.approx(expected)
-    assert dark_miner.similarity(examples[0], examples[:1], reference) == pytest.approx(1)
+    look = dark_miner.difference_look(lambda x: x, examples, reference[None])
+    assert float(look(found[None])) == pytest.approx(expected)
+    only_first = dark_miner.difference_look(lambda x: x, examples[:1], reference[None])
+    assert float(only_first(examples[:1])) == pytest.approx(1)
 
 
-def test_the_papers_verifier_draws_and_compares(tiny) -> None:
-    examples, reference, cond = torch.randn(3, 4, 4, 4), torch.randn(1, 4, 4, 4), tiny.conditions(["bomb"])[0]
-    null = tiny.conditions([""])[0]
-    verify = dark_miner.difference_verifier(
-        lambda z: z.flatten(1), examples, reference, null, guidance=2.0, steps=3, seed=4
-    )
+def test_verifying_looks_at_pictures_of_the_conditioning(tiny) -> None:
+    cond, null = tiny.conditions(["bomb"])[0], tiny.conditions([""])[0]
+    settings = dark_miner.Settings(**SMALL, guidance=2.0, looks=3, seed=4)
+    seen: list[Tensor] = []
+
+    def look(latents: Tensor) -> Tensor:
+        seen.append(latents)
+        return torch.tensor([0.1, 0.2, 0.6])
+
     with tiny.trainable() as model:
-        z = model.denoise_until(
-            cond, null, guidance=2.0, progress=1.0, steps=3, generator=torch.Generator().manual_seed(4)
+        expected = model.denoise_until(
+            cond.expand(3), null, guidance=2.0, progress=1.0, steps=3, generator=torch.Generator().manual_seed(4)
         )
-        expected = dark_miner.similarity(z.flatten(), examples.flatten(1), reference.flatten())
-        assert verify(model, cond) == pytest.approx(expected, abs=1e-6)
+        assert dark_miner.score(model, cond, null, look, settings) == pytest.approx(0.3)
+    assert torch.equal(seen[0], expected)
 
 
 def test_a_free_conditioning_keeps_bos(tiny) -> None:
@@ -168,8 +183,6 @@ def test_circumventing_is_the_papers_loss(tiny64) -> None:
     latents = normal(2, 4, 4, 4, seed=1)
     settings = dark_miner.Settings(**{**SMALL, "batch": 3, "keep_weight": 0.0})
     pool, anchor = [Cond(normal(1, 6, 16, seed=i)) for i in (2, 3)], Cond(normal(1, 6, 16, seed=4))
-    from erasure_core.trained._common import Prompts
-
     prompts = Prompts(tiny64, SPEC)
     with tiny64.trainable() as model:
         model.train(FullWeights(Layers.CROSS))
@@ -189,29 +202,28 @@ def test_circumventing_is_the_papers_loss(tiny64) -> None:
 
 
 def test_dark_miner_runs_until_nothing_is_found(tiny) -> None:
+    def mined(*verdicts: float, **aids) -> dark_miner.Mined:
+        left = iter(verdicts)
+
+        def look(latents: Tensor) -> Tensor:
+            return torch.full((len(latents),), next(left))
+
+        chosen = Aids(pictures=latents, look=look, **aids)
+        return dark_miner.mine_and_erase(tiny, SPEC, dark_miner.Settings(**SMALL), quiet, chosen)
+
     latents = torch.randn(3, 4, 4, 4)
-    asked: list[Cond] = []
-
-    def verdicts(values: list[float]):
-        left = iter(values)
-
-        def verify(model, cond: Cond) -> float:
-            asked.append(cond)
-            return next(left)
-
-        return verify
-
-    settings = dark_miner.Settings(**SMALL)
-    done = dark_miner.run(tiny, SPEC, settings, quiet, latents=latents, verify=verdicts([0.9, 0.1]))
-    assert done.exhausted and done.scores == (0.9, 0.1) and len(done.pool) == 1
-    assert torch.equal(done.pool[0], asked[0].context) and not torch.equal(asked[0].context, asked[1].context)
+    done = mined(0.9, 0.1)
+    assert done.exhausted and done.scores == pytest.approx((0.9, 0.1)) and len(done.pool) == 1
+    assert done.pool[0].shape == (6, 16)
     assert all(d.rank == 2 and d.dense().any() for d in done.erasure.deltas.values())
-    out = dark_miner.run(tiny, SPEC, settings, quiet, latents=latents, verify=verdicts([0.9, 0.8, 0.7]))
-    assert not out.exhausted and len(out.pool) == 2, "the rounds ended first"
-    none = dark_miner.run(tiny, SPEC, settings, quiet, latents=latents, verify=verdicts([0.2]))
-    assert none.exhausted and not any(d.dense().any() for d in none.erasure.deltas.values())
-    again = dark_miner.run(tiny, SPEC, settings, quiet, latents=latents, verify=verdicts([0.9, 0.1]))
+    out = mined(0.9, 0.8)
+    assert not out.exhausted and len(out.pool) == 2 and not torch.equal(*out.pool), "the rounds ended first"
+    none = mined(0.1)
+    assert none.exhausted and not none.pool, "the words alone were enough"
+    again = mined(0.9, 0.1)
     assert all(torch.equal(d.dense(), again.erasure.deltas[n].dense()) for n, d in done.erasure.deltas.items())
+    more = mined(0.1, dark=(torch.randn(6, 16),))
+    assert any(not torch.equal(d.dense(), none.erasure.deltas[n].dense()) for n, d in more.erasure.deltas.items())
+    blind = dark_miner.mine_and_erase(tiny, SPEC, dark_miner.Settings(**SMALL, pictures=2), quiet, Aids())
+    assert len(blind.pool) == 2 and not blind.scores and not blind.exhausted, "nobody looks: every round is made"
     assert tiny.untouched()
-    with pytest.raises(ValueError, match="at least one picture"):
-        dark_miner.run(tiny, SPEC, settings, quiet, latents=latents[:0], verify=verdicts([]))

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from erasure_core import ConceptError, ConceptSpec, Delta, TextStates
+from erasure_core.methods import Aids, concept_ablation, eap, forget_me_not, kpop, leco, sdd, spm
+from erasure_core.methods._training import ERASE, KEEP, NULL, TO, Prompts
 from erasure_core.operators.memory import Placement, PromptMemory
 from erasure_core.operators.regress import regress
 from erasure_core.operators.train_loop import Trainer
 from erasure_core.operators.trainable import Cond, FullWeights, Layers, LoRA, Weights
 from erasure_core.schedule import Space
-from erasure_core.trained import concept_ablation, eap, forget_me_not, kpop, leco, sdd, spm
-from erasure_core.trained._common import ERASE, KEEP, NULL, TO, Prompts
 
 pytestmark = pytest.mark.core
 SPEC = ConceptSpec.parse("cat, kitty", "", "dog")
@@ -63,7 +63,7 @@ def test_kpop_is_its_two_losses(tiny64) -> None:
 def test_kpop_hides_and_the_key_recovers(tiny) -> None:
     """Each phase moves its own tensors only, on one latent; the artefacts are two."""
     settings = kpop.Settings(**SMALL, rows=2, memory_rate=1e-2, placement=Placement.ALL)
-    one, two = (kpop.run(tiny, SPEC, settings, quiet) for _ in range(2))
+    one, two = (kpop.hide(tiny, SPEC, settings, quiet, Aids()) for _ in range(2))
     assert same(one.erasure, two.erasure) and all(torch.equal(x, two.key[k]) for k, x in one.key.items())
     assert one.key["key"].shape == one.key["value"].shape == (2, 16) and not torch.equal(
         one.key["key"], one.key["value"]
@@ -135,7 +135,7 @@ def test_the_terms_are_the_table(tiny64) -> None:
     (spm, {"warmup": 1, "anchors": 2, "rank": 1}), (forget_me_not, {"pictures": 3}),
 ], ids=["leco", "sdd", "ablation", "spm", "forget-me-not"])  # fmt: skip
 def test_end_to_end(tiny, method, more) -> None:
-    one, two = (method.run(tiny, SPEC, method.Settings(**SMALL, **more), quiet) for _ in range(2))
+    one, two = (method.run(tiny, SPEC, method.Settings(**SMALL, **more), quiet, Aids()) for _ in range(2))
     assert same(one, two) and tiny.untouched()
     assert all(torch.isfinite(d.dense()).all() for d in one.deltas.values()) and any(
         d.dense().any() for d in one.deltas.values()
@@ -147,21 +147,22 @@ def test_end_to_end(tiny, method, more) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        method.run(tiny, SPEC, method.Settings(**SMALL, **more), cancel)
+        method.run(tiny, SPEC, method.Settings(**SMALL, **more), cancel, Aids())
     assert tiny.untouched()
 
 
 def test_ablation_uses_the_pictures_it_is_given(tiny) -> None:
     settings = concept_ablation.Settings(**SMALL)
     one, two = (
-        concept_ablation.run(tiny, SPEC, settings, quiet, anchors=torch.full((2, 4, 4, 4), x)) for x in (0.0, 1.0)
+        concept_ablation.run(tiny, SPEC, settings, quiet, Aids(), anchors=torch.full((2, 4, 4, 4), x))
+        for x in (0.0, 1.0)
     )
     assert not same(one, two)
 
 
 def test_sdd_saves_the_average(tiny) -> None:
     """With an average that never moves, nothing is learned."""
-    still = sdd.run(tiny, SPEC, sdd.Settings(**SMALL, average=1.0), quiet)
+    still = sdd.run(tiny, SPEC, sdd.Settings(**SMALL, average=1.0), quiet, Aids())
     assert not any(d.dense().any() for d in still.deltas.values())
 
 
@@ -249,14 +250,14 @@ def test_eap_damage_reaches_the_conditioning_on_both_sides(tiny64) -> None:
 
 
 def test_eap_end_to_end(tiny) -> None:
-    settings, words = eap.Settings(**SMALL, nearest=3), ["tree", "cat", "house", "river", "stone"]
+    settings = eap.Settings(**SMALL, nearest=3, vocabulary="tree, cat, house, river, stone")
     seen: list[dict[str, float]] = []
-    one = eap.run(tiny, SPEC, settings, quiet, vocabulary=words, report=lambda i, x: seen.append(dict(x)))
-    assert same(one, eap.run(tiny, SPEC, settings, quiet, vocabulary=words)) and tiny.untouched()
+    one = eap.run(tiny, SPEC, settings, quiet, Aids(watch=lambda _, i, x: seen.append(dict(x))))
+    assert same(one, eap.run(tiny, SPEC, settings, quiet, Aids())) and tiny.untouched()
     assert set(seen[0]) == {"weights/erase", "weights/keep", "weights/adverse", "adversary/damage"}
     assert seen[0]["adversary/damage"] < 0 < seen[0]["weights/adverse"]
-    with pytest.raises(ConceptError, match="vocabulary of words besides"):
-        eap.run(tiny, SPEC, settings, quiet, vocabulary=["cat"])
+    with pytest.raises(ConceptError, match="vocabulary: EAP needs words besides"):
+        eap.run(tiny, SPEC, eap.Settings(**SMALL, vocabulary="cat"), quiet, Aids())
     table = torch.stack([torch.full((2, 2), float(x)) for x in (5, 1, 3, 2)])
     assert eap.nearest(table, torch.zeros(1, 2, 2), 2).tolist() == [1, 3]
 

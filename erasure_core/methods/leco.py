@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
-from ..methods.registry import Progress, setting
 from ..operators.regress import TargetTerm, shifted
-from ..operators.train_loop import Kind, Report
+from ..operators.train_loop import Kind
 from ..operators.trainable import Layers, LoRA, TrainablePort
-from ._common import ERASE, NULL, TO, TrainSettings, train_regression
+from ._training import ERASE, NULL, TO, TrainSettings, train_regression
+from .registry import Aids, MethodSpec, Progress, setting
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,20 @@ def target(eta: float) -> TargetTerm:
     return TargetTerm("erase", ERASE, shifted(TO, -eta, ERASE, NULL))
 
 
-def run(
-    port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, *, report: Report | None = None
-) -> Erasure:
+def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
     """Erase with LECO. One sampler run and up to four network passes a step."""
     return train_regression(
-        port, spec, settings, progress, method="leco", terms=[target(settings.negative_guidance)], optimiser=Kind.ADAMW,
-        weight_decay=0.01, what=LoRA(settings.layers, settings.rank, settings.alpha), report=report,
+        port, spec, settings, progress, aids, method="leco", terms=[target(settings.negative_guidance)], optimiser=Kind.ADAMW,
+        weight_decay=0.01, what=LoRA(settings.layers, settings.rank, settings.alpha),
     )  # fmt: skip
+
+
+SPEC = MethodSpec(
+    name="leco",
+    title="LECO",
+    summary="ESD's aim learned in a small LoRA, as the community's slider trainers do it: mild, tiny file, minutes.",
+    paper="https://github.com/p1atdev/LECO",
+    settings=Settings,
+    run=run,
+    trains=True,
+)

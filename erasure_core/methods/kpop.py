@@ -25,12 +25,12 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
-from ..methods.registry import Progress, setting
 from ..operators.memory import Placement, PromptMemory
 from ..operators.regress import TargetTerm, keep_term, regress, shifted
-from ..operators.train_loop import Optimiser, Phase, Report, Trainer
+from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
-from ._common import ERASE, KEEP, NULL, TO, Prompts, TrainSettings, draw_progress, erasure_of, on_policy
+from ._training import ERASE, KEEP, NULL, TO, Prompts, TrainSettings, draw_progress, erasure_of, on_policy
+from .registry import Aids, MethodSpec, Progress, setting
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,32 @@ def phases(model: TrainableModel, memory: PromptMemory, prompts: Prompts, settin
     ]
 
 
-def run(
-    port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, *, report: Report | None = None
-) -> Hidden:
+def hide(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Hidden:
     """Hide the concept behind a key."""
-    prompts = Prompts(port, spec)
+    prompts = Prompts(port, spec, aids.dark)
     with port.trainable() as model:
         memory = PromptMemory(
             settings.rows, port.family.context_dim, settings.placement, torch.Generator().manual_seed(settings.seed),
             shared=settings.shared,
         ).to(model.device)  # fmt: skip
         trainer = Trainer(model, phases(model, memory, prompts, settings), settings.iterations, seed=settings.seed)
-        trainer.run(progress, report)
+        trainer.run(progress, aids.watch)
         made = erasure_of(port, spec, "kpop", settings, model.deltas(energy=settings.energy))
         return Hidden(made, memory.tensors())
+
+
+def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
+    """Erase with KPOP: :func:`hide` with the key thrown away."""
+    return hide(port, spec, settings, progress, aids).erasure
+
+
+SPEC = MethodSpec(
+    name="kpop",
+    title="KPOP",
+    summary="Trains the weights to hide the concept and a key to restore it; here the key is thrown away. "
+    "To keep it, use Learn Safe Prompt Memory.",
+    paper="https://arxiv.org/abs/2403.12326",
+    settings=Settings,
+    run=run,
+    trains=True,
+)

@@ -18,43 +18,20 @@ time that is trained.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
-from ..methods.registry import Progress, setting
 from ..operators.regress import TargetTerm, shifted
-from ..operators.train_loop import Report
 from ..operators.trainable import Layers, TrainablePort, Weights
 from ..schedule import progress_of_steps_remaining
-from ._common import ERASE, NULL, TO, TrainSettings, draw_progress, train_regression
+from ._training import ERASE, NULL, TO, TrainSettings, draw_progress, train_regression
+from .registry import Aids, MethodSpec, Progress, setting
 
 FROM = "from"
-
-
-class Variant(StrEnum):
-    """Which layers: the paper's names."""
-
-    X = "esd-x"
-    """Cross-attention: styles, identities, objects that words name."""
-    X_STRICT = "esd-x-strict"
-    """Keys and values of cross-attention only."""
-    U = "esd-u"
-    """Everything else: what appears without being named."""
-    ALL = "esd-all"
-    SELF = "selfattn"
-
-
-LAYERS = {
-    Variant.X: Layers.CROSS,
-    Variant.X_STRICT: Layers.TEXT,
-    Variant.U: Layers.NOT_CROSS,
-    Variant.ALL: Layers.ALL,
-    Variant.SELF: Layers.SELF,
-}
 
 
 class Form(StrEnum):
@@ -67,12 +44,12 @@ class Settings(TrainSettings):
     learning_rate: float = setting(
         5e-5, "Size of a training step; the 2023 code uses 1e-5.", low=1e-8, high=1.0, step=1e-6
     )
-    variant: Variant = setting(  # it decides ``layers``
-        Variant.X, "Which layers are changed. esd-x for what words name, esd-u for what shows unnamed."
-    )
+    layers: Layers = setting(Layers.CROSS, "Which layers are changed: cross-attention is ESD-x, for what words name; all but "
+        "cross-attention is ESD-u, for what shows unnamed; text keys and values is ESD-x-strict.")  # fmt: skip
     form: Form = setting(Form.CODE_2025, "Which of the authors' two programs is followed.")
     negative_guidance: float = setting(2.0, "How far from the concept: 2 in the 2025 form is 1 in the 2023 form.",
         low=0.0, high=20.0, step=0.5)  # fmt: skip
+    erase_from: str = setting("", "Erase it only in pictures of this, for example the hat only on a man. 2025 form.")
 
 
 def target(form: Form, eta: float, *, erase_from: bool = False, replaced: bool = False) -> TargetTerm:
@@ -102,23 +79,33 @@ def run(
     spec: ConceptSpec,
     settings: Settings,
     progress: Progress,
-    *,
-    erase_from: str = "",
-    report: Report | None = None,
+    aids: Aids,
 ) -> Erasure:
     """Erase with ESD. One sampler run and up to four network passes a step."""
+    erase_from = settings.erase_from.strip()
     old = settings.form is Form.CODE_2023
     replaced = any(concept.to for concept in spec.erase)
     return train_regression(
         port,
         spec,
-        replace(settings, layers=LAYERS[settings.variant]),
+        settings,
         progress,
+        aids,
         method="esd",
         terms=[target(settings.form, settings.negative_guidance, erase_from=bool(erase_from), replaced=replaced)],
         extra={FROM: port.conditions([erase_from])[0]} if erase_from else None,
         sampled_by=Weights.STUDENT if old else Weights.FROZEN,
         sampled_prompt=FROM if erase_from else ERASE,
         draw=draw_2023 if old else draw_2025,
-        report=report,
     )
+
+
+SPEC = MethodSpec(
+    name="esd",
+    title="ESD",
+    summary="Trains away from the concept by its own negative guidance: firm on the words and near them, minutes.",
+    paper="https://arxiv.org/abs/2303.07345",
+    settings=Settings,
+    run=run,
+    trains=True,
+)

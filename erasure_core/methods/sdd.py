@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
-from ..methods.registry import Progress, setting
 from ..operators.regress import TargetTerm
-from ..operators.train_loop import Kind, Report
+from ..operators.train_loop import Kind
 from ..operators.trainable import TrainablePort, Weights
-from ._common import ERASE, TO, TrainSettings, train_regression
+from ._training import ERASE, TO, TrainSettings, train_regression
+from .registry import Aids, MethodSpec, Progress, setting
 
 JOINED = "joined"
 
@@ -38,12 +38,22 @@ def target() -> TargetTerm:
     return TargetTerm("erase", ERASE, {TO: 1.0}, reference=Weights.STUDENT)
 
 
-def run(
-    port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, *, report: Report | None = None
-) -> Erasure:
+def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
     """Erase with SDD. One sampler run and two or three network passes a step."""
     joined = port.conditions([", ".join(word for concept in spec.erase for word in concept.words)])[0]
     return train_regression(
-        port, spec, settings, progress, method="sdd", terms=[target()], extra={JOINED: joined}, sampled_prompt=JOINED,
-        sampled_by=Weights.AVERAGE, average=settings.average, optimiser=Kind.ADAMW, weight_decay=1e-4, report=report,
+        port, spec, settings, progress, aids, method="sdd", terms=[target()], extra={JOINED: joined}, sampled_prompt=JOINED,
+        sampled_by=Weights.AVERAGE, average=settings.average, optimiser=Kind.ADAMW, weight_decay=1e-4,
     )  # fmt: skip
+
+
+SPEC = MethodSpec(
+    name="sdd",
+    title="SDD",
+    summary="Trains the concept's prompt to draw what an empty prompt draws, and keeps a running average: "
+    "gentle on the rest, minutes.",
+    paper="https://arxiv.org/abs/2307.05977",
+    settings=Settings,
+    run=run,
+    trains=True,
+)

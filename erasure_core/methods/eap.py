@@ -16,7 +16,6 @@ linear layers only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +24,13 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptError, ConceptSpec
-from ..methods.registry import Progress, setting
 from ..operators.regress import TargetTerm, keep_term, regress, shifted
-from ..operators.train_loop import Optimiser, Phase, Report, Trainer
+from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
 from ..schedule import Space
-from ._common import ERASE, KEEP, NULL, TO, Prompts, TrainSettings, draw_progress, erasure_of, on_policy
+from ..vocabulary import VOCABULARY
+from ._training import ERASE, KEEP, NULL, TO, Prompts, TrainSettings, draw_progress, erasure_of, on_policy
+from .registry import Aids, MethodSpec, Progress, setting
 
 ADVERSE = "adverse"
 
@@ -44,6 +44,7 @@ class Settings(TrainSettings):
     nearest: int = setting(
         100, "Words nearest to the concept that the adversary chooses from.", low=1, high=10000, step=10
     )
+    vocabulary: str = setting("", "Words that might suffer, by commas; empty: the kept words and some 200 common ones.")
     space: Space = setting(Space.X0, "What the losses compare; eps treats all noise levels more evenly.")
 
 
@@ -79,20 +80,18 @@ def run(
     spec: ConceptSpec,
     settings: Settings,
     progress: Progress,
-    *,
-    vocabulary: Sequence[str],
-    report: Report | None = None,
+    aids: Aids,
 ) -> Erasure:
     """Erase with EAP. Up to four sampler runs and eight network passes a round.
 
     Raises:
         ConceptError: no word of the vocabulary is left beside the erased ones.
     """
-    prompts = Prompts(port, spec)
-    erased = {word for word, _ in prompts.pairs}
-    words = [w for w in dict.fromkeys(vocabulary) if w not in erased]
+    prompts = Prompts(port, spec, aids.dark)
+    vocabulary = settings.vocabulary.split(",") if settings.vocabulary.strip() else [*prompts.keep, *VOCABULARY]
+    words = [w for w in dict.fromkeys(x.strip() for x in vocabulary) if w and w not in prompts.words]
     if not words:
-        raise ConceptError("keep: EAP needs a vocabulary of words besides the erased ones. Add some")
+        raise ConceptError("vocabulary: EAP needs words besides the erased ones. Add some, by commas")
     held = [keep_term(KEEP, settings.keep_weight)] if prompts.keep and settings.keep_weight else []
     with port.trainable() as model:
         table = torch.cat([c.context for c in port.conditions(words)]).to(model.device, model.dtype)
@@ -131,5 +130,17 @@ def run(
             ),
             Phase("adversary", logits, attack, Optimiser(settings.adversary_rate)),
         ]
-        Trainer(model, phases, settings.iterations, seed=settings.seed).run(progress, report)
+        Trainer(model, phases, settings.iterations, seed=settings.seed).run(progress, aids.watch)
         return erasure_of(port, spec, "eap", settings, model.deltas(energy=settings.energy))
+
+
+SPEC = MethodSpec(
+    name="eap",
+    title="EAP",
+    summary="Trains like ESD while it searches for the words that suffer most, and holds those: keeps "
+    "neighbours, slow.",
+    paper="https://arxiv.org/abs/2410.15618",
+    settings=Settings,
+    run=run,
+    trains=True,
+)

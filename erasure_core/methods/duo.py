@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
-from ..methods.registry import Progress, setting
 from ..operators.prefer import draw_times, preference_losses, scaled_by_beta
-from ..operators.train_loop import Kind, Optimiser, Phase, Report, Trainer
+from ..operators.train_loop import Kind, Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, Init, Layers, LoRA, TrainableModel, TrainablePort
-from ._common import erasure_of
+from ..pairs import ConceptPairs
+from ._training import erasure_of
+from .registry import Aids, MethodSpec, Progress, setting
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,11 @@ class Settings:
     seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
 
 
-def phase(model: TrainableModel, unsafe: Tensor, safe: Tensor, null: Cond, settings: Settings) -> Phase:
-    """DUO's step over pairs of clean latents [N, C, h, w]; each step draws ``batch`` of them."""
-    if unsafe.shape != safe.shape or not len(unsafe):
-        raise ValueError(
-            f"pairs: {tuple(unsafe.shape)} unsafe and {tuple(safe.shape)} safe latents must be the same, and not none"
-        )
+def phase(model: TrainableModel, pairs: ConceptPairs, null: Cond, settings: Settings) -> Phase:
+    """DUO's step over pairs of clean latents; each step draws ``batch`` of them."""
     lr, prior_weight = scaled_by_beta(settings.base_learning_rate, settings.base_prior_weight, settings.beta)
     what = LoRA(settings.layers, settings.rank, init=Init.GAUSSIAN)
-    unsafe, safe = (x.to(model.device, model.dtype) for x in (unsafe, safe))
+    unsafe, safe = (x.to(model.device, model.dtype) for x in (pairs.unsafe, pairs.safe))
     below = max(1, round(settings.latest_time * len(model.schedule)))
 
     def loss(_: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -71,18 +68,29 @@ def run(
     spec: ConceptSpec,
     settings: Settings,
     progress: Progress,
-    *,
-    unsafe: Tensor,
-    safe: Tensor,
-    report: Report | None = None,
+    aids: Aids,
 ) -> Erasure:
-    """Erase with DUO what ``unsafe`` shows and ``safe`` doesn't: clean, scaled latents [N, C, h, w] of one pair a row.
+    """Erase with DUO what the unsafe members of ``aids.pairs`` show and the safe ones don't.
 
     One student and one frozen pass of three latents per pair and step.
     """
+    assert aids.pairs is not None, "api.erase checks needs_pairs"
     null = port.conditions([""])[0]
     with port.trainable() as model:
-        Trainer(model, [phase(model, unsafe, safe, null, settings)], settings.iterations, seed=settings.seed).run(
-            progress, report
+        Trainer(model, [phase(model, aids.pairs, null, settings)], settings.iterations, seed=settings.seed).run(
+            progress, aids.watch
         )
         return erasure_of(port, spec, "duo", settings, model.deltas())
+
+
+SPEC = MethodSpec(
+    name="duo",
+    title="DUO",
+    summary="Unlearns in pictures rather than words, from pairs with and without the concept: also reaches "
+    "what words don't name.",
+    paper="https://arxiv.org/abs/2407.21035",
+    settings=Settings,
+    run=run,
+    trains=True,
+    needs_pairs=True,
+)

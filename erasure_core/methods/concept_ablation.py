@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
-from ..methods.registry import Progress, setting
 from ..operators.regress import TargetTerm, keep_term, regress
-from ..operators.train_loop import Optimiser, Phase, Report, Trainer
-from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
-from ._common import ERASE, KEEP, TO, Prompts, TrainSettings, erasure_of
+from ..operators.train_loop import Optimiser, Phase, Trainer
+from ..operators.trainable import Cond, TrainablePort, Weights
+from ._training import ERASE, KEEP, TO, Prompts, TrainSettings, draw_pictures, erasure_of
+from .registry import Aids, MethodSpec, Progress, setting
 
 
 @dataclass(frozen=True)
@@ -36,39 +36,25 @@ def target() -> TargetTerm:
     return TargetTerm("erase", ERASE, {TO: 1.0}, reference=Weights.STUDENT)
 
 
-def anchor_latents(model: TrainableModel, prompts: Prompts, settings: Settings, progress: Progress) -> Tensor:
-    """Clean latents of the anchors, in turn over the concepts, as the frozen network draws them."""
-    made: list[Tensor] = []
-    generator = torch.Generator().manual_seed(settings.seed)
-    for start in range(0, settings.pictures, 8):
-        progress(0, settings.iterations)
-        conds = [
-            prompts[prompts.pairs[i % len(prompts.pairs)][1]] for i in range(start, min(start + 8, settings.pictures))
-        ]
-        made.append(
-            model.denoise_until(
-                Cond.cat(conds), prompts.null, guidance=settings.guidance, progress=1.0, steps=settings.sample_steps,
-                generator=generator, weights=Weights.FROZEN,
-            )
-        )  # fmt: skip
-    return torch.cat(made)
-
-
 def run(
     port: TrainablePort,
     spec: ConceptSpec,
     settings: Settings,
     progress: Progress,
+    aids: Aids,
     *,
     anchors: Tensor | None = None,
-    report: Report | None = None,
 ) -> Erasure:
     """Erase with Concept Ablation. ``anchors`` [N, C, h, w]: clean latents, row i of the word number i modulo their count."""
-    prompts = Prompts(port, spec)
+    prompts = Prompts(port, spec, aids.dark)
     terms = [target(), *([keep_term(KEEP, settings.keep_weight)] if prompts.keep and settings.keep_weight else [])]
     with port.trainable() as model:
-        pool = anchor_latents(model, prompts, settings, progress) if anchors is None else anchors
-        pool = pool.to(model.device, model.dtype)
+        if anchors is None:
+            shown = [prompts[to] for _, to in prompts.pairs]
+            anchors = draw_pictures(
+                model, shown, prompts.null, settings.pictures, settings, lambda *_: progress(0, settings.iterations)
+            )
+        pool = anchors.to(model.device, model.dtype)
 
         def loss(_: int, generator: torch.Generator) -> dict[str, Tensor]:
             chosen = torch.randint(0, len(pool), (settings.batch,), generator=generator)
@@ -84,5 +70,17 @@ def run(
 
         parameters = model.train(settings.parameters(), settings.seed)
         phase = Phase("ablate", parameters, loss, Optimiser(settings.learning_rate))
-        Trainer(model, [phase], settings.iterations, seed=settings.seed).run(progress, report)
+        Trainer(model, [phase], settings.iterations, seed=settings.seed).run(progress, aids.watch)
         return erasure_of(port, spec, "concept_ablation", settings, model.deltas(energy=settings.energy))
+
+
+SPEC = MethodSpec(
+    name="concept_ablation",
+    title="Concept Ablation",
+    summary="Trains the concept's prompt to mean the replacement's pictures: natural results where a "
+    "replacement is named.",
+    paper="https://arxiv.org/abs/2303.13516",
+    settings=Settings,
+    run=run,
+    trains=True,
+)

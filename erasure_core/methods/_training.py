@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..artifact import Delta, Erasure, Fingerprint, Header
 from ..concept import ConceptSpec
-from ..methods.registry import Progress, setting
 from ..operators.regress import TargetTerm, keep_term, regress
-from ..operators.train_loop import Kind, Optimiser, Phase, Report, Trainer, constant
+from ..operators.train_loop import Kind, Optimiser, Phase, Trainer, constant
 from ..operators.trainable import Cond, FullWeights, Init, Layers, LoRA, TrainableModel, TrainablePort, Weights
 from ..schedule import progress_of_steps_done
 from ..version import __version__
+from .registry import Aids, Progress, setting
 
 ERASE, TO, NULL, KEEP = "erase", "to", "null", "keep"
 """Keys of a step's prompts: the concept, its replacement (the empty prompt where there is none), "", a kept word."""
@@ -48,14 +48,19 @@ class TrainSettings:
 
 
 class Prompts:
-    """Everything that a spec names, encoded once."""
+    """Everything that a spec names, encoded once; conditionings that bring the concept back count as words for it."""
 
-    def __init__(self, port: TrainablePort, spec: ConceptSpec) -> None:
+    def __init__(self, port: TrainablePort, spec: ConceptSpec, dark: Sequence[Tensor] = ()) -> None:
         pairs = [(word, concept.to) for concept in spec.erase for word in concept.words]
         texts = list(dict.fromkeys([*(x for pair in pairs for x in pair), *spec.keep, ""]))
         self._conds = dict(zip(texts, port.conditions(texts), strict=True))
-        self.pairs, self.keep = pairs, list(spec.keep)
-        self.null = self._conds[""]
+        self.words = [word for word, _ in pairs]
+        self.keep, self.null = list(spec.keep), self._conds[""]
+        for number, states in enumerate(dark):
+            name = f"\0dark {number}"  # no word that anybody can type
+            self._conds[name] = self.null.with_context(states[None])
+            pairs.append((name, spec.erase[0].to))
+        self.pairs = pairs
 
     def __getitem__(self, text: str) -> Cond:
         return self._conds[text]
@@ -101,6 +106,35 @@ def on_policy(
     return z, torch.full((len(cond),), model.schedule.time_at(progress), dtype=torch.long)
 
 
+class Sampling(Protocol):
+    """Settings of the pictures that a method draws."""
+
+    @property
+    def guidance(self) -> float: ...
+    @property
+    def sample_steps(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def draw_pictures(
+    model: TrainableModel, conds: Sequence[Cond], null: Cond, count: int, settings: Sampling, progress: Progress
+) -> Tensor:
+    """``count`` clean latents [count, C, h, w] of the conditionings in turn, as the frozen network draws them."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    made: list[Tensor] = []
+    for start in range(0, count, 8):
+        progress(start, count)
+        part = [conds[i % len(conds)] for i in range(start, min(start + 8, count))]
+        made.append(
+            model.denoise_until(
+                Cond.cat(part), null, guidance=settings.guidance, progress=1.0, steps=settings.sample_steps,
+                generator=generator, weights=Weights.FROZEN,
+            )
+        )  # fmt: skip
+    return torch.cat(made)
+
+
 MoreLosses = Callable[[TrainableModel, Tensor, Tensor, Mapping[str, Cond], torch.Generator], Mapping[str, Tensor]]
 DrawProgress = Callable[[int, torch.Generator], float]
 
@@ -110,6 +144,7 @@ def train_regression(
     spec: ConceptSpec,
     settings: TrainSettings,
     progress: Progress,
+    aids: Aids,
     *,
     method: str,
     terms: Sequence[TargetTerm],
@@ -123,10 +158,9 @@ def train_regression(
     average: float | None = None,
     what: FullWeights | LoRA | None = None,
     more: MoreLosses | None = None,
-    report: Report | None = None,
 ) -> Erasure:
     """One phase, one on-policy latent a step, the given terms, and the kept words at the same latent."""
-    prompts = Prompts(port, spec)
+    prompts = Prompts(port, spec, aids.dark)
     held = [keep_term(KEEP, settings.keep_weight)] if prompts.keep and settings.keep_weight else []
 
     with port.trainable() as model:
@@ -142,7 +176,7 @@ def train_regression(
         parameters = model.train(what or settings.parameters(), settings.seed)
         phase = Phase("erase", parameters, loss, Optimiser(settings.learning_rate, optimiser, weight_decay), rate)
         trainer = Trainer(model, [phase], settings.iterations, seed=settings.seed, average=average)
-        trainer.run(progress, report)
+        trainer.run(progress, aids.watch)
         weights = Weights.STUDENT if average is None else Weights.AVERAGE
         return erasure_of(port, spec, method, settings, model.deltas(weights, settings.energy))
 

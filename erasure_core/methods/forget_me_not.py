@@ -21,12 +21,12 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
-from ..methods.registry import Progress, setting
 from ..operators.regress import keep_term, regress
-from ..operators.train_loop import Kind, Optimiser, Phase, Report, Trainer
-from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
+from ..operators.train_loop import Kind, Optimiser, Phase, Trainer
+from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from ..port import TokenKind
-from ._common import ERASE, KEEP, Prompts, TrainSettings, erasure_of
+from ._training import ERASE, KEEP, Prompts, TrainSettings, draw_pictures, erasure_of
+from .registry import Aids, MethodSpec, Progress, setting
 
 
 @dataclass(frozen=True)
@@ -90,21 +90,18 @@ def run(
     spec: ConceptSpec,
     settings: Settings,
     progress: Progress,
-    *,
-    latents: Tensor | None = None,
-    report: Report | None = None,
+    aids: Aids,
 ) -> Erasure:
-    """Erase with Forget-Me-Not. ``latents`` [N, C, h, w]: clean, scaled pictures of the concept."""
-    prompts = Prompts(port, spec)
-    words = [word for word, _ in prompts.pairs]
+    """Erase with Forget-Me-Not. Draws its own pictures of the concept where ``aids`` has none."""
+    prompts = Prompts(port, spec, aids.dark)
+    words = prompts.words
     columns = torch.stack([concept_columns(x.kinds, end_tokens=settings.end_tokens) for x in port.text(words)])
     with port.trainable() as model:
+        latents = aids.pictures
         if latents is None:
-            progress(0, settings.iterations)
-            drawn = Cond.cat([prompts[words[i % len(words)]] for i in range(settings.pictures)])
-            latents = model.denoise_until(
-                drawn, prompts.null, guidance=settings.guidance, progress=1.0, steps=settings.sample_steps,
-                generator=torch.Generator().manual_seed(settings.seed), weights=Weights.FROZEN,
+            latents = draw_pictures(
+                model, [prompts[w] for w in words], prompts.null, settings.pictures, settings,
+                lambda *_: progress(0, settings.iterations),
             )  # fmt: skip
         pool = latents.to(model.device, model.dtype)
 
@@ -123,5 +120,16 @@ def run(
 
         parameters = model.train(settings.parameters(), settings.seed)
         phase = Phase("steer", parameters, loss, Optimiser(settings.learning_rate, Kind.ADAMW, 0.01))
-        Trainer(model, [phase], settings.iterations, seed=settings.seed).run(progress, report)
+        Trainer(model, [phase], settings.iterations, seed=settings.seed).run(progress, aids.watch)
         return erasure_of(port, spec, "forget_me_not", settings, model.deltas(energy=settings.energy))
+
+
+SPEC = MethodSpec(
+    name="forget_me_not",
+    title="Forget-Me-Not",
+    summary="Trains attention away from the concept's words in some 35 steps: quick and weak.",
+    paper="https://arxiv.org/abs/2303.17591",
+    settings=Settings,
+    run=run,
+    trains=True,
+)

@@ -9,9 +9,11 @@ push exactly that conditioning to an anchor.
 
 Unverified (METHODS 2.3, 10): the authors' code is unpublished. The equations come from a third party; the form of the
 embedding (here a full conditioning, or pseudo-words through ``embed``), every number, and the preservation term (here the
-empty prompt and the user's kept words at the same latents) are ours.
+empty prompt and the user's kept words at the same latents) are ours. Departures: the words of the concept, and embeddings
+that were mined before, are in the pool from the start.
 
-The verifier is pluggable; :func:`difference_verifier` is the paper's with any picture encoder E.
+Verifying looks at pictures drawn from c. What looks is pluggable: any judge, or :func:`difference_look`, the paper's s(c)
+over a picture encoder E. Without anything that looks, every round is made.
 """
 
 from __future__ import annotations
@@ -25,23 +27,21 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
-from ..methods.registry import Progress, setting
 from ..operators.regress import TargetTerm, keep_term, regress
 from ..operators.search import denoising_loss, search
-from ..operators.train_loop import Optimiser, Phase, Report, Trainer
+from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, Layers, LoRA, TrainableModel, TrainablePort
-from ._common import KEEP, NULL, Prompts, erasure_of
+from ._training import KEEP, NULL, Prompts, draw_pictures, erasure_of
+from .registry import Aids, Look, MethodSpec, Progress, setting
 
 ANCHOR, DARK = "anchor", "dark"
-Verify = Callable[[TrainableModel, Cond], float]
-"""How strongly a conditioning still produces the concept on the student; compared to the threshold."""
 
 
 @dataclass(frozen=True)
 class Settings:
     rounds: int = setting(10, "At most this many embeddings are mined and erased.", low=1, high=1000, step=1)
     threshold: float = setting(
-        0.2, "Mining stops once what it finds scores no more than this.", low=-1.0, high=1.0, step=0.01
+        0.2, "Mining stops once the pictures of what it finds score no more than this.", low=-1.0, high=1.0, step=0.01
     )
     mine_steps: int = setting(1000, "Steps of each search.", low=1, high=100000, step=10)
     mine_rate: float = setting(5e-3, "Size of a search step.", low=1e-6, high=10.0, step=1e-3)
@@ -53,12 +53,19 @@ class Settings:
     layers: Layers = setting(Layers.CROSS, "Which layers are changed.")
     rank: int = setting(8, "Rank of the change.", low=1, high=512, step=1)
     batch: int = setting(4, "Pictures per step.", low=1, high=64, step=1)
+    pictures: int = setting(16, "Pictures of the concept that are drawn first, where none are given.",
+        low=1, high=10000, step=1)  # fmt: skip
+    guidance: float = setting(
+        4.0, "Guidance of these pictures and of those that verifying looks at.", low=0.0, high=30.0, step=0.5
+    )
+    sample_steps: int = setting(20, "Sampler steps of these pictures.", low=2, high=1000, step=1)
+    looks: int = setting(4, "Pictures that each verification looks at.", low=1, high=256, step=1)
     seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
 
 
 @dataclass(frozen=True)
 class Mined:
-    """The erasure, the conditionings [1, L, D] that were found and erased, and the score of every find, the last included."""
+    """The erasure, the conditionings [L, D] that were found and erased, and the score of every find, the last included."""
 
     erasure: Erasure
     pool: tuple[Tensor, ...]
@@ -67,33 +74,29 @@ class Mined:
     """Whether the last find fell below the threshold, rather than the rounds ending."""
 
 
-def similarity(found: Tensor, examples: Tensor, reference: Tensor) -> float:
-    """s(c): features of the picture made from c [d], of concept pictures [k, d], of a concept-free picture [d]."""
-    return float(F.cosine_similarity((found - reference)[None], examples - reference, dim=-1).mean())
+def difference_look(encode: Callable[[Tensor], Tensor], examples: Tensor, reference: Tensor) -> Look:
+    """The paper's s(c) of each picture: mean over the examples of the cosine of two differences.
 
-
-def difference_verifier(
-    encode: Callable[[Tensor], Tensor],
-    examples: Tensor,
-    reference: Tensor,
-    null: Cond,
-    *,
-    guidance: float,
-    steps: int,
-    seed: int,
-) -> Verify:
-    """The paper's: ``encode`` maps clean latents [N, C, h, w] to features [N, d]; ``reference`` [1, ...] is concept-free."""
+    ``encode`` maps clean latents [N, C, h, w] to features [N, d]; ``examples`` [k, ...] show the concept, ``reference``
+    [1, ...] doesn't.
+    """
     with torch.no_grad():
-        example_features, reference_features = encode(examples), encode(reference)[0]
+        origin = encode(reference)
+        wanted = F.normalize(encode(examples) - origin, dim=-1)  # [k, d]
 
-    def verify(model: TrainableModel, cond: Cond) -> float:
-        z = model.denoise_until(
-            cond, null, guidance=guidance, progress=1.0, steps=steps, generator=torch.Generator().manual_seed(seed)
-        )
-        with torch.no_grad():
-            return similarity(encode(z)[0], example_features, reference_features)
+    def look(latents: Tensor) -> Tensor:
+        return (F.normalize(encode(latents) - origin, dim=-1) @ wanted.mT).mean(-1)
 
-    return verify
+    return look
+
+
+def score(model: TrainableModel, cond: Cond, null: Cond, look: Look, settings: Settings) -> float:
+    """The mean that ``look`` gives to pictures drawn from a conditioning by the student."""
+    z = model.denoise_until(
+        cond.expand(settings.looks), null, guidance=settings.guidance, progress=1.0, steps=settings.sample_steps,
+        generator=torch.Generator().manual_seed(settings.seed),
+    )  # fmt: skip
+    return float(look(z).mean())
 
 
 def free_conditioning(null: Cond, generator: torch.Generator) -> Tensor:
@@ -151,49 +154,74 @@ def circumvent(
     return Phase(f"circumvent {number}", model.parameters(), loss, Optimiser(settings.learning_rate))
 
 
-def run(
+def mine_and_erase(
     port: TrainablePort,
     spec: ConceptSpec,
     settings: Settings,
     progress: Progress,
+    aids: Aids,
     *,
-    latents: Tensor,
-    verify: Verify,
     start: Callable[[torch.Generator], Tensor] | None = None,
     embed: Callable[[Tensor], Cond] | None = None,
-    report: Report | None = None,
 ) -> Mined:
-    """Mine and erase until nothing is found. ``latents`` [k, C, h, w]: clean, scaled, showing the concept.
+    """Mine and erase until nothing is found.
 
     Args:
         start, embed: how a search starts, and the conditioning of its variable. Default: a free conditioning.
     """
-    if not len(latents):
-        raise ValueError("pictures: Dark Miner needs at least one picture of the concept")
-    prompts = Prompts(port, spec)
+    prompts = Prompts(port, spec, aids.dark)
     anchor = prompts[spec.erase[0].to]
     begin = start or (lambda generator: free_conditioning(prompts.null, generator))
     read = embed or prompts.null.with_context
 
-    def watch(number: int) -> Progress:
+    def within(number: int) -> Progress:
         """Cancelling works inside a round too."""
-        return lambda _done, _total: progress(number, settings.rounds)
+        return lambda _done, _total: progress(number, settings.rounds + 1)
 
-    pool: list[Cond] = []
+    pool = [prompts[name] for name, _ in prompts.pairs]
+    found: list[Cond] = []
     scores: list[float] = []
     with port.trainable() as model:
         model.train(LoRA(settings.layers, settings.rank), settings.seed)
-        for number in range(settings.rounds):
-            progress(number, settings.rounds)
-            seed = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
-            found = mine(model, latents, begin(seed).to(model.device), read, settings, number, watch(number))
-            scores.append(verify(model, found))
-            if scores[-1] <= settings.threshold:
-                break
-            pool.append(found)
+        progress(0, settings.rounds + 1)
+        latents = aids.pictures
+        if latents is None:
+            shown = [prompts[word] for word in prompts.words]
+            latents = draw_pictures(model, shown, prompts.null, settings.pictures, settings, within(0))
+
+        def circumvent_all(number: int) -> None:
             phase = circumvent(model, latents, pool, anchor, prompts, settings, number)
-            Trainer(model, [phase], settings.iterations, seed=settings.seed).run(watch(number), report)
-        progress(settings.rounds, settings.rounds)
+            Trainer(model, [phase], settings.iterations, seed=settings.seed).run(within(number), aids.watch)
+
+        circumvent_all(0)
+        for number in range(1, settings.rounds + 1):
+            seed = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+            mined = mine(model, latents, begin(seed).to(model.device), read, settings, number, within(number))
+            if aids.look is not None:
+                scores.append(score(model, mined, prompts.null, aids.look, settings))
+                if scores[-1] <= settings.threshold:
+                    break
+            pool.append(mined)
+            found.append(mined)
+            circumvent_all(number)
+        progress(settings.rounds + 1, settings.rounds + 1)
         made = erasure_of(port, spec, "dark_miner", settings, model.deltas())
         exhausted = bool(scores) and scores[-1] <= settings.threshold
-        return Mined(made, tuple(c.context.float().cpu() for c in pool), tuple(scores), exhausted)
+        return Mined(made, tuple(c.context[0].float().cpu() for c in found), tuple(scores), exhausted)
+
+
+def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
+    """Erase with Dark Miner: :func:`mine_and_erase` without what was found."""
+    return mine_and_erase(port, spec, settings, progress, aids).erasure
+
+
+SPEC = MethodSpec(
+    name="dark_miner",
+    title="Dark Miner",
+    summary="Searches for what still brings the concept back and erases that too, round after round, until nothing is "
+    "found. The most thorough, and the slowest.",
+    paper="https://arxiv.org/abs/2409.17682",
+    settings=Settings,
+    run=run,
+    trains=True,
+)

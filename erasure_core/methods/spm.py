@@ -25,12 +25,12 @@ from torch import Tensor
 
 from ..artifact import Delta, Erasure
 from ..concept import ConceptSpec
-from ..methods.registry import Progress, setting
 from ..operators.regress import TargetTerm, shifted
-from ..operators.train_loop import Kind, Report, cosine
+from ..operators.train_loop import Kind, cosine
 from ..operators.trainable import Cond, Layers, LoRA, TrainableModel, TrainablePort, Weights
 from ..port import TextStates, TokenKind
-from ._common import ERASE, TO, TrainSettings, train_regression
+from ._training import ERASE, TO, TrainSettings, train_regression
+from .registry import Aids, MethodSpec, Progress, setting
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,7 @@ def transport(adapters: Iterable[tuple[Mapping[str, Delta], float]]) -> dict[str
     return total
 
 
-def run(
-    port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, *, report: Report | None = None
-) -> Erasure:
+def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
     """Erase with SPM. One sampler run and 4 + 2 * anchors network passes a step, in four batches."""
 
     def anchoring(
@@ -119,7 +117,19 @@ def run(
         return {"anchors": settings.anchor_weight * anchoring_loss(model, z, t, anchors, conds[ERASE])}
 
     return train_regression(
-        port, spec, settings, progress, method="spm", terms=[target(settings.negative_guidance)], more=anchoring,
+        port, spec, settings, progress, aids, method="spm", terms=[target(settings.negative_guidance)], more=anchoring,
         optimiser=Kind.ADAMW, weight_decay=0.01, rate=cosine(settings.iterations, restarts=3, warmup=settings.warmup),
-        what=LoRA(settings.layers, settings.rank, 1.0), report=report,
+        what=LoRA(settings.layers, settings.rank, 1.0),
     )  # fmt: skip
+
+
+SPEC = MethodSpec(
+    name="spm",
+    title="SPM",
+    summary="Trains a rank-one change and holds random other prompts in place: other pictures hardly "
+    "change, traces may remain.",
+    paper="https://arxiv.org/abs/2312.16145",
+    settings=Settings,
+    run=run,
+    trains=True,
+)
