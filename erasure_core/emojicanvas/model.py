@@ -185,20 +185,28 @@ class EmojiCanvas:
 
 
 class EmojiCanvasPort:
-    """EmojiCanvas as a :class:`~erasure_core.port.ModelPort`."""
+    """EmojiCanvas as a :class:`~erasure_core.port.ModelPort`, with an ``erasure`` as if it were merged into the weights.
+
+    Raises:
+        WrongModelError: the erasure was made for another family.
+    """
 
     prediction = Prediction.EPS
 
-    def __init__(self, model: EmojiCanvas) -> None:
-        self.model = model
+    def __init__(self, model: EmojiCanvas, erasure: Erasure | None = None) -> None:
+        self.model, self.erasure = model, erasure
         config = model.unet.config
         self.family = Family(NAME, config.context_dim, config.num_res_blocks, len(config.channel_mult))
+        if erasure is not None:
+            erasure.check_fits(linear_sites(model.unet))
 
     def sites(self) -> Sequence[Site]:
         return sites_of(self.model.unet)
 
     def weight(self, site: Site) -> Tensor:
-        return self.model.unet.get_submodule(site.name).weight.detach().float().clone()
+        weight = self.model.unet.get_submodule(site.name).weight.detach().float().clone()
+        delta = None if self.erasure is None else self.erasure.deltas.get(site.name)
+        return weight if delta is None else weight + delta.dense().to(weight)
 
     def text(self, prompts: Sequence[str]) -> list[TextStates]:
         if not prompts:
@@ -207,15 +215,17 @@ class EmojiCanvasPort:
         return [TextStates(p, s.clone(), k) for p, s, k in zip(prompts, self.model.encode(prompts), kinds, strict=True)]
 
     def predict(self, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return self.model.unet(z, t, context)
+        with patched(self.model.unet, self.erasure) as unet:
+            return unet(z, t, context)
 
     def conditions(self, prompts: Sequence[str]) -> list[Cond]:
         return [Cond(text.states[None]) for text in self.text(prompts)]
 
     def trainable(self) -> TrainableModel:
-        unet = copy.deepcopy(self.model.unet)
+        with patched(self.model.unet, self.erasure) as unet:
+            replica = copy.deepcopy(unet)
         schedule = Schedule.from_alphas_cumprod(alphas_cumprod())
-        return TrainableModel(unet, schedule, self.prediction, (unet.config.channels, 16, 16))
+        return TrainableModel(replica, schedule, self.prediction, (replica.config.channels, 16, 16))
 
 
 if __name__ == "__main__":
