@@ -15,7 +15,8 @@ import os
 import re
 import struct
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def check_file_name(name: str) -> str:
     return stem
 
 
-def _header_json(header: Header, sites: list[str], layout: Layout) -> str:
+def header_json(header: Header, sites: list[str], layout: Layout) -> str:
     return json.dumps(
         {
             "format": _FORMAT,
@@ -138,18 +139,27 @@ def save(
             raise FileError(f"erasure: {name} has values that {dtype} cannot hold. Save in full precision")
     words = ", ".join(c.name for c in erasure.header.spec.erase)
     metadata = {
-        "erasure": _header_json(erasure.header, [site for site, d in erasure.deltas.items() if d.rank], layout),
+        "erasure": header_json(erasure.header, [site for site, d in erasure.deltas.items() if d.rank], layout),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": f"Concept erasure: {words}"[:200],
         "modelspec.architecture": f"{erasure.header.family.name}/lora",
         "modelspec.implementation": "ComfyUI Concept Erasure",
         "modelspec.description": erasure.summary()[:2000],
     }
+    return write(path, out, metadata)
+
+
+def write(path: Path, contents: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write a safetensors file: first to a temporary file beside ``path``, then in one move.
+
+    Raises:
+        FileError: the disk refuses. No half file is left, and an older one stays as it was.
+    """
     temporary = path.parent / f".erasure-{uuid.uuid4().hex}.tmp"
     try:
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode  # what the user's umask gives; safetensors itself writes for the owner only
-        save_file(out, temporary, metadata)
+        save_file(dict(contents), temporary, dict(metadata))
         temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
@@ -251,7 +261,7 @@ def parse_header(text: str) -> tuple[Header, list[str], Layout]:
     return header, sites, Layout(layout_name)
 
 
-def _check_container(path: Path) -> None:
+def check_container(path: Path) -> None:
     """Refuse by the first bytes what is not a safetensors file, before any parser sees it."""
     if not path.is_file():
         raise FileError(f"{path.name}: there is no such file")
@@ -279,6 +289,35 @@ def _check_container(path: Path) -> None:
         raise FileError(f"{path.name}: it is cut off. Copy or download it again")
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The file as ``safe_open`` gives it, its first bytes checked before.
+
+    Raises:
+        FileError: missing, cut off, oversized, pickled, foreign or damaged.
+    """
+    check_container(path)
+    try:
+        with safe_open(path, framework="pt") as f:
+            yield f
+    except SafetensorError as error:
+        raise FileError(f"{path.name}: damaged safetensors file ({error}). Copy or download it again") from None
+
+
+def read_tensor(f: Any, name: str, ndim: int, path: Path) -> Tensor:
+    """A tensor of an open file as float32, its type, size and numbers checked before it is used."""
+    view = f.get_slice(name)
+    shape = view.get_shape()
+    if view.get_dtype() not in _DTYPES or len(shape) != ndim or math.prod(shape) > 1 << 30 or 0 in shape:
+        raise FileError(
+            f"{path.name}: {name} has type {view.get_dtype()} and shape {shape}, which an erasure never has"
+        )
+    tensor: Tensor = f.get_tensor(name).float()
+    if not torch.isfinite(tensor).all():
+        raise FileError(f"{path.name}: {name} contains values that are not numbers (NaN or infinite)")
+    return tensor
+
+
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Only the header of an erasure file; cheap.
 
@@ -286,12 +325,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         FileError: as :func:`load`.
     """
     path = Path(path)
-    _check_container(path)
-    try:
-        with safe_open(path, framework="pt") as f:
-            return parse_header(_erasure_key(f.metadata(), path))[0]
-    except SafetensorError as error:
-        raise FileError(f"{path.name}: damaged safetensors file ({error}). Copy or download it again") from None
+    with opened(path) as f:
+        return parse_header(_erasure_key(f.metadata(), path))[0]
 
 
 def _erasure_key(metadata: Mapping[str, str] | None, path: Path) -> str:
@@ -307,14 +342,10 @@ def load(path: str | os.PathLike[str]) -> Erasure:
         FileError: missing, cut off, oversized, pickled, foreign, or with tensors that contradict the header.
     """
     path = Path(path)
-    _check_container(path)
-    try:
-        with safe_open(path, framework="pt") as f:
-            header, sites, layout = parse_header(_erasure_key(f.metadata(), path))
-            present = set(f.keys())
-            deltas = {site: _read_delta(f, present, site, header.family, layout, path) for site in sites}
-    except SafetensorError as error:
-        raise FileError(f"{path.name}: damaged safetensors file ({error}). Copy or download it again") from None
+    with opened(path) as f:
+        header, sites, layout = parse_header(_erasure_key(f.metadata(), path))
+        present = set(f.keys())
+        deltas = {site: _read_delta(f, present, site, header.family, layout, path) for site in sites}
     if present:
         raise FileError(
             f"{path.name}: it holds {len(present)} tensors that its header does not name, first {min(present)!r:.80}"
@@ -327,16 +358,7 @@ def _read_delta(f: Any, present: set[str], site: str, family: Family, layout: La
         if name not in present:
             raise FileError(f"{path.name}: {name} is missing; the file is incomplete")
         present.discard(name)
-        view = f.get_slice(name)
-        shape = view.get_shape()
-        if view.get_dtype() not in _DTYPES or len(shape) != ndim or math.prod(shape) > 1 << 30 or 0 in shape:
-            raise FileError(
-                f"{path.name}: {name} has type {view.get_dtype()} and shape {shape}, which an erasure never has"
-            )
-        tensor = f.get_tensor(name).float()
-        if not torch.isfinite(tensor).all():
-            raise FileError(f"{path.name}: {name} contains values that are not numbers (NaN or infinite)")
-        return tensor
+        return read_tensor(f, name, ndim, path)
 
     diff = names.to_comfy(site) + ".diff"
     if layout is Layout.FULL or diff in present:

@@ -255,7 +255,7 @@ def test_tensors_that_contradict_the_header(file: Path, change, sentence: str) -
 
 
 def header(**changes: object) -> str:
-    good = json.loads(formats._header_json(erasure().header, SITES, Layout.LORA))
+    good = json.loads(formats.header_json(erasure().header, SITES, Layout.LORA))
     return json.dumps({k: v for k, v in {**good, **changes}.items() if v is not ...})
 
 
