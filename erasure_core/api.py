@@ -10,6 +10,7 @@ import torch
 from .artifact import Erasure
 from .concept import ConceptSpec
 from .methods import Aids, Progress, all_methods, settings_from
+from .methods._closed_form import text_sites
 from .port import ModelPort
 
 
@@ -39,6 +40,7 @@ def erase(
     if method not in known:
         raise ValueError(f"method: {method!r} is unknown; there are {', '.join(known)}")
     chosen, given = known[method], aids or Aids()
+    text_sites(port)
     if chosen.trains and not hasattr(port, "trainable"):
         raise ValueError(f"model: {chosen.title} trains, which {type(port).__name__} can't do. Use UCE, RECE or SPEED")
     if chosen.needs_pairs and given.pairs is None:

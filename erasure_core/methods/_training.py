@@ -120,8 +120,9 @@ class Sampling(Protocol):
 def draw_pictures(
     model: TrainableModel, conds: Sequence[Cond], null: Cond, count: int, settings: Sampling, progress: Progress
 ) -> Tensor:
-    """``count`` clean latents [count, C, h, w] of the conditionings in turn, as the frozen network draws them."""
-    generator = torch.Generator().manual_seed(settings.seed)
+    """``count`` clean latents [count, C, h, w], at least one of each conditioning, in turn, as the frozen network draws
+    them."""
+    generator, count = torch.Generator().manual_seed(settings.seed), max(count, len(conds))
     made: list[Tensor] = []
     for start in range(0, count, 8):
         progress(start, count)

@@ -29,7 +29,7 @@ from ..artifact import Erasure
 from ..concept import ConceptSpec
 from ..operators.regress import TargetTerm, keep_term, regress
 from ..operators.search import denoising_loss, search
-from ..operators.train_loop import Optimiser, Phase, Trainer
+from ..operators.train_loop import Optimiser, Phase, Trainer, generator_for
 from ..operators.trainable import Cond, Layers, LoRA, TrainableModel, TrainablePort
 from ._training import KEEP, NULL, Prompts, draw_pictures, erasure_of
 from .registry import Aids, Look, MethodSpec, Progress, setting
@@ -195,8 +195,8 @@ def mine_and_erase(
 
         circumvent_all(0)
         for number in range(1, settings.rounds + 1):
-            seed = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
-            mined = mine(model, latents, begin(seed).to(model.device), read, settings, number, within(number))
+            first = begin(generator_for(settings.seed, "start", number)).to(model.device)
+            mined = mine(model, latents, first, read, settings, number, within(number))
             if aids.look is not None:
                 scores.append(score(model, mined, prompts.null, aids.look, settings))
                 if scores[-1] <= settings.threshold:

@@ -7,7 +7,8 @@ the columns those of the concept's tokens, end-of-text too with ``end_tokens``. 
 steps. Weak against attacks and hard to reproduce, say later papers.
 
 Departures: pictures of the concept are sampled by the frozen network unless they are given; cross-attention only by default
-(the authors train the entire UNet); the preceding textual inversion is left to operators/search.py; kept words are held.
+(the authors train the entire UNet); the preceding textual inversion is left to operators/search.py; kept words are held;
+of a dark embedding, which has no words, every row but the first is the concept's.
 """
 
 from __future__ import annotations
@@ -94,8 +95,10 @@ def run(
 ) -> Erasure:
     """Erase with Forget-Me-Not. Draws its own pictures of the concept where ``aids`` has none."""
     prompts = Prompts(port, spec, aids.dark)
-    words = prompts.words
-    columns = torch.stack([concept_columns(x.kinds, end_tokens=settings.end_tokens) for x in port.text(words)])
+    words = [word for word, _ in prompts.pairs]  # the dark ones too
+    named = [concept_columns(x.kinds, end_tokens=settings.end_tokens) for x in port.text(prompts.words)]
+    unnamed = torch.arange(len(named[0])) > 0
+    columns = torch.stack([*named, *[unnamed] * (len(words) - len(named))])
     with port.trainable() as model:
         latents = aids.pictures
         if latents is None:
