@@ -11,8 +11,10 @@ blocks and the time embedding stay fixed: a change of theirs has no 2-D form tha
 from __future__ import annotations
 
 import copy
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
@@ -21,6 +23,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..artifact import Delta
 from ..port import ModelPort, Prediction, Role, Site
@@ -28,6 +31,7 @@ from ..schedule import Schedule, space_of
 from .memory import PromptMemory
 
 _TEXT_ROLES = {".attn2.to_k": Role.TEXT_KEY, ".attn2.to_v": Role.TEXT_VALUE}
+_BLOCK = re.compile(r"transformer_blocks\.\d+$")
 
 
 class Layers(StrEnum):
@@ -110,9 +114,11 @@ class Cond:
 
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:
-        """One batch after the other."""
+        """One batch after the other. Text states of unlike length are repeated up to a common one, which attention does
+        not notice: its weights are shared out among the copies."""
+        length = math.lcm(*(c.context.shape[1] for c in conds))
         extra = {k: torch.cat([c.extra[k] for c in conds]) for k in conds[0].extra}
-        return Cond(torch.cat([c.context for c in conds]), extra)
+        return Cond(torch.cat([c.context.repeat(1, length // c.context.shape[1], 1) for c in conds]), extra)
 
     def with_context(self, context: Tensor) -> Cond:
         """Other text states, the same extras."""
@@ -140,10 +146,20 @@ class TrainablePort(ModelPort, Protocol):
 def linear_sites(net: nn.Module) -> list[Site]:
     """Every linear layer inside a transformer block, in network order."""
     return [
-        Site(name, next((r for end, r in _TEXT_ROLES.items() if name.endswith(end)), Role.OTHER), m.in_features, m.out_features)
+        Site(name, role_of(name), m.in_features, m.out_features)
         for name, m in net.named_modules()
         if isinstance(m, nn.Linear) and "transformer_blocks." in name
-    ]  # fmt: skip
+    ]
+
+
+def role_of(site: str) -> Role:
+    """What a linear layer of a transformer block does, by its name."""
+    return next((role for end, role in _TEXT_ROLES.items() if site.endswith(end)), Role.OTHER)
+
+
+def blocks_of(net: nn.Module) -> list[nn.Module]:
+    """The parts of a UNet that are worth computing again in the backward pass: transformer and residual blocks."""
+    return [m for name, m in net.named_modules() if _BLOCK.search(name) or type(m).__name__ == "ResBlock"]
 
 
 class _Full(nn.Module):
@@ -187,14 +203,26 @@ def _plain(x: Tensor) -> Tensor:
 class TrainableModel(AbstractContextManager["TrainableModel"]):
     """A plain network ``net(z, t, context, **extra)`` with trainable changes beside its weights.
 
-    Use as a context manager: leaving it takes all hooks off, whatever happened. The network must not recompute parts of
-    its forward pass during backward (gradient checkpointing): by then the change may be off.
+    Use as a context manager: leaving it takes all hooks off, whatever happened. The network itself must not recompute
+    parts of its forward pass during backward (gradient checkpointing): by then the change may be off.
+
+    Args:
+        autocast: compute in this type. bfloat16 in all passes; float16, whose gradients need scaling, in sampling only.
+        checkpoint: keep no activations inside the blocks, compute them again in the backward pass, the change as it was.
     """
 
     def __init__(
-        self, net: nn.Module, schedule: Schedule, prediction: Prediction, latent_shape: tuple[int, int, int]
+        self,
+        net: nn.Module,
+        schedule: Schedule,
+        prediction: Prediction,
+        latent_shape: tuple[int, int, int],
+        *,
+        autocast: torch.dtype | None = None,
+        checkpoint: bool = False,
     ) -> None:
         self.net, self.schedule, self.prediction, self.latent_shape = net, schedule, prediction, latent_shape
+        self.autocast, self.checkpoint = autocast, checkpoint
         self.space = space_of(prediction)
         self.sites = linear_sites(net)
         self._changes: dict[Weights, dict[str, Any]] = {Weights.STUDENT: {}, Weights.FROZEN: {}}
@@ -210,7 +238,29 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
             if site.role is not Role.OTHER:
                 self._hooks.append(module.register_forward_pre_hook(self._add_memory(site.name)))
         first = next(net.parameters())
-        self.device, self.dtype = first.device, first.dtype
+        self.device = first.device
+        self.dtype = first.dtype if autocast is None else torch.float32  # weights may be stored in the autocast type
+        self._blocks = blocks_of(net) if checkpoint else []
+        for block in self._blocks:
+            block.forward = self._recomputed(block.forward)  # type: ignore[method-assign]
+
+    def _recomputed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not (self.checkpoint and torch.is_grad_enabled()):
+                return forward(*args, **kwargs)
+            then = self._active, self._memory
+
+            def again(*args: Any, **kwargs: Any) -> Any:
+                now = self._active, self._memory
+                self._active, self._memory = then
+                try:
+                    return forward(*args, **kwargs)
+                finally:
+                    self._active, self._memory = now
+
+            return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        return run
 
     def _add_change(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
         def hook(_module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
@@ -230,6 +280,9 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for block in self._blocks:
+            del block.forward  # the class's own again
+        self._blocks.clear()
         for p, required in self._required:
             p.requires_grad_(required)
         self._required.clear()
@@ -299,9 +352,13 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         self._active, self._memory = self._changes[weights], memory
         try:
             t = self.schedule.network_time(t).to(z.device)
-            return self.net(z, t, cond.context, **cond.extra)
+            with self._cast(self.autocast is torch.bfloat16):
+                return self.net(z, t, cond.context, **cond.extra).to(z.dtype)
         finally:
             self._active, self._memory = {}, None
+
+    def _cast(self, enabled: bool) -> AbstractContextManager[None]:
+        return torch.autocast(self.device.type, self.autocast, enabled=enabled) if enabled else nullcontext()
 
     @torch.no_grad()
     def reference(self, z: Tensor, t: Tensor, cond: Cond, weights: Weights = Weights.FROZEN) -> Tensor:
@@ -330,14 +387,31 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         Deterministic sampling (DDIM, or Euler for flow models) from fresh noise, one latent for each entry of ``cond``,
         with classifier-free guidance ``uncond + guidance (cond - uncond)``; at guidance 1 ``uncond`` isn't evaluated.
         """
-        n = len(cond)
-        z = self.noise(n, generator)
-        both = cond if guidance == 1 else Cond.cat([uncond.to(z).expand(n), cond.to(z)])
+        z = self.noise(len(cond), generator)
         stops = self.schedule.trajectory(steps, progress)
+        return self.denoise(z, stops, cond, uncond, guidance=guidance, weights=weights, memory=memory)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        z: Tensor,
+        stops: Sequence[int | None],
+        cond: Cond,
+        uncond: Cond,
+        *,
+        guidance: float,
+        weights: Weights = Weights.STUDENT,
+        memory: PromptMemory | None = None,
+    ) -> Tensor:
+        """:meth:`denoise_until` from a given z [B, C, h, w], which lies at the first of ``stops``, to the last of them."""
+        n = z.shape[0]
+        cond = cond.expand(n).to(z)
+        both = cond if guidance == 1 else Cond.cat([uncond.to(z).expand(n), cond])
         for at, to in pairwise(stops):
             assert at is not None
             t = torch.full((len(both),), at, dtype=torch.long)
-            out = self.predict(z.repeat(len(both) // n, 1, 1, 1), t, both, weights, memory)
+            with self._cast(self.autocast is torch.float16):
+                out = self.predict(z.repeat(len(both) // n, 1, 1, 1), t, both, weights, memory)
             if guidance != 1:
                 without, with_ = out.chunk(2)
                 out = without + guidance * (with_ - without)
