@@ -228,6 +228,8 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         self._changes: dict[Weights, dict[str, Any]] = {Weights.STUDENT: {}, Weights.FROZEN: {}}
         self._active: Mapping[str, Any] = {}
         self._memory: PromptMemory | None = None
+        self.reads: PromptMemory | None = None
+        """What the student reads where a call names no memory: a memory that is trained without the weights."""
         self._required = [(p, p.requires_grad) for p in net.parameters()]
         for p, _ in self._required:
             p.requires_grad_(False)
@@ -349,6 +351,8 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         """The network's raw prediction for z [B, C, h, w] at schedule indices t [B]. Gradients as the caller's mode has
         them; :meth:`reference` is the one without."""
         cond = cond.to(z).expand(z.shape[0])
+        if memory is None and weights is Weights.STUDENT:
+            memory = self.reads
         self._active, self._memory = self._changes[weights], memory
         try:
             t = self.schedule.network_time(t).to(z.device)
