@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .concept import ConceptSpec
-from .port import Family, Site
+from .port import Family, Role, Site
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,12 @@ class Erasure:
         Raises:
             WrongModelError: names both models.
         """
-        shapes = {s.name: (s.d_out, s.d_in) for s in (sites.values() if isinstance(sites, Mapping) else sites)}
+        every = list(sites.values() if isinstance(sites, Mapping) else sites)
+        shapes = {s.name: (s.d_out, s.d_in) for s in every}
         wrong = [n for n, d in self.deltas.items() if shapes.get(n) != d.shape]
         if wrong:
-            width = next(iter(shapes.values()))[1] if shapes else None
-            model = f"a model with text width {width}" if shapes else "a model without text cross-attention"
+            width = next((s.d_in for s in every if s.role is not Role.OTHER), None)
+            model = f"a model with text width {width}" if width else "a model without text cross-attention"
             raise WrongModelError(
                 f"erasure: it was made for {self.header.family}, but this is {model}: {len(wrong)} of "
                 f"{len(self.deltas)} weights do not fit, first {wrong[0]}. Erase the concept on this model instead"
@@ -88,9 +89,11 @@ class Erasure:
         ranks = sorted({d.rank for d in self.deltas.values()})
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "0"
         kept = f"; kept: {', '.join(h.spec.keep)}" if h.spec.keep else ""
+        summed = h.settings.get("summed", 0)
+        added = f", {summed} of them, which do not read text, added up" if summed else ""
         return (
             f"suppressed: {erased}{kept}\nmethod: {h.method}; made for {h.family}; "
-            f"{len(self.deltas)} weights, rank {span}; strength {h.strength:g}; library {h.version}"
+            f"{len(self.deltas)} weights{added}, rank {span}; strength {h.strength:g}; library {h.version}"
         )
 
 

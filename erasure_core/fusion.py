@@ -7,6 +7,9 @@ erasure does on *its* words and what the base does on kept ones (closed-form fus
     D = sum_i D_i E_i E_i^T B^-1,   B = sum_i E_i E_i^T + P P^T + ridge I
 
 with E_i the text rows of erasure i's concepts, D_i its change, P the kept rows. Low-rank in, low-rank out.
+
+That is for weights that read text. What the others read (pictures) isn't known here, so their changes are summed; how many
+they are is in the merged header's settings as ``summed`` and in the summary.
 """
 
 from __future__ import annotations
@@ -18,10 +21,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from .artifact import Delta, Erasure
+from .artifact import Delta, Erasure, WrongModelError
 from .concept import TEMPLATES, Rows, edit_rows
 from .operators.linear_edit import mean_square
-from .port import ModelPort
+from .port import READS_TEXT, ModelPort
 from .version import __version__
 
 _TEMPLATES, _RIDGE = TEMPLATES["few"], 1e-3
@@ -38,9 +41,7 @@ def merge(port: ModelPort, erasures: Sequence[Erasure]) -> Erasure:
         raise ValueError("merge: connect at least one erasure")
     if len(erasures) == 1:
         return erasures[0]
-    sites = list(port.sites())
-    for erasure in erasures:
-        erasure.check_fits(sites)
+    text = _check_fit(port, erasures)
     spec = reduce(lambda a, b: a.union(b), (e.header.spec for e in erasures))
     rows = [edit_rows(port, e.header.spec, rule=Rows.SUMMARY, templates=_TEMPLATES).source for e in erasures]
     keep = edit_rows(port, spec, rule=Rows.SUMMARY, templates=_TEMPLATES).keep
@@ -49,16 +50,44 @@ def merge(port: ModelPort, erasures: Sequence[Erasure]) -> Erasure:
     gram.diagonal().add_(_RIDGE * mean_square(torch.cat(rows)))
     factor = torch.linalg.cholesky(gram)
     projections = [torch.cholesky_solve(m, factor).T for m in moments]  # E_i E_i^T B^-1, [D, D]
+    names = list(dict.fromkeys(name for e in erasures for name in e.deltas))
+    summed = sum(name not in text for name in names)
     header = replace(
         erasures[0].header,
         method=" + ".join(dict.fromkeys(e.header.method for e in erasures)),
-        settings={"merged": len(erasures)},
+        settings={"merged": len(erasures), **({"summed": summed} if summed else {})},
         spec=spec,
         version=__version__,
         strength=1.0,
     )
-    names = dict.fromkeys(name for e in erasures for name in e.deltas)
-    return Erasure(header, {name: _fuse(name, erasures, projections) for name in names})
+    return Erasure(header, {n: _fuse(n, erasures, projections) if n in text else _add(n, erasures) for n in names})
+
+
+def _check_fit(port: ModelPort, erasures: Sequence[Erasure]) -> set[str]:
+    """The names of the weights that read text. Those are held against the model, which lists no others; the others
+    against each other and by the model's build."""
+    sites = list(port.sites())
+    text, shapes = {site.name for site in sites}, {}
+    for erasure in erasures:
+        reading = {n: d for n, d in erasure.deltas.items() if n in text or n.endswith(READS_TEXT)}
+        replace(erasure, deltas=reading).check_fits(sites)
+        mine, here = erasure.header.family, port.family
+        others = {n: d.shape for n, d in erasure.deltas.items() if n not in reading}
+        unlike = replace(mine, name=here.name) != here or any(shapes.setdefault(n, s) != s for n, s in others.items())
+        if others and unlike:
+            raise WrongModelError(
+                f"erasure: it was made for {mine}, but this is {here}, or another one has weights of other sizes. "
+                "Erase the concept on this model instead"
+            )
+    return text
+
+
+def _add(name: str, erasures: Sequence[Erasure]) -> Delta:
+    parts = [e.deltas[name] for e in erasures if name in e.deltas]
+    downs = [d.down for d in parts if d.down is not None]
+    if len(downs) < len(parts):
+        return Delta(torch.stack([d.dense() for d in parts]).sum(0))
+    return Delta(torch.cat([d.up for d in parts], dim=1), torch.cat(downs))
 
 
 def _fuse(name: str, erasures: Sequence[Erasure], projections: Sequence[Tensor]) -> Delta:
@@ -67,3 +96,10 @@ def _fuse(name: str, erasures: Sequence[Erasure], projections: Sequence[Tensor])
         return Delta(torch.stack([d.dense() @ p.to(d.up) for d, p in parts]).sum(0))
     downs = [d.down @ p.to(d.up) for d, p in parts if d.down is not None]
     return Delta(torch.cat([d.up for d, _ in parts], dim=1), torch.cat(downs))
+
+
+def _sum(deltas: Sequence[Delta]) -> Delta:
+    factors = [d.down for d in deltas if d.down is not None]
+    if len(factors) < len(deltas):
+        return Delta(torch.stack([d.dense() for d in deltas]).sum(0))
+    return Delta(torch.cat([d.up for d in deltas], dim=1), torch.cat(factors))

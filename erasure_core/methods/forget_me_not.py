@@ -57,14 +57,14 @@ def attention_probabilities(model: TrainableModel) -> Iterator[list[Tensor]]:
             q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (pending.pop(block), out))
             collected.append((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1))
 
-        handles.append(model.net.get_submodule(f"{block}.to_q").register_forward_hook(query))
-        handles.append(model.net.get_submodule(f"{block}.to_k").register_forward_hook(key))
+        handles.append(model.module(f"{block}.to_q").register_forward_hook(query))
+        handles.append(model.module(f"{block}.to_k").register_forward_hook(key))
 
     try:
         for site in model.sites:
             block, _, leaf = site.name.rpartition(".")
             if leaf == "to_k" and block.endswith("attn2"):
-                heads = getattr(model.net.get_submodule(block), "heads", None)
+                heads = getattr(model.parent(site.name), "heads", None)
                 if not isinstance(heads, int):
                     raise ValueError(f"model: {block} does not say how many attention heads it has")
                 watch(block, heads)

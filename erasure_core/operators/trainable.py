@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..artifact import Delta
-from ..port import ModelPort, Prediction, Role, Site
+from ..port import READS_TEXT, ModelPort, Prediction, Role, Site
 from ..schedule import Schedule, space_of
 from .memory import PromptMemory
 
-_TEXT_ROLES = {".attn2.to_k": Role.TEXT_KEY, ".attn2.to_v": Role.TEXT_VALUE}
+_TEXT_ROLES = dict(zip(READS_TEXT, (Role.TEXT_KEY, Role.TEXT_VALUE), strict=True))
 _BLOCK = re.compile(r"transformer_blocks\.\d+$")
 
 
@@ -110,7 +110,11 @@ class Cond:
 
     def to(self, like: Tensor) -> Cond:
         """On the device and in the type of a latent."""
-        return Cond(self.context.to(like), {k: v.to(like) for k, v in self.extra.items()})
+        return self.on(like.device, like.dtype)
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Cond:
+        """On a device and in a type."""
+        return Cond(moved(self.context, device, dtype), {k: moved(v, device, dtype) for k, v in self.extra.items()})
 
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:
@@ -123,6 +127,11 @@ class Cond:
     def with_context(self, context: Tensor) -> Cond:
         """Other text states, the same extras."""
         return Cond(context, self.extra)
+
+
+def moved(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """``x`` on a device, without waiting for what the device still has to do."""
+    return x.to(device, dtype, non_blocking=x.device.type == "cpu")
 
 
 def _expand(x: Tensor, n: int) -> Tensor:
@@ -207,6 +216,8 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
     parts of its forward pass during backward (gradient checkpointing): by then the change may be off.
 
     Args:
+        sites: the linear layers that can be trained, by their path in ``net``; default: :func:`linear_sites`, whose names
+            are paths.
         autocast: compute in this type. bfloat16 in all passes; float16, whose gradients need scaling, in sampling only.
         checkpoint: keep no activations inside the blocks, compute them again in the backward pass, the change as it was.
     """
@@ -218,13 +229,15 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         prediction: Prediction,
         latent_shape: tuple[int, int, int],
         *,
+        sites: Mapping[str, Site] | None = None,
         autocast: torch.dtype | None = None,
         checkpoint: bool = False,
     ) -> None:
         self.net, self.schedule, self.prediction, self.latent_shape = net, schedule, prediction, latent_shape
         self.autocast, self.checkpoint = autocast, checkpoint
         self.space = space_of(prediction)
-        self.sites = linear_sites(net)
+        sites = sites or {site.name: site for site in linear_sites(net)}
+        self.sites, self._paths = list(sites.values()), {site.name: path for path, site in sites.items()}
         self._changes: dict[Weights, dict[str, Any]] = {Weights.STUDENT: {}, Weights.FROZEN: {}}
         self._active: Mapping[str, Any] = {}
         self._memory: PromptMemory | None = None
@@ -235,7 +248,7 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
             p.requires_grad_(False)
         self._hooks = []
         for site in self.sites:
-            module = net.get_submodule(site.name)
+            module = self.module(site.name)
             self._hooks.append(module.register_forward_hook(self._add_change(site.name)))
             if site.role is not Role.OTHER:
                 self._hooks.append(module.register_forward_pre_hook(self._add_memory(site.name)))
@@ -245,6 +258,14 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         self._blocks = blocks_of(net) if checkpoint else []
         for block in self._blocks:
             block.forward = self._recomputed(block.forward)  # type: ignore[method-assign]
+
+    def module(self, site: str) -> nn.Module:
+        """The layer of a site."""
+        return self.net.get_submodule(self._paths[site])
+
+    def parent(self, site: str) -> nn.Module:
+        """The module that the layer of a site is part of, an attention for example."""
+        return self.net.get_submodule(self._paths[site].rpartition(".")[0])
 
     def _recomputed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -355,7 +376,7 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
             memory = self.reads
         self._active, self._memory = self._changes[weights], memory
         try:
-            t = self.schedule.network_time(t).to(z.device)
+            t = moved(self.schedule.network_time(t), z.device)
             with self._cast(self.autocast is torch.bfloat16):
                 return self.net(z, t, cond.context, **cond.extra).to(z.dtype)
         finally:
@@ -371,7 +392,7 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         """[n, C, h, w] standard normal. Drawn on the CPU, so that a seed means the same on every device."""
-        return torch.randn(n, *self.latent_shape, generator=generator).to(self.device, self.dtype)
+        return moved(torch.randn(n, *self.latent_shape, generator=generator), self.device, self.dtype)
 
     @torch.no_grad()
     def denoise_until(
