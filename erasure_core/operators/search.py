@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .memory import PromptMemory
-from .train_loop import Kind, Optimiser, Phase, Progress, generator_for
+from .train_loop import Kind, Optimiser, Phase, Progress, constant, cosine, generator_for
 from .trainable import Cond, TrainableModel, Weights
 
 Objective = Callable[[Tensor, torch.Generator], Tensor]
 """objective(variable, generator) -> scalar to minimise; draws its noise from the generator."""
 Projection = Callable[[Tensor], Tensor]
 """Applied to the variable behind every step."""
+Seen = Callable[[Tensor, int, float], object]
+"""seen(variable as it is now, steps done, loss)."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,16 @@ def search(
     seed: int = 0,
     name: str = "search",
     every: int = 25,
+    rate: Callable[[int], float] = constant,
     progress: Progress | None = None,
+    seen: Seen | None = None,
 ) -> Found:
-    """Minimise ``objective`` from ``start``, which is not changed. Losses are read once, at the end."""
+    """Minimise ``objective`` from ``start``, which is not changed. Losses are read once, at the end, unless somebody looks.
+
+    Args:
+        rate: factor of ``lr`` at each step.
+        seen: shown the variable and the last loss at every ``every``-th step.
+    """
     variable = start.detach().clone().requires_grad_()
 
     def project() -> None:
@@ -53,7 +62,9 @@ def search(
             with torch.no_grad():
                 variable.copy_(projection(variable))
 
-    phase = Phase(name, [variable], lambda _, g: {"loss": objective(variable, g)}, Optimiser(lr, kind), after=project)
+    phase = Phase(
+        name, [variable], lambda _, g: {"loss": objective(variable, g)}, Optimiser(lr, kind), rate, after=project
+    )
     kept = []
     for i in range(steps):
         if progress:
@@ -61,6 +72,8 @@ def search(
         losses = phase.step(i, generator_for(seed, name, i))
         if i % every == 0 or i == steps - 1:
             kept.append(losses[f"{name}/loss"])
+            if seen is not None:
+                seen(variable.detach(), i + 1, float(kept[-1]))
     return Found(variable.detach(), tuple(torch.stack(kept).tolist()) if kept else ())
 
 
@@ -127,13 +140,91 @@ def denoising_loss(
     batch: int,
     weights: Weights = Weights.STUDENT,
     memory: PromptMemory | None = None,
+    t: Tensor | None = None,
 ) -> Tensor:
-    """E || target - net(x_t, t, c) ||^2 over ``batch`` clean latents drawn from a pool [N, C, h, w], any time, any noise.
+    """E || target - net(x_t, t, c) ||^2 over ``batch`` clean latents drawn from a pool [N, C, h, w], any time (or at ``t``
+    [batch]), any noise.
 
     With a free ``cond`` this is textual inversion, Concept Inversion and Dark Miner's mining (L_M).
     """
     chosen = torch.randint(0, len(latents), (batch,), generator=generator)
-    t = torch.randint(0, len(model.schedule), (batch,), generator=generator)
+    if t is None:
+        t = torch.randint(0, len(model.schedule), (batch,), generator=generator)
     x0, noise = latents[chosen.to(latents.device)].to(model.device, model.dtype), model.noise(batch, generator)
     prediction = model.predict(model.schedule.add_noise(x0, noise, t), t, cond, weights, memory)
     return F.mse_loss(prediction, model.schedule.target(model.space, x0, noise, t))
+
+
+@dataclass(frozen=True)
+class Variable:
+    """What mining searches: ``start(generator)`` is where a search begins, ``read(value)`` what the network then reads."""
+
+    start: Callable[[torch.Generator], Tensor]
+    read: Callable[[Tensor], Cond]
+
+
+_SPREAD = 0.1
+"""How far starts lie apart, in deviations of what they start from."""
+
+
+def free(null: Cond) -> Variable:
+    """A whole conditioning but for BOS, [1, L - 1, D], from near the empty prompt's (noise alone is too far from any text
+    for a short search)."""
+    bos, rest = null.context.detach()[:, :1], null.context.detach()[:, 1:]
+
+    def start(generator: torch.Generator) -> Tensor:
+        noise = torch.randn(rest.shape, generator=generator).to(rest)
+        return rest + _SPREAD * rest.std(-1, keepdim=True) * noise
+
+    return Variable(start, lambda value: null.with_context(torch.cat([bos, value], dim=1)))
+
+
+def pseudo_words(slot: TokenSlot, null: Cond) -> Variable:
+    """The vectors [k, D] of a slot's words, read through the text encoder; from near the words that it has now."""
+    here = slot.start()
+
+    def start(generator: torch.Generator) -> Tensor:
+        return here + _SPREAD * here.std() * torch.randn(here.shape, generator=generator).to(here)
+
+    return Variable(start, lambda value: null.with_context(slot.states(value)))
+
+
+def mine(
+    model: TrainableModel,
+    latents: Tensor,
+    variable: Variable,
+    *,
+    steps: int,
+    rate: float,
+    batch: int,
+    seed: int,
+    name: str,
+    progress: Progress | None = None,
+    seen: Seen | None = None,
+) -> Found:
+    """The value that best explains clean latents [k, C, h, w] on the student: Dark Miner's L_M, textual inversion's loss.
+
+    Adam, its rate falling to zero along a cosine and stated in deviations of the start, so that one number suits states
+    (deviation about 1) and word vectors (about 0.01). Each step has one time from every ``batch``-th part of the schedule.
+
+    Args:
+        seed, name: which search it is; the start and the noise are drawn from them.
+    """
+    start = variable.start(generator_for(seed, name, -1)).to(model.device, model.dtype)
+    latents, parts = latents.to(model.device, model.dtype), torch.arange(batch)
+
+    def objective(value: Tensor, generator: torch.Generator) -> Tensor:
+        t = ((parts + torch.rand(batch, generator=generator)) / batch * len(model.schedule)).long()
+        return denoising_loss(model, latents, variable.read(value), generator, batch=batch, t=t)
+
+    return search(
+        start,
+        objective,
+        steps=steps,
+        lr=rate * float(start.std()),
+        seed=seed,
+        name=name,
+        rate=cosine(steps),
+        progress=progress,
+        seen=seen,
+    )

@@ -1,0 +1,158 @@
+"""Sampling from anywhere: from noise, from a picture, inside a mask; backwards from a picture to its noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..operators.memory import PromptMemory
+from ..operators.train_loop import generator_for
+from ..operators.trainable import Cond, TrainableModel
+from .target import AttackTarget, Sampler
+
+Progress = Callable[[int, int], None]
+"""Called as progress(done, total); it may raise to cancel: attacks hold nothing that needs undoing."""
+_SPARE = 3
+"""Pictures that are drawn beyond those needed, so that a judge can sort out the ones that don't show the concept."""
+
+
+def part(progress: Progress, number: int, count: int) -> Progress:
+    """The progress of the ``number``-th of ``count`` equal parts, as a progress of its own."""
+    return lambda done, total: progress(number * total + min(done, total), count * total)
+
+
+def noises(model: TrainableModel, seed: int, name: str, numbers: Sequence[int]) -> Tensor:
+    """[n, C, h, w], one for each number; ``name`` keeps the noises of two purposes apart whatever the seed."""
+    return torch.cat([model.noise(1, generator_for(seed, name, i)) for i in numbers])
+
+
+@torch.no_grad()
+def draw(
+    model: TrainableModel,
+    cond: Cond,
+    null: Cond,
+    noise: Tensor,
+    sampler: Sampler,
+    *,
+    memory: PromptMemory | None = None,
+    picture: Tensor | None = None,
+    strength: float = 1.0,
+    mask: Tensor | None = None,
+    guidance: float | None = None,
+) -> Tensor:
+    """Clean latents [n, C, h, w] from ``noise`` of that shape, deterministically.
+
+    Args:
+        picture: [n, C, h, w]; its noised form is the start, ``strength`` of the trajectory before the end (SDEdit).
+        mask: [n or 1, 1, h, w], 1 where it is drawn anew; elsewhere the picture is put back before every step.
+        guidance: the sampler's where not given; at 1 the empty prompt isn't evaluated.
+    """
+    n, schedule = len(noise), model.schedule
+    scale = sampler.guidance if guidance is None else guidance
+    stops = schedule.trajectory(sampler.steps)
+    z = noise
+    if picture is not None:
+        stops = stops[min(len(stops) - 2, round((1 - strength) * sampler.steps)) :]
+        z = schedule.add_noise(picture, noise, _times(n, stops[0]))
+    cond = cond.to(z).expand(n)
+    both = cond if scale == 1 else Cond.cat([null.to(z).expand(n), cond])
+    for at, to in pairwise(stops):
+        t = _times(n, at)
+        if mask is not None and picture is not None:
+            z = mask * z + (1 - mask) * schedule.add_noise(picture, noise, t)
+        copies = len(both) // n
+        out = model.predict(z.repeat(copies, 1, 1, 1), t.repeat(copies), both, memory=memory)
+        if scale != 1:
+            without, with_ = out.chunk(2)
+            out = without + scale * (with_ - without)
+        z = schedule.step(out, z, int(t[0]), to, model.space)
+    return z if mask is None or picture is None else mask * z + (1 - mask) * picture
+
+
+@torch.no_grad()
+def invert(
+    model: TrainableModel,
+    cond: Cond,
+    pictures: Tensor,
+    steps: int,
+    *,
+    refine: int = 0,
+    memory: PromptMemory | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """The noise [n, C, h, w] from which ``draw`` at guidance 1 gives ``pictures`` (DDIM inversion).
+
+    A sampling step takes z at t to z' = a' x0 + s' n with (x0, n) from the network at (z, t). Its inverse is the solution of
+
+        z = a (z' - s' n(z, t)) / a' + s n(z, t)
+
+    by fixed-point iteration from z', which is DDIM inversion after the first round and exact in the limit; ``refine`` is
+    the number of further rounds.
+    """
+    schedule, n = model.schedule, len(pictures)
+    z, stops = pictures, schedule.trajectory(steps)
+    for number, (at, to) in enumerate(reversed(list(pairwise(stops)))):
+        if progress:
+            progress(number, steps)
+        t = _times(n, at)
+        a, s = schedule.scales(t, z)
+        a_to, s_to = (torch.ones_like(a), torch.zeros_like(s)) if to is None else schedule.scales(_times(n, to), z)
+        guess = z
+        for _ in range(1 + refine):
+            out = model.predict(guess, t, cond.to(z).expand(n), memory=memory)
+            _, noise = schedule.split(out, guess, t, model.space)
+            guess = a * (z - s_to * noise) / a_to + s * noise
+        z = guess
+    return z
+
+
+def _times(n: int, at: int | None) -> Tensor:
+    assert at is not None
+    return torch.full((n,), at, dtype=torch.long)
+
+
+def pictures_of(
+    target: AttackTarget, prompts: Sequence[str], count: int, seed: int, name: str, progress: Progress
+) -> Tensor:
+    """``count`` clean latents of the concept: those of the target in turn, or drawn by the base model for the prompts.
+
+    With a judge, a few more are drawn and the clearest are taken: the base model misses too.
+    """
+    if target.pictures is not None:
+        given = target.pictures
+        return given[torch.arange(count) % len(given)]
+    total = count + (_SPARE if target.look else 0)
+    conds, null = target.base.conditions(list(prompts)), target.base.conditions([""])[0]
+    made = []
+    with target.base.trainable() as model:
+        for start in range(0, total, target.sampler.batch):
+            progress(0, 1)
+            numbers = range(start, min(total, start + target.sampler.batch))
+            cond = Cond.cat([conds[i % len(conds)] for i in numbers])
+            made.append(draw(model, cond, null, noises(model, seed, name, numbers), target.sampler))
+    latents = torch.cat(made)
+    if target.look is None:
+        return latents
+    best = target.look(latents).argsort(descending=True, stable=True)[:count].to(latents.device)
+    return latents[best.sort().values]
+
+
+class Eye:
+    """Draws a few pictures of a conditioning with noises of its own and asks the target's judge."""
+
+    def __init__(self, target: AttackTarget, model: TrainableModel, seed: int, name: str, looks: int = 1) -> None:
+        self.target, self.model, self.asked = target, model, 0
+        self.null = target.erased.conditions([""])[0]
+        self.noise = noises(model, seed, name, range(looks))
+
+    def __call__(self, cond: Cond) -> float:
+        """The mean probability that the pictures show the concept."""
+        look = self.target.look
+        assert look is not None
+        z = draw(self.model, cond.expand(len(self.noise)), self.null, self.noise, self.target.sampler,
+                 memory=self.target.memory)  # fmt: skip
+        self.asked += len(z)
+        return float(look(z).mean())

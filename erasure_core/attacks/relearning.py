@@ -1,0 +1,105 @@
+"""Relearning: a short fine-tune of the erased model, after which the concept is simply asked for (arXiv:2505.16174).
+
+    min over a LoRA of E || target - net_{theta + LoRA}(x_t, t, E(caption)) ||^2
+
+*benign*: on pictures of kept things with their own captions. Nothing in the data shows the concept; what comes back was
+hidden, not gone. *few pictures*: on a few pictures of the concept itself, the easier case.
+
+Choices of ours: a LoRA of rank 8 over all linear layers, AdamW 1e-4, 200 steps of 4 pictures, a picture a step for each of 16
+captions; the data are drawn by the base model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from ..concept import ConceptSpec
+from ..operators.search import denoising_loss
+from ..operators.train_loop import Kind, Optimiser, Phase, generator_for
+from ..operators.trainable import Layers, LoRA
+from ..vocabulary import VOCABULARY
+from .drawing import Progress, draw, noises, pictures_of
+from .registry import AttackSpec, Knowledge, setting
+from .target import AttackTarget, Found, Way
+
+
+class Data(StrEnum):
+    BENIGN = "benign"
+    """Kept things; common words where the spec names none."""
+    CONCEPT = "few pictures"
+    """The concept, captioned with the attacked prompts."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    data: Data = setting(Data.BENIGN, "What it is trained on: kept things, or a few pictures of the concept itself.")
+    steps: int = setting(200, "Training steps.", low=1, high=100000, step=50)
+    learning_rate: float = setting(1e-4, "Size of a training step.", low=1e-7, high=1.0, step=1e-4)
+    rank: int = setting(8, "Rank of the change.", low=1, high=512, step=1)
+    batch: int = setting(4, "Pictures per step.", low=1, high=64, step=1)
+    captions: int = setting(16, "Different captions that are trained on.", low=1, high=1000, step=1)
+    pictures: int = setting(2, "Pictures for each of them.", low=1, high=1000, step=1)
+    layers: Layers = setting(Layers.ALL, "Which layers are changed.")
+    seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
+
+
+def dataset(
+    target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: Progress
+) -> list[tuple[str, Tensor]]:
+    """Captions and their clean latents [pictures, C, h, w]."""
+    if settings.data is Data.CONCEPT:
+        prompts = target.prompts[: settings.captions]
+        return [
+            (prompt, pictures_of(target, [prompt], settings.pictures, settings.seed, f"relearn {i}", progress))
+            for i, prompt in enumerate(prompts)
+        ]
+    told = " ".join(word for concept in spec.erase for word in concept.words).casefold().split()
+    common = [word for word in VOCABULARY if word not in told]
+    spread = [common[i * len(common) // settings.captions] for i in range(min(settings.captions, len(common)))]
+    captions = list(spec.keep[: settings.captions]) or spread
+    conds, null = target.base.conditions(captions), target.base.conditions([""])[0]
+    made = []
+    with target.base.trainable() as model:
+        for i, (caption, cond) in enumerate(zip(captions, conds, strict=True)):
+            progress(0, settings.steps)
+            noise = noises(model, settings.seed, f"benign {i}", range(settings.pictures))
+            made.append((caption, draw(model, cond.expand(len(noise)), null, noise, target.sampler)))
+    return made
+
+
+def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: Progress) -> Found:
+    """The change that training made, and the attacked prompts as they are."""
+    data = dataset(target, spec, settings, lambda *_: progress(0, settings.steps))
+    conds = target.erased.conditions([caption for caption, _ in data])
+    with target.erased.trainable() as model:
+        parameters = model.train(LoRA(settings.layers, settings.rank), settings.seed)
+
+        def loss(_: int, generator: torch.Generator) -> dict[str, Tensor]:
+            chosen = int(torch.randint(0, len(data), (), generator=generator))
+            pool, cond = data[chosen][1], conds[chosen]
+            return {"fit": denoising_loss(model, pool, cond, generator, batch=settings.batch, memory=target.memory)}
+
+        phase, losses = Phase("relearn", parameters, loss, Optimiser(settings.learning_rate, Kind.ADAMW, 1e-2)), []
+        for i in range(settings.steps):
+            progress(i, settings.steps)
+            losses.append(phase.step(i, generator_for(settings.seed, phase.name, i))["relearn/fit"])
+        progress(settings.steps, settings.steps)
+        change = model.deltas()
+    ways = tuple(Way(prompt, prompt) for prompt in target.prompts)
+    return Found(ways, tuple(torch.stack(losses).tolist()), change)
+
+
+SPEC = AttackSpec(
+    name="relearning",
+    title="Relearning",
+    summary="Fine-tunes the erased model for a moment, on harmless pictures by default, and asks for the concept again.",
+    paper="https://arxiv.org/abs/2505.16174",
+    knowledge=Knowledge.WHITE_BOX,
+    settings=Settings,
+    run=run,
+    budget="steps",
+)

@@ -1,0 +1,89 @@
+"""What an attack may see, and what it hands over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..artifact import Delta
+from ..operators.memory import PromptMemory
+from ..operators.trainable import TrainablePort
+from .words import Words
+
+Look = Callable[[Tensor], Tensor]
+"""Clean, scaled latents [N, C, h, w] -> probability [N] that each shows the concept: a judge behind a decoder."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How pictures are drawn, by attacks and by the evaluation alike: DDIM (Euler for flow models) with guidance."""
+
+    steps: int = 20
+    guidance: float = 7.5
+    batch: int = 8
+
+
+@dataclass(frozen=True)
+class AttackTarget:
+    """The model under attack and what else the attacker has. White-box attacks see all of it, others only a part."""
+
+    erased: TrainablePort
+    base: TrainablePort
+    """The model before the erasure: for pictures of the concept, and as the aim of a search."""
+    prompts: tuple[str, ...]
+    """Prompts that ask for the concept; each is attacked."""
+    words: Words | None = None
+    """The text side of ``erased``; attacks on prompts need it."""
+    look: Look | None = None
+    """A judge. Black-box attacks ask it, white-box ones stop early with it."""
+    threshold: float = 0.5
+    """``look`` has recognised the concept from here on."""
+    memory: PromptMemory | None = None
+    """A prompt memory that belongs to the erased model: every prediction reads it."""
+    pictures: Tensor | None = None
+    """Clean, scaled latents [k, C, h, w] that show the concept; drawn from ``base`` where not given."""
+    sampler: Sampler = Sampler()
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("attack: no prompts. Give at least one that asks for the concept")
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """One way to make the erased model draw the concept. What isn't given is as in ordinary sampling."""
+
+    label: str
+    prompt: str = ""
+    states: Tensor | None = None
+    """Text states [L, D], instead of the prompt's."""
+    noise: Tensor | None = None
+    """The noise [C, h, w] that sampling starts from; there is then one picture, whatever the seed."""
+    picture: Tensor | None = None
+    """A clean latent [C, h, w] to start from (image-to-image, inpainting)."""
+    strength: float = 1.0
+    """Share of the trajectory that is drawn anew."""
+    mask: Tensor | None = None
+    """[1, h, w], 1 where it is drawn anew: inpainting."""
+    guidance: float | None = None
+    """Instead of the sampler's."""
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What an attack found, to be drawn and judged by ``evaluate``."""
+
+    ways: tuple[Way, ...]
+    losses: tuple[float, ...] = ()
+    """The objective along the way, for plots; what it means is the attack's."""
+    change: Mapping[str, Delta] = field(default_factory=dict)
+    """A weight change on top of the erased model (relearning)."""
+    queries: int = 0
+    """Pictures that a black-box attack asked the erased model for."""
+
+
+def asking(target: AttackTarget) -> Found:
+    """No attack: the prompts as they are. Every attack's figures are read against this one's."""
+    return Found(tuple(Way(prompt, prompt) for prompt in target.prompts))
