@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import comfy.utils
+from dataclasses import replace
+
+import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..erasure_core import ConceptError, ConceptSpec, erase
+from ..erasure_core import Aids, ConceptError, ConceptSpec, all_methods, erase
+from ..erasure_core.methods import settings_from
 from ..erasure_core.presets import PRESETS
 from .patching import apply_erasure
 from .port import ComfyPort, ordinary_tensors
-from .types import CATEGORY, Erasure, Method
+from .training import Decode, Watcher, decoder, demand_of, prompts_to_show
+from .types import CATEGORY, Dark, Erasure, Judge, Method, Pairs
 
 
 def check_words_are_read(port: ComfyPort, spec: ConceptSpec) -> None:
@@ -25,6 +29,33 @@ def check_words_are_read(port: ComfyPort, spec: ConceptSpec) -> None:
                 f"concept: to this CLIP, {word!r} means the same as {repr(to) if to else 'nothing'}, so there is nothing to "
                 "erase. If it is an embedding, check that its file is in models/embeddings and fits this kind of model"
             )
+
+
+def aids_of(port: ComfyPort, spec: ConceptSpec, watcher: Watcher, decode: Decode, *, vae, pairs, dark, judge) -> Aids:
+    """What is connected beside the model, as ordinary tensors, checked against the model and the words.
+
+    Raises:
+        ValueError: something was made with another kind of model, or the judge lacks a vae or doesn't know the concept.
+    """
+    if dark is not None:
+        dark.check_fits(port.family)
+    if pairs is not None and pairs.family != port.family:
+        raise ValueError(
+            f"pairs: made with {pairs.family}, but this model is {port.family}. Make them again with this one"
+        )
+    name = spec.erase[0].name
+    if judge is not None and vae is None:
+        raise ValueError("vae: the judge looks at pictures. Connect the VAE as well")
+    if judge is not None and judge.labels is not None and name not in judge.labels:
+        raise ValueError(
+            f"judge: it doesn't know {name!r}, only {', '.join(judge.labels)}. Name the concept as it does"
+        )
+    return Aids(
+        dark=() if dark is None else tuple(dark.states.clone().unbind(0)),
+        pairs=None if pairs is None else replace(pairs, unsafe=pairs.unsafe.clone(), safe=pairs.safe.clone()),
+        look=None if judge is None else lambda latents: judge.probability(decode(latents).movedim(-1, 1), name),
+        watch=watcher.watch,
+    )
 
 
 class EraseConcept(io.ComfyNode):
@@ -71,6 +102,26 @@ class EraseConcept(io.ComfyNode):
                     + " A connected method overrides this.",
                 ),
                 Method.Input("method", optional=True, tooltip="A Method node, to choose method and settings by hand."),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Draws the pictures that methods which train show meanwhile. Without it they are coarse colours.",
+                ),
+                Pairs.Input(
+                    "pairs",
+                    optional=True,
+                    tooltip="From Make SDEdit Pair, for the method DUO, which learns from pictures.",
+                ),
+                Dark.Input(
+                    "dark",
+                    optional=True,
+                    tooltip="From Mine Dark Embeddings: what still brings the concept back. It is erased like further words.",
+                ),
+                Judge.Input(
+                    "judge",
+                    optional=True,
+                    tooltip="Says when Dark Miner may stop: once it no longer sees the concept. Needs the vae.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model without the concept, at full strength."),
@@ -90,23 +141,32 @@ class EraseConcept(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, model, clip, concept, replace_with, keep, quality, method=None) -> io.NodeOutput:
+    def execute(
+        cls, model, clip, concept, replace_with, keep, quality, method=None, vae=None, pairs=None, dark=None, judge=None
+    ) -> io.NodeOutput:
         spec = ConceptSpec.parse(concept, replace_with, keep)
         if method is None and quality not in PRESETS:
             raise ValueError(f"quality: {quality!r} is none of {', '.join(PRESETS)}")
         name, settings = method if method is not None else (PRESETS[quality].method, PRESETS[quality].settings)
-        bar = comfy.utils.ProgressBar(100)
-
-        def progress(done: int, total: int) -> None:
-            bar.update_absolute(100 * done // max(1, total))  # also stops here when the user cancels
-
+        trains = all_methods()[name].trains
+        decode = decoder(model, vae)
+        watcher = Watcher(prompts_to_show(spec), decode)
         with ordinary_tensors():
-            port = ComfyPort(model, clip)
+            port = ComfyPort(
+                model, clip, demand=demand_of(settings_from(all_methods()[name], settings)), opened=watcher.opened
+            )
             check_words_are_read(port, spec)
-            erasure = erase(port, spec, name, settings, progress)
+            aids = aids_of(port, spec, watcher, decode, vae=vae, pairs=pairs, dark=dark, judge=judge)
+            if trains:
+                watcher.encode(port.conditions)
+            erasure = erase(port, spec, name, settings, watcher.progress, aids)
             patched = apply_erasure(model, erasure, 1.0)
-        report = erasure.summary()
-        return io.NodeOutput(patched, erasure, report, ui=ui.PreviewText(report))
+        report = erasure.summary() + (f"\n{watcher.report()}" if trains else "")
+        shown = ui.PreviewText(report).as_dict()
+        if watcher.picture is not None:
+            picture = torch.from_numpy(np.array(watcher.picture)).float()[None] / 255
+            shown |= ui.PreviewImage(picture, cls=cls).as_dict()
+        return io.NodeOutput(patched, erasure, report, ui=shown)
 
 
 class ApplyErasure(io.ComfyNode):

@@ -19,6 +19,8 @@ def _widget(field: dataclasses.Field):
         return io.Combo.Input(field.name, options=options, default=default.value, tooltip=tooltip)
     if isinstance(default, bool):
         return io.Boolean.Input(field.name, default=default, tooltip=tooltip)
+    if isinstance(default, str):
+        return io.String.Input(field.name, default=default, tooltip=tooltip)
     kind = io.Int if isinstance(default, int) else io.Float
     bounds = {"min": field.metadata["low"], "max": field.metadata["high"], "step": field.metadata["step"]}
     if kind is io.Float:

@@ -15,7 +15,7 @@ def apply_erasure(model, erasure: Erasure, strength: float):
     Raises:
         WrongModelError: the erasure was made for another family.
     """
-    erasure.check_fits(list(ComfyPort(model).sites()))
+    erasure.check_fits(list(ComfyPort(model).linears()))
     patched = model.clone()
     if strength == 0:
         return patched

@@ -6,22 +6,20 @@ Everything that crosses into ``erasure_core`` here is a private, ordinary tensor
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import comfy.lora
 import comfy.model_management as mm
-import comfy.model_sampling
-import comfy.utils
 import torch
 from torch import Tensor
 
-from ..erasure_core import Family, Prediction, Role, Site, TextStates
+from ..erasure_core import Family, Role, Site, TextStates
+from ..erasure_core.operators.trainable import Cond, TrainableModel, role_of
 from ..erasure_core.port import token_kinds
+from .replica import PREFIX, Demand, build, effective, latent_shape, prediction_of
 
-_PREFIX = "diffusion_model."
 _TEXT_SITE = re.compile(r"^diffusion_model\.(.+\.attn2\.to_([kv]))\.weight$")
 _FAMILIES = {768: "sd15", 1024: "sd20", 1280: "sdxl-refiner", 2048: "sdxl"}
 _BOS, _EOS = 49406, 49407
@@ -51,18 +49,26 @@ def family_of(model) -> Family:
 
 
 class ComfyPort:
-    """A :class:`erasure_core.ModelPort` over a ModelPatcher and a CLIP. Use inside :func:`ordinary_tensors`."""
+    """A :class:`TrainablePort` over a ModelPatcher and a CLIP. Use inside :func:`ordinary_tensors`.
 
-    def __init__(self, model, clip=None) -> None:
+    Args:
+        demand: what a training is going to hold beside the network.
+        opened: called with every replica that is made to be trained on.
+    """
+
+    def __init__(
+        self,
+        model,
+        clip=None,
+        *,
+        demand: Demand | None = None,
+        opened: Callable[[TrainableModel], object] | None = None,
+    ) -> None:
         self._model, self._clip = model, clip
+        self._demand, self._opened = demand or Demand(), opened
         self.family = family_of(model)
-        sampling = model.get_model_object("model_sampling")
-        if isinstance(sampling, comfy.model_sampling.CONST):
-            self.prediction = Prediction.FLOW
-        else:
-            is_v = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
-            self.prediction = Prediction.V if is_v else Prediction.EPS
-        self._patches = {k: v for k, v in model.get_key_patches(_PREFIX).items() if _TEXT_SITE.match(k)}
+        self.prediction = prediction_of(model)
+        self._patches = {k: v for k, v in model.get_key_patches(PREFIX).items() if _TEXT_SITE.match(k)}
 
     def sites(self) -> Sequence[Site]:
         out = []
@@ -73,13 +79,48 @@ class ComfyPort:
                 out.append(Site(match[1], Role.TEXT_KEY if match[2] == "k" else Role.TEXT_VALUE, d_in, d_out))
         return out
 
+    def linears(self) -> Sequence[Site]:
+        """Every matrix that an erasure may change: :meth:`sites`, then the other linear layers of transformer blocks."""
+        found = list(self.sites())
+        known = {site.name for site in found}
+        for key, weight in self._model.model_state_dict(PREFIX).items():
+            name = key.removeprefix(PREFIX).removesuffix(".weight")
+            if "transformer_blocks." in key and key.endswith(".weight") and weight.ndim == 2 and name not in known:
+                found.append(Site(name, role_of(name), weight.shape[1], weight.shape[0]))
+        return found
+
     def weight(self, site: Site) -> Tensor:
         """The weight with all patches of the incoming MODEL (user LoRAs) applied, float32, on the compute device."""
-        key = f"{_PREFIX}{site.name}.weight"
-        (weight, convert), *patches = self._patches[key]
-        own = mm.cast_to_device(weight, mm.get_torch_device(), torch.float32, copy=True)
-        own = convert(own, inplace=True)
-        return comfy.lora.calculate_weight(patches, own, key) if patches else own
+        key = f"{PREFIX}{site.name}.weight"
+        return effective(self._patches[key], key, mm.get_torch_device())
+
+    def trainable(self) -> TrainableModel:
+        """The replica of replica.py. Close it after use.
+
+        Raises:
+            ValueError: the model can't be trained on, or there is not enough memory.
+        """
+        model = build(self._model, self.family.name, self._demand)
+        if self._opened is not None:
+            self._opened(model)
+        return model
+
+    def conditions(self, prompts: Sequence[str]) -> list[Cond]:
+        """Each prompt as the network reads it, on the compute device; SDXL's with pooled text and picture size."""
+        device = mm.get_torch_device()
+        texts = self.text(prompts)
+        return [Cond(x.states[None].to(device, copy=True), self._extras(x.prompt, device)) for x in texts]
+
+    def _extras(self, prompt: str, device: torch.device) -> dict[str, Tensor]:
+        if not self._model.model.adm_channels:
+            return {}
+        tokens = {name: [[(w[0], 1.0) for w in s] for s in x] for name, x in self._clip.tokenize(prompt).items()}
+        _, pooled = self._clip.encode_from_tokens(tokens, return_pooled=True)
+        _, height, width = latent_shape(self._model, self.family.name)
+        y = self._model.model.encode_adm(
+            pooled_output=pooled.float().cpu(), width=8 * width, height=8 * height, device=torch.device("cpu")
+        )
+        return {"y": y.to(device, torch.float32, copy=True)}
 
     def text(self, prompts: Sequence[str]) -> list[TextStates]:
         if self._clip is None:

@@ -57,10 +57,20 @@ class Graph:
         return self.add("ProbeAgain", model=model)[0]
 
     def erase(
-        self, model: Link, clip: Link, concept: str, *, replace_with="", keep="", quality="fast", method=None
+        self,
+        model: Link,
+        clip: Link,
+        concept: str,
+        *,
+        replace_with="",
+        keep="",
+        quality="fast",
+        method=None,
+        **aids: Link,
     ) -> Node:
-        """MODEL, ERASURE, report. ``method`` is a method's name and those of its settings that are not the default."""
-        inputs = {"model": model, "clip": clip, "concept": concept, "replace_with": replace_with, "keep": keep}
+        """MODEL, ERASURE, report. ``method`` is a method's name and those of its settings that are not the default;
+        ``aids`` are links to vae, pairs, dark, judge."""
+        inputs = {"model": model, "clip": clip, "concept": concept, "replace_with": replace_with, "keep": keep, **aids}
         if method:
             name, changed = method
             widgets = {f.name: f.default for f in dataclasses.fields(all_methods()[name].settings)} | changed

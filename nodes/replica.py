@@ -1,0 +1,244 @@
+"""The private replica that training runs on: the network of a MODEL with every patch in its weights and nothing of
+ComfyUI's around it, so that it does not matter what is loaded, offloaded or kept in few bits at the moment."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.lora
+import comfy.model_management as mm
+import comfy.model_sampling
+import comfy.ops
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from torch import Tensor, nn
+
+from ..erasure_core import Prediction
+from ..erasure_core.operators.trainable import Cond, FullWeights, Layers, LoRA, TrainableModel, blocks_of
+from ..erasure_core.schedule import Schedule
+
+PREFIX = "diffusion_model."
+_SIDES = {"sd15": 64, "sd20": 64, "sdxl": 128, "sdxl-refiner": 128, "emojicanvas": 16}
+"""Sides of the latents that each family was trained on."""
+_TEXT_LENGTH = 77
+_MARGIN = 1.15
+"""What allocators and short-lived tensors take on top of the estimate."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a training will hold beside the network, for the memory estimate."""
+
+    what: FullWeights | LoRA = LoRA(Layers.ALL, 4)
+    copies: int = 0
+    """Further copies of what is trained, such as a running average."""
+    pictures: int = 3
+    """Latents whose activations are kept at the same time."""
+
+
+class Replica(TrainableModel):
+    """Closing it gives its memory back at once, whoever still holds it."""
+
+    closed = False
+
+    def close(self) -> None:
+        super().close()
+        self.closed = True
+        self.net.to("meta")
+        mm.soft_empty_cache()
+
+
+def effective(entry: list[Any], key: str, device: torch.device) -> Tensor:
+    """A weight with the patches of its MODEL, float32, the caller's own. ``entry`` is one of ``get_key_patches``."""
+    (weight, convert), *patches = entry
+    own = convert(mm.cast_to_device(weight, device, torch.float32, copy=True), inplace=True)
+    return comfy.lora.calculate_weight(patches, own, key) if patches else own
+
+
+def build(model, family: str, demand: Demand, device: torch.device | None = None) -> Replica:
+    """The replica of a MODEL on the compute device.
+
+    Raises:
+        ValueError: no UNet of Stable Diffusion, or not enough memory; the message says what to change.
+    """
+    device = device or mm.get_torch_device()
+    check_trainable(model, family)
+    schedule, prediction = schedule_of(model), prediction_of(model)
+    shape = latent_shape(model, family)
+    half = torch.bfloat16 if mm.should_use_bf16(device) else torch.float16 if mm.should_use_fp16(device) else None
+    need = footprint(model, schedule, prediction, shape, demand)
+    checkpoint = _fit(need, half is torch.bfloat16, device)
+    net = _network(model, device)
+    if half is torch.bfloat16:  # autocast would round these at every pass: the same numbers in half the room
+        for module in net.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(half)
+    weights = net.state_dict()
+    found = model.get_key_patches(PREFIX)
+    if missing := [k for k in weights if PREFIX + k not in found]:
+        raise ValueError(
+            f"model: {len(missing)} of its weights can't be read, first {missing[0]}. Load it in fp16 or bf16"
+        )
+    for key, target in weights.items():
+        source = effective(found[PREFIX + key], PREFIX + key, device)
+        if source.shape != target.shape:
+            raise ValueError(
+                f"model: {key} is stored as {tuple(source.shape)}. Load the checkpoint in fp16, bf16 or fp8"
+            )
+        target.copy_(source)
+    return Replica(net, schedule, prediction, shape, autocast=half, checkpoint=checkpoint)
+
+
+def check_trainable(model, family: str) -> None:
+    """Raise where training can't work on this MODEL."""
+    net = model.model.diffusion_model
+    works = "It works on SD 1.x, SD 2.x and SDXL checkpoints"
+    if type(net) is not UNetModel or not any("attn2.to_k" in name for name, _ in net.named_modules()):
+        raise ValueError(f"model: {family} can't be trained on: that needs the UNet of Stable Diffusion. {works}")
+    if net.in_channels != model.model.latent_format.latent_channels:
+        raise ValueError(
+            f"model: its network reads {net.in_channels} channels, as inpainting and editing checkpoints do, which training "
+            "can't fill. Erase on the plain checkpoint of the same family; the erasure fits this one too"
+        )
+    sampling = model.get_model_object("model_sampling")
+    if not isinstance(sampling, comfy.model_sampling.EPS) or isinstance(sampling, comfy.model_sampling.EDM):
+        raise ValueError(f"model: {family} predicts something that training does not know. {works}")
+    if getattr(sampling, "sigma_data", 1.0) != 1.0 or not hasattr(sampling, "sigmas"):
+        raise ValueError(f"model: the noise schedule of {family} is not one that training knows. {works}")
+
+
+def prediction_of(model) -> Prediction:
+    """What the network predicts, as the nodes in front say."""
+    sampling = model.get_model_object("model_sampling")
+    if isinstance(sampling, comfy.model_sampling.CONST):
+        return Prediction.FLOW
+    return Prediction.V if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else Prediction.EPS
+
+
+def schedule_of(model) -> Schedule:
+    """Its noise levels, zero terminal SNR and the like included, as variance-preserving scales."""
+    sampling = model.get_model_object("model_sampling")
+    sigmas = sampling.sigmas.detach().to("cpu", copy=True)
+    scale = (1 + sigmas.double().square()).sqrt()
+    return Schedule(1 / scale, sigmas.double() / scale, sampling.timestep(sigmas).double())
+
+
+def latent_shape(model, family: str) -> tuple[int, int, int]:
+    """[C, h, w] of the pictures that the family was trained on: smaller ones would teach another model."""
+    side = _SIDES.get(family, 64)
+    if family == "sd20" and prediction_of(model) is Prediction.V:
+        side = 96
+    return model.model.latent_format.latent_channels, side, side
+
+
+def _network(model, device: torch.device) -> nn.Module:
+    """A network of the same class and no weights yet, which attends with PyTorch's own differentiable attention."""
+    known = inspect.signature(UNetModel.__init__).parameters
+    config = {k: v for k, v in model.model.model_config.unet_config.items() if k in known}
+    net = UNetModel(**{**config, "dtype": torch.float32}, device=device, operations=comfy.ops.disable_weight_init)
+    net.register_forward_pre_hook(_attend, with_kwargs=True)
+    return net.eval().requires_grad_(False)
+
+
+def _attend(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "transformer_options": {"optimized_attention_override": _attention}}
+
+
+def _attention(_chosen: Any, *args: Any, **kwargs: Any) -> Tensor:
+    return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a training in float32, measured on a network without data."""
+
+    matrices: int
+    """Weights that can be stored in half precision."""
+    others: int
+    trained: int
+    """What is trained, its gradient, and Adam's two moments."""
+    activations: int
+    checkpointed: int
+    """Activations when the blocks are computed again."""
+
+    def total(self, *, half: bool, checkpoint: bool) -> int:
+        """Half precision halves the matrices and the activations."""
+        moving = self.checkpointed if checkpoint else self.activations
+        held = self.others + self.trained
+        return int(_MARGIN * (held + (self.matrices + moving) / (2 if half else 1)))
+
+
+def footprint(
+    model, schedule: Schedule, prediction: Prediction, shape: tuple[int, int, int], demand: Demand
+) -> Footprint:
+    """Run one pass on the meta device, where tensors have shapes but no contents, and add up what autograd keeps."""
+    meta = torch.device("meta")
+    net = _network(model, meta)
+    frozen = {p.data_ptr() if p.device != meta else id(p) for p in net.parameters()}
+    sizes = {name: p.numel() * 4 for name, p in net.named_parameters()}
+    matrices = sum(size for name, size in sizes.items() if net.get_parameter(name).ndim > 1)
+    with TrainableModel(net, schedule, prediction, shape) as trained:
+        parameters = trained.train(demand.what)
+        own = {id(p) for p in parameters}
+        inside: list[nn.Module] = []
+        kept: dict[nn.Module | None, dict[int, int]] = {None: {}}
+        entering = 0
+        handles = []
+
+        def enter(module: nn.Module, args: Any) -> None:
+            nonlocal entering
+            inside.append(module)
+            kept.setdefault(module, {})
+            entering += sum(x.numel() * 4 for x in args if torch.is_tensor(x))
+
+        def leave(*_: Any) -> None:
+            inside.pop()
+
+        for block in blocks_of(net):
+            handles += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
+
+        def pack(x: Tensor) -> Tensor:
+            if id(x) not in own and id(x) not in frozen:
+                kept[inside[-1] if inside else None][x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+            return x
+
+        adm = getattr(net, "num_classes", None) is not None
+        extra = {"y": torch.empty(1, model.model.adm_channels, device=meta)} if adm else {}
+        width = model.model.model_config.unet_config["context_dim"]
+        cond = Cond(torch.empty(1, _TEXT_LENGTH, width, device=meta), extra)
+        z = torch.empty(1, *shape, device=meta)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = trained.predict(z, torch.zeros(1, dtype=torch.long), cond)
+        for handle in handles:
+            handle.remove()
+        blocks = [sum(x.values()) for block, x in kept.items() if block is not None]
+        outside = sum(kept[None].values())
+        amount = sum(p.numel() * 4 for p in parameters)
+        del out
+    n = demand.pictures
+    return Footprint(
+        matrices, sum(sizes.values()) - matrices, amount * (4 + demand.copies),
+        n * (outside + sum(blocks)), n * (outside + entering + max(blocks, default=0)),
+    )  # fmt: skip
+
+
+def _fit(need: Footprint, half: bool, device: torch.device) -> bool:
+    """Make room; returns whether activations must be computed again to fit.
+
+    Raises:
+        ValueError: it does not fit even so.
+    """
+    plain, least = (need.total(half=half, checkpoint=c) for c in (False, True))
+    mm.free_memory(plain, device)
+    free = mm.get_free_memory(device)
+    if plain <= free:
+        return False
+    if least <= free:
+        return True
+    raise ValueError(
+        f"model: training on it here takes about {least / 1e9:.1f} GB, and {free / 1e9:.1f} GB of {device.type} memory are "
+        "free. Lower the method's batch, set its rank to 4, or choose fewer layers; UCE, RECE and SPEED need hardly any"
+    )
