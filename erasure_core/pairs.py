@@ -1,23 +1,46 @@
-"""SDEdit pairs: an unsafe picture and its safe counterpart, which differ only in the unsafe part (METHODS 4.1)."""
+"""SDEdit pairs: an unsafe picture and its safe counterpart, which differ only in the unsafe part (METHODS 4.1).
+
+SDEdit (Meng et al., ICLR 2022, arXiv:2108.01073) noises a picture up to a strength rho and denoises it again under another
+prompt; DUO (arXiv:2407.21035) makes its pairs so:
+
+    unsafe member   a real picture, or drawn from noise n with the unsafe prompt; again until the judge sees the concept
+    safe member     a(t0) x + s(t0) n at t0 = progress 1 - rho, denoised with the safe prompt and the unsafe one as negative
+                    prompt; again until the judge sees nothing
+
+Both members share the noise n and the schedule. A redraw takes the next noise of its pair, so a pair does not depend on
+how many others there are. Pairs of which a member is still wrong after the last redraw are left out.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from .artifact import WrongModelError
+from .operators.trainable import Cond, TrainableModel, Weights
 from .port import Family
+
+MAX_PAIRS = 1024
+MAX_REDRAWS = 100
+
+Draw = tuple[int, int]
+"""(which pair, which of its noises)."""
 
 
 @dataclass(frozen=True)
 class ConceptPairs:
     """Clean, scaled latents [N, C, h, w] of the ``unsafe`` members and, row by row, of their ``safe`` counterparts."""
 
-    unsafe: Tensor
-    safe: Tensor
+    unsafe: Tensor = field(repr=False)
+    safe: Tensor = field(repr=False)
     unsafe_prompt: str
     safe_prompt: str
     family: Family
+    note: str = ""
+    """How they were made, in words."""
 
     def __post_init__(self) -> None:
         if self.unsafe.shape != self.safe.shape or self.unsafe.ndim != 4 or not len(self.unsafe):
@@ -28,3 +51,240 @@ class ConceptPairs:
 
     def __len__(self) -> int:
         return len(self.unsafe)
+
+    def check_fits(self, family: Family) -> None:
+        """Raise where they were made with another kind of model: its latents mean something else.
+
+        Raises:
+            WrongModelError: names both.
+        """
+        if family != self.family:
+            raise WrongModelError(
+                f"pairs: they were made with {self.family}, but this is {family}. Make them with this model instead"
+            )
+
+    def summary(self) -> str:
+        """One paragraph for people."""
+        side = " x ".join(str(n) for n in self.unsafe.shape[2:])
+        lines = [
+            f"{len(self)} pairs: {self.unsafe_prompt!r} -> {self.safe_prompt!r}",
+            f"latents of {side}, {self.family}",
+            self.note,
+        ]
+        return "\n".join(line for line in lines if line)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What making pairs took: the pairs that were asked for, those that came out, and what went wrong meanwhile."""
+
+    asked: int
+    made: int
+    unseen: tuple[int, ...]
+    """Pairs in whose unsafe member the judge never saw the concept."""
+    stubborn: tuple[int, ...]
+    """Pairs whose safe member showed it to the last."""
+    unsafe_redraws: int
+    safe_redraws: int
+    judged: bool
+    drawn: bool
+    """Whether unsafe members were drawn, rather than given."""
+
+    def report(self, max_redraws: int) -> str:
+        """In sentences; pairs are counted from 1."""
+        lines = [f"{self.made} of {self.asked} pairs made"]
+        if not self.judged:
+            return f"{lines[0]}; no judge looked at them: look yourself"
+        if self.drawn:
+            lines.append(f"redrawn until the judge saw the concept: {self.unsafe_redraws} times")
+        lines.append(f"redrawn until it no longer did: {self.safe_redraws} times")
+        for numbers, what in (
+            (self.unseen, "left out, because the judge does not see the concept in the unsafe picture"),
+            (self.stubborn, "left out, because the safe picture still showed the concept"),
+        ):
+            if numbers:
+                tries = f" after {max_redraws} redraws" if self.drawn or numbers is self.stubborn else ""
+                shown = ", ".join(str(n + 1) for n in numbers[:20]) + (", ..." if len(numbers) > 20 else "")
+                lines.append(f"{what}{tries}: {len(numbers)} (pair {shown})")
+        return "\n".join(lines)
+
+
+class NoPairsError(ValueError):
+    """Not one pair passed the judge; the message says where they failed and what to try."""
+
+
+def pair_noise(seed: int, draw: Draw, shape: Sequence[int]) -> Tensor:
+    """[1, C, h, w] standard normal of one draw, the same on every device and in every batch."""
+    number, attempt = draw
+    mixed = (seed * 1_000_003 + number * 1_009 + attempt) % (1 << 63)
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(mixed))
+
+
+def pair_up(
+    count: int,
+    draw: Callable[[Sequence[Draw]], Tensor],
+    edit: Callable[[Tensor, Sequence[Draw]], Tensor],
+    look: Callable[[Tensor], Tensor] | None,
+    *,
+    threshold: float,
+    max_redraws: int,
+    drawn: bool = True,
+    at_once: int = 4,
+) -> tuple[Tensor, Tensor, Tally]:
+    """(unsafe, safe, tally): the members [N, C, h, w] of the pairs that the judge accepts both ways.
+
+    Args:
+        draw: unsafe latents of some draws; where they are given (not ``drawn``) it is asked once for each.
+        edit: the safe counterparts of unsafe latents, with the noise of some draws.
+        look: probability that each latent shows the concept; None accepts everything.
+
+    Raises:
+        NoPairsError: nothing is left.
+    """
+
+    def shows(latents: Tensor) -> list[bool]:
+        return [True] * len(latents) if look is None else [p >= threshold for p in look(latents).tolist()]
+
+    def silent(latents: Tensor) -> list[bool]:
+        return [True] * len(latents) if look is None else [p < threshold for p in look(latents).tolist()]
+
+    unsafe, unsafe_redraws = _redrawn(range(count), draw, shows, max_redraws if drawn else 0, at_once)
+
+    def counterparts(draws: Sequence[Draw]) -> Tensor:
+        # The first attempt has the noise that its unsafe member was drawn from.
+        members = torch.stack([unsafe[number][0] for number, _ in draws])
+        return edit(members, [(number, unsafe[number][1] + attempt) for number, attempt in draws])
+
+    safe, safe_redraws = _redrawn(sorted(unsafe), counterparts, silent, max_redraws, at_once)
+    done = sorted(safe)
+    tally = Tally(
+        count, len(done), tuple(n for n in range(count) if n not in unsafe), tuple(sorted(set(unsafe) - set(safe))),
+        unsafe_redraws, safe_redraws, look is not None, drawn,
+    )  # fmt: skip
+    if not done:
+        happened = "; ".join(tally.report(max_redraws).splitlines())
+        raise NoPairsError(
+            f"judge: no pair passed. {happened}. Raise the strength or max_redraws, word the prompts more "
+            "plainly, or try the judge on pictures of yours"
+        )
+    return torch.stack([unsafe[n][0] for n in done]), torch.stack([safe[n][0] for n in done]), tally
+
+
+def _redrawn(
+    numbers: Sequence[int],
+    make: Callable[[Sequence[Draw]], Tensor],
+    accept: Callable[[Tensor], list[bool]],
+    max_redraws: int,
+    at_once: int,
+) -> tuple[dict[int, tuple[Tensor, int]], int]:
+    """By number the first accepted latent and its attempt, and how many redraws were made."""
+    done: dict[int, tuple[Tensor, int]] = {}
+    pending, redraws = list(numbers), 0
+    for attempt in range(max_redraws + 1):
+        redraws += len(pending) if attempt else 0
+        rejected = []
+        for start in range(0, len(pending), at_once):
+            part = pending[start : start + at_once]
+            latents = make([(number, attempt) for number in part])
+            for number, latent, good in zip(part, latents, accept(latents), strict=True):
+                if good:
+                    done[number] = latent, attempt
+                else:
+                    rejected.append(number)
+        pending = rejected
+    return done, redraws
+
+
+def sdedit(
+    model: TrainableModel,
+    latents: Tensor,
+    noise: Tensor,
+    cond: Cond,
+    negative: Cond,
+    *,
+    strength: float,
+    guidance: float,
+    steps: int,
+) -> Tensor:
+    """SDEdit of clean latents [N, C, h, w]: ``strength`` of the way back to ``noise``, then denoised under ``cond``.
+
+    Deterministic sampling with the last steps of a schedule of ``steps``; strength 0 gives the latents back, strength 1
+    keeps of them only the last time's trace.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must lie between 0 and 1, got {strength}")
+    if strength == 0:
+        return latents.clone()
+    schedule = model.schedule
+    first = schedule.time_at(1 - strength)
+    stops = [first, *(t for t in schedule.trajectory(steps) if t is None or t < first)]
+    z = schedule.add_noise(latents, noise, torch.full((len(latents),), first))
+    return model.denoise(z, stops, cond, negative, guidance=guidance, weights=Weights.FROZEN)
+
+
+def make_pairs(
+    model: TrainableModel,
+    unsafe: Cond,
+    safe: Cond,
+    null: Cond,
+    *,
+    count: int,
+    unsafe_prompt: str,
+    safe_prompt: str,
+    family: Family,
+    strength: float = 0.75,
+    guidance: float = 7.5,
+    steps: int = 20,
+    seed: int = 0,
+    look: Callable[[Tensor], Tensor] | None = None,
+    threshold: float = 0.5,
+    max_redraws: int = 5,
+    originals: Tensor | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ConceptPairs:
+    """Pairs by the frozen network of a trainable model, without any host.
+
+    Args:
+        unsafe, safe, null: conditionings of one prompt each, as ``TrainablePort.conditions`` gives them; ``null`` is empty.
+        unsafe_prompt, safe_prompt, family: what the pairs say of themselves.
+        strength, guidance, steps: of the safe members; unsafe ones are drawn with the same guidance and steps.
+        look, threshold: a judge behind a decoder; a latent shows the concept where it comes to the threshold.
+        originals: real pictures as clean, scaled latents [count, C, h, w], in place of drawn ones.
+        progress: called as progress(draws done, draws expected) after each batch; may raise to cancel.
+
+    Raises:
+        ValueError: numbers out of range.
+        NoPairsError: nothing passed the judge.
+    """
+    if originals is not None:
+        count = len(originals)
+    if not 1 <= count <= MAX_PAIRS or not 0 <= max_redraws <= MAX_REDRAWS:
+        raise ValueError(f"pairs: count must be 1 to {MAX_PAIRS} and max_redraws 0 to {MAX_REDRAWS}")
+    stops = model.schedule.trajectory(steps)
+    draws = 0
+
+    def noise(keys: Sequence[Draw]) -> Tensor:
+        return torch.cat([pair_noise(seed, key, model.latent_shape) for key in keys]).to(model.device, model.dtype)
+
+    def count_draws(latents: Tensor) -> Tensor:
+        nonlocal draws
+        draws += len(latents)
+        if progress:
+            progress(draws, max(draws, count * (1 if originals is not None else 2)))
+        return latents
+
+    def draw(keys: Sequence[Draw]) -> Tensor:
+        if originals is not None:
+            return originals[[number for number, _ in keys]].to(model.device, model.dtype)
+        made = model.denoise(noise(keys), stops, unsafe, null, guidance=guidance, weights=Weights.FROZEN)
+        return count_draws(made)
+
+    def edit(latents: Tensor, keys: Sequence[Draw]) -> Tensor:
+        made = sdedit(model, latents, noise(keys), safe, unsafe, strength=strength, guidance=guidance, steps=steps)
+        return count_draws(made)
+
+    bad, good, tally = pair_up(
+        count, draw, edit, look, threshold=threshold, max_redraws=max_redraws, drawn=originals is None
+    )
+    note = f"{tally.report(max_redraws)}\nstrength {strength}, guidance {guidance}, {steps} steps, seed {seed}"
+    return ConceptPairs(bad.float().cpu(), good.float().cpu(), unsafe_prompt, safe_prompt, family, note)

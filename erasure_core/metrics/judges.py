@@ -1,10 +1,35 @@
-"""What says whether a picture shows a concept."""
+"""What says whether a picture shows a concept: the protocol, and the two judges that an image encoder makes.
+
+A judge that only knows features is as good as the encoder behind it. Neither of these was trained for the concept, so
+their figures say less than those of a classifier that was.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+EncodePictures = Callable[[Tensor], Tensor]
+"""Pictures [N, 3, H, W] in [0, 1] -> features [N, d]."""
+
+EncodeTexts = Callable[[Sequence[str]], Tensor]
+"""Texts -> features [N, d] in the space of the pictures'."""
+
+CONTRASTS = ("nothing in particular", "a person", "an animal", "a plant", "food", "a vehicle", "a building", "a tool",
+    "furniture", "a landscape", "a pattern", "text")  # fmt: skip
+"""What a picture may show instead, where the user names nothing."""
+
+_TEMPLATE = "a picture of {}"
+_LOGIT_SCALE = 100.0  # where CLIP's training clips it, and where the released models stand
+_PLAIN = {
+    "red": (1.0, 0.0, 0.0), "green": (0.0, 0.6, 0.0), "blue": (0.0, 0.0, 1.0), "yellow": (1.0, 1.0, 0.0),
+    "black": (0.0, 0.0, 0.0), "white": (1.0, 1.0, 1.0), "orange": (1.0, 0.5, 0.0), "purple": (0.5, 0.0, 0.5),
+}  # fmt: skip
 
 
 @runtime_checkable
@@ -25,3 +50,153 @@ class Judge(Protocol):
             ValueError: it doesn't know the concept; the message lists what it knows.
         """
         ...
+
+
+def check_pictures(pictures: Tensor) -> Tensor:
+    """The pictures as float32 in [0, 1].
+
+    Raises:
+        ValueError: another shape than [N, 3, H, W].
+    """
+    if pictures.ndim != 4 or pictures.shape[1] != 3:
+        raise ValueError(f"judge: expected pictures [N, 3, H, W], got {tuple(pictures.shape)}")
+    return pictures.float().clamp(0, 1)
+
+
+def unknown(judge: Judge, concept: str) -> ValueError:
+    """The error for a concept that ``judge`` doesn't know."""
+    known = ", ".join(judge.labels or ())
+    return ValueError(f"judge: {judge.name} does not know {concept!r}. It knows: {known}")
+
+
+def look_through(judge: Judge, decode: Callable[[Tensor], Tensor], concept: str) -> Callable[[Tensor], Tensor]:
+    """The judge as methods use it: latents [N, C, h, w] -> [N] probability, through ``decode`` to pictures in [0, 1].
+
+    Raises:
+        ValueError: at once, if the judge doesn't know the concept.
+    """
+    judge.probability(torch.zeros(0, 3, 8, 8), concept)
+    return lambda latents: judge.probability(decode(latents), concept)
+
+
+class ZeroShotJudge:
+    """A pair of towers (CLIP) asked which of several texts fits a picture best (Radford et al., arXiv:2103.00020, 3.1).
+
+    P = softmax(100 cos(E(picture), E("a picture of x"))) over the concept and the contrasts, at the concept. The answer
+    depends on the contrasts: name what the picture might show instead. A contrast that is the concept itself is left out.
+    """
+
+    labels = None
+
+    def __init__(
+        self,
+        pictures: EncodePictures,
+        texts: EncodeTexts,
+        contrasts: Sequence[str] = CONTRASTS,
+        *,
+        name: str = "clip-zero-shot",
+        threshold: float = 0.5,
+    ) -> None:
+        if not contrasts:
+            raise ValueError("contrasts: name at least one thing that a picture may show instead of the concept")
+        self.name, self.version, self.threshold = name, "1", threshold
+        self.contrasts = tuple(contrasts)
+        self._pictures, self._texts = pictures, texts
+
+    def probability(self, pictures: Tensor, concept: str) -> Tensor:
+        if not concept.strip():
+            raise ValueError("concept: write what the judge should look for")
+        others = [c for c in self.contrasts if c.strip().casefold() != concept.strip().casefold()]
+        if not others:
+            raise ValueError(
+                f"contrasts: {concept!r} is the only one, so there is nothing to tell it from. Name others"
+            )
+        pictures = check_pictures(pictures)
+        if not len(pictures):
+            return torch.zeros(0)
+        texts = F.normalize(self._texts([_TEMPLATE.format(c.strip()) for c in (concept, *others)]).float(), dim=-1)
+        seen = F.normalize(self._pictures(pictures).float(), dim=-1)
+        return (_LOGIT_SCALE * seen @ texts.mT).softmax(-1)[:, 0]
+
+
+def agreement(pictures: EncodePictures, texts: EncodeTexts) -> float:
+    """How far two towers belong together, 0 to 1: how often eight plain colours find their words, and the words their
+    colours, by centred cosine. Towers that were not trained together come to about 1/8.
+    """
+    plain = torch.tensor(list(_PLAIN.values()))[:, :, None, None].expand(-1, -1, 224, 224)
+    a, b = pictures(plain).float(), texts([_TEMPLATE.format(f"the plain colour {c}") for c in _PLAIN]).float()
+    a, b = (F.normalize(x - x.mean(0), dim=-1) for x in (a, b))
+    similar = a @ b.mT
+    right = torch.arange(len(_PLAIN))
+    return float(torch.cat([similar.argmax(0) == right, similar.argmax(1) == right]).float().mean())
+
+
+class ExampleJudge:
+    """A judge made of example pictures: Dark Miner's verifier (METHODS 2.3) with its score turned into a probability.
+
+        s(x) = mean_e cos(E(x) - r, E(e) - r)       e over the examples, r the mean feature of the other pictures
+
+    ``P = sigmoid(k (s - m))``, m half way between what examples and others score when they are left out of the reference
+    themselves, k such that these two means come to 0.95 and 0.05. The paper has one reference picture and a bare threshold.
+
+    Args:
+        words: what the examples show; the first is its name, the others are taken for it too.
+        examples, others: pictures [k, 3, H, W] in [0, 1] with and without the concept, at least two each.
+
+    Raises:
+        ValueError: too few pictures, or the encoder sees no difference between the two sets.
+    """
+
+    def __init__(
+        self,
+        encode: EncodePictures,
+        words: Sequence[str],
+        examples: Tensor,
+        others: Tensor,
+        *,
+        name: str = "examples",
+        threshold: float = 0.5,
+    ) -> None:
+        self.labels: tuple[str, ...] = tuple(w.strip() for w in words if w.strip())
+        if not self.labels:
+            raise ValueError("concept: write what the examples show")
+        for what, given in (("examples", examples), ("others", others)):
+            if len(given) < 2:
+                raise ValueError(f"{what}: {len(given)} pictures, at least 2 are needed to tell chance from likeness")
+        self.name, self.version, self.threshold = name, "1", threshold
+        self._encode = encode
+        shown, without = encode(check_pictures(examples)).float(), encode(check_pictures(others)).float()
+        self._origin, self._wanted = without.mean(0), _directions(shown, without.mean(0))
+        with_it = _left_out(lambda i: _score(shown[i], _but(shown, i), self._origin), len(shown))
+        no_it = _left_out(lambda i: _score(without[i], shown, _but(without, i).mean(0)), len(without))
+        if with_it - no_it < 0.02:
+            raise ValueError(
+                f"examples: to this image encoder they look no more alike ({with_it:.2f}) than the other pictures do "
+                f"({no_it:.2f}). Use pictures that differ in the concept only, or another encoder"
+            )
+        self._middle, self._slope = (with_it + no_it) / 2, 2 * math.log(19) / (with_it - no_it)
+
+    def probability(self, pictures: Tensor, concept: str) -> Tensor:
+        if concept.strip().casefold() not in (w.casefold() for w in self.labels):
+            raise unknown(self, concept)
+        pictures = check_pictures(pictures)
+        if not len(pictures):
+            return torch.zeros(0)
+        score = (_directions(self._encode(pictures).float(), self._origin) @ self._wanted.mT).mean(-1)
+        return torch.sigmoid(self._slope * (score - self._middle))
+
+
+def _directions(features: Tensor, origin: Tensor) -> Tensor:
+    return F.normalize(features - origin, dim=-1)
+
+
+def _but(rows: Tensor, index: int) -> Tensor:
+    return torch.cat([rows[:index], rows[index + 1 :]])
+
+
+def _score(feature: Tensor, examples: Tensor, origin: Tensor) -> float:
+    return float((_directions(examples, origin) @ _directions(feature, origin)).mean())
+
+
+def _left_out(score: Callable[[int], float], count: int) -> float:
+    return sum(score(i) for i in range(count)) / count

@@ -1,0 +1,161 @@
+"""Judges: the EmojiCanvas one in the words of prompts, and those that an image encoder makes, on features made by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from erasure_core.emojicanvas.concepts import OBJECTS, STYLES
+from erasure_core.emojicanvas.judge import Judge as Network
+from erasure_core.emojicanvas.judging import CanvasJudge, label_of
+from erasure_core.metrics.judges import ExampleJudge, Judge, ZeroShotJudge, agreement, look_through
+
+pytestmark = pytest.mark.core
+
+
+def pictures(n: int = 2, side: int = 128) -> Tensor:
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(3))
+
+
+# EmojiCanvas
+
+
+@pytest.fixture(scope="module")
+def canvas() -> CanvasJudge:
+    torch.manual_seed(0)
+    return CanvasJudge(Network().eval())
+
+
+def test_every_word_of_the_testbed_is_known(canvas: CanvasJudge) -> None:
+    for thing in OBJECTS:
+        for word in thing.words:
+            assert label_of(word) == label_of(f"  A {word.upper()} ") == thing.name
+    for style in STYLES:
+        assert label_of(style.name) == style.name
+        if style.phrase:
+            assert label_of(style.phrase) == label_of(f"in {style.phrase}") == style.name
+    assert label_of("kitty") == "cat" and label_of("neon style") == "neon"
+    assert canvas.labels is not None and all(label_of(label) for label in canvas.labels)
+
+
+@pytest.mark.parametrize("word", ["zebra", "", "other", "style"])
+def test_other_words_are_not(canvas: CanvasJudge, word: str) -> None:
+    with pytest.raises(ValueError, match=r"does not know .* It knows: cat, dog, .*brindlewash"):
+        canvas.probability(pictures(), word)
+
+
+def test_it_says_what_the_network_says(canvas: CanvasJudge) -> None:
+    x = pictures()
+    verdict = canvas._network.judge(2 * x - 1)
+    assert torch.equal(canvas.probability(x, "kitty"), verdict.probability("cat"))
+    assert torch.equal(canvas.probability(x, "in neon style"), verdict.probability("neon"))
+    assert canvas.probability(x[:0], "cat").shape == (0,)
+    large = F.interpolate(x, (256, 256), mode="nearest")
+    assert torch.allclose(canvas.probability(large, "cat"), canvas.probability(x, "cat"), atol=0.05)
+    with pytest.raises(ValueError, match=r"expected pictures \[N, 3, H, W\]"):
+        canvas.probability(x[0], "cat")
+
+
+def test_the_bundled_one_loads() -> None:
+    judge = CanvasJudge.load()
+    assert isinstance(judge, Judge) and judge.probability(pictures(), "cat").shape == (2,)
+
+
+# Encoders
+
+
+AXES = {"cat": 0, "dog": 1, "car": 2}
+
+
+def encode(x: Tensor) -> Tensor:
+    """Features of a picture: its mean colour."""
+    return x.mean((2, 3))
+
+
+def encode_texts(texts) -> Tensor:
+    return torch.stack([torch.eye(3)[AXES[t.removeprefix("a picture of ")]] for t in texts])
+
+
+def coloured(*rgb: float, n: int = 1, spread: float = 0.0, seed: int = 0) -> Tensor:
+    noise = spread * torch.randn(n, 3, generator=torch.Generator().manual_seed(seed))
+    return (torch.tensor(rgb) + noise)[:, :, None, None].expand(n, 3, 8, 8)
+
+
+def test_zero_shot_is_a_softmax_over_cosines() -> None:
+    judge = ZeroShotJudge(encode, encode_texts, ["dog", "car", " CAT"])
+    x = torch.cat([coloured(0.4, 0.4, 0.1), coloured(0.1, 0.9, 0.1)])
+    cosines = 100 * F.normalize(x.double().mean((2, 3)), dim=-1)
+    expected = cosines[:, 0].exp() / cosines.exp().sum(1)
+    assert torch.allclose(judge.probability(x, "cat").double(), expected, atol=1e-5)
+    assert isinstance(judge, Judge) and judge.labels is None
+
+
+def test_zero_shot_needs_something_to_tell_from() -> None:
+    with pytest.raises(ValueError, match="contrasts: name at least one"):
+        ZeroShotJudge(encode, encode_texts, [])
+    with pytest.raises(ValueError, match="is the only one"):
+        ZeroShotJudge(encode, encode_texts, ["cat"]).probability(pictures(), "Cat")
+    with pytest.raises(ValueError, match="concept: write"):
+        ZeroShotJudge(encode, encode_texts, ["cat"]).probability(pictures(), " ")
+
+
+def test_towers_that_belong_together_agree() -> None:
+    colours = {
+        "red": (1.0, 0, 0),
+        "green": (0, 0.6, 0),
+        "blue": (0, 0, 1.0),
+        "yellow": (1.0, 1.0, 0),
+        "black": (0, 0, 0),
+    }
+    colours |= {"white": (1.0, 1.0, 1.0), "orange": (1.0, 0.5, 0), "purple": (0.5, 0, 0.5)}
+
+    def texts(words) -> Tensor:
+        return torch.tensor([colours[w.rpartition(" ")[2]] for w in words])
+
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.randn(3, 8, generator=generator)
+    assert agreement(encode, texts) == 1.0
+    chance = [
+        agreement(lambda x: encode(x) @ turn, lambda w: torch.randn(8, 8, generator=generator)) for _ in range(50)
+    ]
+    assert max(chance) < 0.5 and sum(chance) / 50 == pytest.approx(1 / 8, abs=0.05)
+
+
+def test_examples_make_a_judge() -> None:
+    examples, others = coloured(0.8, 0.2, 0.2, n=6, spread=0.05), coloured(0.4, 0.4, 0.4, n=6, spread=0.05, seed=1)
+    judge = ExampleJudge(encode, ["cat", "kitty"], examples, others)
+    assert isinstance(judge, Judge) and judge.labels == ("cat", "kitty")
+    fresh = judge.probability(coloured(0.8, 0.2, 0.2, n=20, spread=0.05, seed=7), "Kitty")
+    plain = judge.probability(coloured(0.4, 0.4, 0.4, n=20, spread=0.05, seed=8), "cat")
+    assert (fresh > 0.5).all() and float(fresh.mean()) > 0.8 and float(plain.mean()) < 0.3
+    origin = others.mean((0, 2, 3))
+    wanted = F.normalize(examples.mean((2, 3)) - origin, dim=-1)
+    x = coloured(0.5, 0.3, 0.6)
+    score = (wanted @ F.normalize(x.mean((2, 3)) - origin, dim=-1)[0]).mean()
+    assert float(judge.probability(x, "cat")) == pytest.approx(
+        float(torch.sigmoid(judge._slope * (score - judge._middle)))
+    )
+    with pytest.raises(ValueError, match=r"examples does not know 'dog'. It knows: cat, kitty"):
+        judge.probability(x, "dog")
+
+
+def test_examples_that_show_nothing() -> None:
+    some, more = coloured(0.5, 0.5, 0.5, n=8, spread=0.1), coloured(0.5, 0.5, 0.5, n=8, spread=0.1, seed=4)
+    for few in ((some[:1], more), (some, more[:1])):
+        with pytest.raises(ValueError, match="1 pictures, at least 2"):
+            ExampleJudge(encode, ["cat"], *few)
+    with pytest.raises(ValueError, match="concept: write"):
+        ExampleJudge(encode, [" "], some, more)
+    with pytest.raises(ValueError, match="no more alike"):
+        ExampleJudge(encode, ["cat"], some, some)
+
+
+def test_a_judge_behind_a_decoder() -> None:
+    judge = ZeroShotJudge(encode, encode_texts, ["dog", "car"])
+    look = look_through(judge, lambda z: z / 2, "cat")
+    z = 2 * coloured(0.9, 0.1, 0.1)
+    assert torch.equal(look(z), judge.probability(z / 2, "cat"))
+    with pytest.raises(ValueError, match="does not know"):
+        look_through(CanvasJudge(Network().eval()), lambda z: z, "zebra")
