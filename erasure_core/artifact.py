@@ -35,6 +35,14 @@ class Delta:
         """The change itself, [d_out, d_in]."""
         return self.up if self.down is None else self.up @ self.down
 
+    def factored(self) -> Delta:
+        """The same change as two factors, exactly: a dense one beside an identity on its shorter side."""
+        if self.down is not None:
+            return self
+        d_out, d_in = self.shape
+        identity = torch.eye(min(d_out, d_in), dtype=self.up.dtype, device=self.up.device)
+        return Delta(self.up, identity) if d_in <= d_out else Delta(identity, self.up)
+
     def scaled(self, strength: float) -> Delta:
         return Delta(self.up * strength, self.down)
 

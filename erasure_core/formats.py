@@ -1,8 +1,9 @@
 """Files: one safetensors file that is a LoRA everywhere and an Erasure here.
 
 Three layouts, all with the same header in the metadata key ``erasure``:
-``lora`` (``lora_unet_*.lora_up/lora_down/alpha``: ComfyUI's Load LoRA, kohya, A1111, Forge), ``diffusers``
-(``unet.*.lora_A/lora_B``: ``load_lora_weights``), ``full`` (``diffusion_model.*.diff``: dense, ComfyUI's Load LoRA).
+``lora`` (``lora_unet_*.lora_up/lora_down/alpha``: ComfyUI's Load LoRA, kohya, A1111, Forge; a change without factors as in
+``full``), ``diffusers`` (``unet.*.lora_A/lora_B``: ``load_lora_weights``; a change without factors gets an identity as one),
+``full`` (``diffusion_model.*.diff``: dense, ComfyUI's Load LoRA).
 
 Reading trusts nothing: sizes, names, shapes, types and numbers are checked before anything is used; there is no pickle.
 """
@@ -100,6 +101,8 @@ def tensors(erasure: Erasure, layout: Layout, dtype: torch.dtype = torch.float32
     out: dict[str, Tensor] = {}
     family = erasure.header.family
     changes = {site: delta for site, delta in erasure.deltas.items() if delta.rank}
+    if layout is Layout.DIFFUSERS:  # it has no name for a dense change
+        changes = {site: delta.factored() for site, delta in changes.items()}
     widest = max((delta.rank for delta in changes.values() if delta.down is not None), default=0)
 
     def put(name: str, tensor: Tensor) -> None:

@@ -21,10 +21,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from .artifact import Delta, Erasure, WrongModelError
+from .artifact import Delta, Erasure
 from .concept import TEMPLATES, Rows, edit_rows
 from .operators.linear_edit import mean_square
-from .port import READS_TEXT, ModelPort
+from .port import ModelPort
 from .version import __version__
 
 _TEMPLATES, _RIDGE = TEMPLATES["few"], 1e-3
@@ -41,7 +41,10 @@ def merge(port: ModelPort, erasures: Sequence[Erasure]) -> Erasure:
         raise ValueError("merge: connect at least one erasure")
     if len(erasures) == 1:
         return erasures[0]
-    text = _check_fit(port, erasures)
+    text = {site.name for site in port.sites()}
+    every = list(getattr(port, "linears", port.sites)())
+    for erasure in erasures:
+        erasure.check_fits(every)
     spec = reduce(lambda a, b: a.union(b), (e.header.spec for e in erasures))
     rows = [edit_rows(port, e.header.spec, rule=Rows.SUMMARY, templates=_TEMPLATES).source for e in erasures]
     keep = edit_rows(port, spec, rule=Rows.SUMMARY, templates=_TEMPLATES).keep
@@ -61,25 +64,6 @@ def merge(port: ModelPort, erasures: Sequence[Erasure]) -> Erasure:
         strength=1.0,
     )
     return Erasure(header, {n: _fuse(n, erasures, projections) if n in text else _add(n, erasures) for n in names})
-
-
-def _check_fit(port: ModelPort, erasures: Sequence[Erasure]) -> set[str]:
-    """The names of the weights that read text. Those are held against the model, which lists no others; the others
-    against each other and by the model's build."""
-    sites = list(port.sites())
-    text, shapes = {site.name for site in sites}, {}
-    for erasure in erasures:
-        reading = {n: d for n, d in erasure.deltas.items() if n in text or n.endswith(READS_TEXT)}
-        replace(erasure, deltas=reading).check_fits(sites)
-        mine, here = erasure.header.family, port.family
-        others = {n: d.shape for n, d in erasure.deltas.items() if n not in reading}
-        unlike = replace(mine, name=here.name) != here or any(shapes.setdefault(n, s) != s for n, s in others.items())
-        if others and unlike:
-            raise WrongModelError(
-                f"erasure: it was made for {mine}, but this is {here}, or another one has weights of other sizes. "
-                "Erase the concept on this model instead"
-            )
-    return text
 
 
 def _add(name: str, erasures: Sequence[Erasure]) -> Delta:

@@ -26,10 +26,6 @@ class Role(StrEnum):
     """Any other linear layer of a transformer block; :meth:`ModelPort.sites` never lists these."""
 
 
-READS_TEXT = (".attn2.to_k", ".attn2.to_v")
-"""How the names of the weights that read text end."""
-
-
 class Prediction(StrEnum):
     """What the network is trained to predict."""
 

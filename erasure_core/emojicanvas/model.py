@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..artifact import Erasure
+from ..operators.memory import SavedMemory, extended, quarters_of
 from ..operators.trainable import Cond, TrainableModel, linear_sites
 from ..port import Family, Prediction, Role, Site, TextStates, token_kinds
 from ..schedule import Schedule
@@ -84,6 +85,26 @@ def patched(unet: UNet, erasure: Erasure | None) -> Iterator[UNet]:
         with torch.no_grad():
             for name, w in weights.items():
                 w.copy_(before[name])
+
+
+@contextmanager
+def reading(unet: UNet, memory: SavedMemory | None, strength: float = 1.0) -> Iterator[UNet]:
+    """The network whose cross-attention reads a prompt memory behind every prompt, the empty one included."""
+    hooks = []
+
+    def append(rows: Tensor, length: int) -> Callable[[nn.Module, Any], Any]:
+        return lambda _module, args: (extended(args[0], [(rows, length, quarters_of(strength))]), *args[1:])
+
+    try:
+        for site in sites_of(unet) if memory is not None else ():
+            if memory.placement.covers(site.name):
+                rows = memory.key if site.role is Role.TEXT_KEY else memory.value
+                module = unet.get_submodule(site.name)
+                hooks.append(module.register_forward_pre_hook(append(rows, memory.length)))
+        yield unet
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def sites_of(unet: UNet) -> list[Site]:
@@ -157,6 +178,8 @@ class EmojiCanvas:
         cfg: float = 4.0,
         negative: str = "",
         delta: Erasure | None = None,
+        memory: SavedMemory | None = None,
+        memory_strength: float = 1.0,
         batch: int = 32,
         bf16: bool = False,
         progress: Callable[[int], object] | None = None,
@@ -165,6 +188,7 @@ class EmojiCanvas:
 
         Args:
             delta: an erasure to draw with; the weights are as before afterwards, also after an error.
+            memory: a prompt memory to draw with, at a strength of whole quarters.
             bf16: bfloat16 autocast: other pictures than float32's, though alike.
             progress: called with the number of pictures that were just finished.
         """
@@ -173,7 +197,8 @@ class EmojiCanvas:
         side = 16
         pictures = [torch.empty(0, 3, 8 * side, 8 * side)]
         uncond = self.encode([negative])
-        with patched(self.unet, delta), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        reader = reading(self.unet, memory, memory_strength)
+        with patched(self.unet, delta), reader, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             for start in range(0, len(prompts), batch):
                 end = min(start + batch, len(prompts))
                 noise = noise_of(seeds[start:end], self.unet.config.channels, side)
@@ -202,6 +227,9 @@ class EmojiCanvasPort:
 
     def sites(self) -> Sequence[Site]:
         return sites_of(self.model.unet)
+
+    def linears(self) -> Sequence[Site]:
+        return linear_sites(self.model.unet)
 
     def weight(self, site: Site) -> Tensor:
         weight = self.model.unet.get_submodule(site.name).weight.detach().float().clone()

@@ -5,11 +5,14 @@
     with apply(pipe, erasure):
         pipe("a man smoking a cigarette")
 
+Methods that train do so on a private copy of the UNet: ``erase(port, spec, "esd", {"iterations": 500})``.
+
 Nothing here imports diffusers: a pipeline is used by what it has.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,12 +24,13 @@ from torch import Tensor, nn
 
 from .. import names
 from ..artifact import Erasure
+from ..operators.trainable import Cond, TrainableModel, role_of
 from ..port import Family, Prediction, Role, Site, TextStates, token_kinds
+from ..schedule import Schedule
 
 FAMILIES = {768: "sd15", 1024: "sd20", 2048: "sdxl"}
 """By the width of the text states; any other model of this build is "sd-like"."""
 _PREDICTIONS = {"epsilon": Prediction.EPS, "v_prediction": Prediction.V}
-_ROLES = {"to_k": Role.TEXT_KEY, "to_v": Role.TEXT_VALUE}
 _BATCH, _CACHED = 16, 2048
 _ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 
@@ -49,10 +53,14 @@ class DiffusersPort:
                 f"model: its scheduler's prediction_type {kind!r} is not supported, only {', '.join(_PREDICTIONS)}"
             )
         self.prediction = _PREDICTIONS[kind]
-        self._modules = _text_layers(unet, self.family)
+        self._modules = _linear_layers(unet, self.family)
         self._encoded: OrderedDict[str, TextStates] = OrderedDict()
 
     def sites(self) -> Sequence[Site]:
+        return [site for site in self.linears() if site.role is not Role.OTHER]
+
+    def linears(self) -> Sequence[Site]:
+        """Every matrix that an erasure may change."""
         return [site for site, _ in self._modules.values()]
 
     def weight(self, site: Site) -> Tensor:
@@ -72,9 +80,8 @@ class DiffusersPort:
     def _encode(self, prompts: list[str]) -> list[TextStates]:
         """As the pipeline does it: textual inversions expanded, cut and padded to the tokenizer's length, and for XL the
         penultimate states of both encoders side by side. Token kinds come from the first tokenizer."""
-        device = getattr(self.pipe, "_execution_device", None) or self.unet.device
         encoded = self.pipe.encode_prompt(
-            prompt=prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            prompt=prompts, device=self._device(), num_images_per_prompt=1, do_classifier_free_guidance=False
         )[0]
         tokenizer = getattr(self.pipe, "tokenizer", None) or self.pipe.tokenizer_2
         convert = getattr(self.pipe, "maybe_convert_prompt", None)
@@ -99,6 +106,89 @@ class DiffusersPort:
         out = self.unet(z.to(**to), t.to(to["device"]), encoder_hidden_states=context.to(**to)).sample
         return out.to(z)
 
+    @torch.no_grad()
+    def conditions(self, prompts: Sequence[str]) -> list[Cond]:
+        """Each prompt as the UNet reads it; XL's with its pooled text and the size of the picture, uncropped.
+
+        The empty prompt is the encoding of "", also where the pipeline itself would put zeros in its place.
+        """
+        contexts = [x.states[None].clone() for x in self.text(prompts)]
+        if not getattr(self.unet.config, "addition_embed_type", None):
+            return [Cond(x) for x in contexts]
+        pixels = [side * self.pipe.vae_scale_factor for side in self._latent_shape()[1:]]
+        ids = torch.tensor([[*pixels, 0, 0, *pixels]], dtype=torch.float32)
+        pooled = {p: self._pooled(p) for p in dict.fromkeys(prompts)}
+        return [Cond(x, {"text_embeds": pooled[p], "time_ids": ids}) for x, p in zip(contexts, prompts, strict=True)]
+
+    def _pooled(self, prompt: str) -> Tensor:
+        encoded = self.pipe.encode_prompt(
+            prompt=prompt, device=self._device(), num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return encoded[2].detach().float().cpu()
+
+    def trainable(self) -> TrainableModel:
+        """A float32 copy of the UNet with its adapters merged, on the device that the pipeline computes on.
+
+        Raises:
+            ValueError: an inpainting model, or one whose weights are offloaded or quantised.
+        """
+        config: Any = self.unet.config
+        if config.in_channels != config.out_channels or getattr(config, "addition_embed_type", None) not in (
+            None,
+            "text_time",
+        ):
+            raise ValueError(
+                "model: its UNet reads more than a latent and text. Training works on plain SD 1.x, 2.x and XL"
+            )
+        net = _Plain(_replica(self.unet)).to(self._device(), torch.float32)
+        scheduler = getattr(self.pipe, "scheduler", None)
+        known = getattr(scheduler, "alphas_cumprod", None)
+        schedule = Schedule.scaled_linear() if known is None else Schedule.from_alphas_cumprod(known)
+        sites = {names.to_diffusers(site.name, self.family): site for site in self.linears()}
+        return TrainableModel(
+            net,
+            schedule,
+            self.prediction,
+            self._latent_shape(),
+            sites={f"unet.{k}": v for k, v in sites.items()},
+        )
+
+    def _latent_shape(self) -> tuple[int, int, int]:
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    def _device(self) -> torch.device:
+        return getattr(self.pipe, "_execution_device", None) or self.unet.device
+
+
+class _Plain(nn.Module):
+    """A UNet of diffusers as ``net(z, t, context, **extra)``."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, z: Tensor, t: Tensor, context: Tensor, **extra: Tensor) -> Tensor:
+        out: Tensor = self.unet(z, t, encoder_hidden_states=context, added_cond_kwargs=extra or None).sample
+        return out
+
+
+def _replica(unet: nn.Module) -> nn.Module:
+    """A copy that nothing of the pipeline holds on to: adapters are in its weights, offloading hooks are off."""
+    for parameter in unet.parameters():
+        _check_plain(parameter)
+    replica = copy.deepcopy(unet)
+    for name, module in list(replica.named_modules()):
+        for hooked in ("_hf_hook", "_old_forward", "forward"):
+            module.__dict__.pop(hooked, None)
+        if hasattr(module, "get_base_layer"):
+            base = _base(module)
+            base.weight = nn.Parameter(_effective_weight(module), requires_grad=False)
+            parent, _, leaf = name.rpartition(".")
+            setattr(replica.get_submodule(parent), leaf, base)
+    return replica.eval()
+
 
 def _family(unet: nn.Module) -> Family:
     config: Any = unet.config
@@ -112,21 +202,25 @@ def _family(unet: nn.Module) -> Family:
     return Family(FAMILIES.get(width, "sd-like"), width, depths.pop(), len(config.block_out_channels))
 
 
-def _text_layers(unet: nn.Module, family: Family) -> dict[str, tuple[Site, nn.Module]]:
-    """Site and layer by canonical name, in network order. A layer may be wrapped by PEFT."""
-    found = {}
+def _linear_layers(unet: nn.Module, family: Family) -> dict[str, tuple[Site, nn.Module]]:
+    """Site and layer by canonical name, in network order, of every linear layer in a transformer block. A layer may be
+    wrapped by PEFT."""
+    found: dict[str, tuple[Site, nn.Module]] = {}
+    wrapped: tuple[str, ...] = ()
     for name, module in unet.named_modules():
-        leaf = name.rpartition(".")[2]
-        if leaf not in _ROLES or ".attn2." not in name:
-            continue
         base = _base(module)
-        if getattr(base, "bias", None) is not None or getattr(base, "in_features", None) != family.context_dim:
-            continue  # reads something other than the text
+        if base is not module:
+            wrapped = (*wrapped, name + ".")
+        if "transformer_blocks." not in name or not isinstance(base, nn.Linear) or name.startswith(wrapped):
+            continue
         try:
             canonical = names.from_diffusers(name, family)
         except ValueError:
             continue  # added by something else, a motion module for example
-        found[name] = (Site(canonical, _ROLES[leaf], base.in_features, base.out_features), module)
+        role = role_of(canonical)
+        if role is not Role.OTHER and (base.bias is not None or base.in_features != family.context_dim):
+            continue  # reads something other than the text
+        found[name] = (Site(canonical, role, base.in_features, base.out_features), module)
     ordered = sorted(found, key=lambda name: _ORDER.get(name.partition(".")[0], 3))
     return {found[name][0].name: found[name] for name in ordered}
 
@@ -174,7 +268,7 @@ def attach(pipe: Any, erasure: Erasure, strength: float = 1.0) -> Applied:
         WrongModelError: it was made for another kind of model. Nothing is changed then.
     """
     unet = pipe.unet
-    layers = _text_layers(unet, _family(unet))
+    layers = _linear_layers(unet, _family(unet))
     erasure.check_fits([site for site, _ in layers.values()])
     applied = Applied(unet)
     if strength != 0:

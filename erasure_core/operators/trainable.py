@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..artifact import Delta
-from ..port import READS_TEXT, ModelPort, Prediction, Role, Site
+from ..port import ModelPort, Prediction, Role, Site
 from ..schedule import Schedule, space_of
 from .memory import PromptMemory
 
-_TEXT_ROLES = dict(zip(READS_TEXT, (Role.TEXT_KEY, Role.TEXT_VALUE), strict=True))
+_TEXT_ROLES = {".attn2.to_k": Role.TEXT_KEY, ".attn2.to_v": Role.TEXT_VALUE}
 _BLOCK = re.compile(r"transformer_blocks\.\d+$")
 
 
@@ -142,6 +142,10 @@ def _expand(x: Tensor, n: int) -> Tensor:
 
 class TrainablePort(ModelPort, Protocol):
     """A port that can also be trained on."""
+
+    def linears(self) -> Sequence[Site]:
+        """Every matrix that an erasure may change: those of ``sites()`` and the other ones of transformer blocks."""
+        ...
 
     def trainable(self) -> TrainableModel:
         """A private replica of the network, effective weights, float32, on the compute device. Close it after use."""

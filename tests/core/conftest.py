@@ -12,10 +12,13 @@ from torch import Tensor
 
 from erasure_core import ConceptSpec, Family, Prediction, Site, TextStates
 from erasure_core.analytic import AnalyticPort
+from erasure_core.attacks import Words
 from erasure_core.emojicanvas.model import sites_of
 from erasure_core.emojicanvas.unet import UNet, UNetConfig
-from erasure_core.operators.trainable import Cond, TrainableModel
+from erasure_core.operators.trainable import Cond, TrainableModel, linear_sites
+from erasure_core.port import token_kinds
 from erasure_core.schedule import Schedule
+from erasure_core.text_encoder import TextConfig, TextEncoder
 
 settings.register_profile(
     "core",
@@ -56,6 +59,9 @@ class TinyPort:
     def sites(self) -> Sequence[Site]:
         return sites_of(self.unet)
 
+    def linears(self) -> Sequence[Site]:
+        return linear_sites(self.unet)
+
     def weight(self, site: Site) -> Tensor:
         return self.unet.get_submodule(site.name).weight.detach().float().clone()
 
@@ -95,3 +101,64 @@ def tiny64() -> TinyPort:
 @pytest.fixture
 def tiny_flow() -> TinyPort:
     return TinyPort(torch.float64, Prediction.FLOW)
+
+
+class TypingPort(TinyPort):
+    """A tiny port whose text side is a real text encoder over forty words: start 0, end 1, padding 2, unknown words 3."""
+
+    WORDS = ("<start>", "<end>", "<pad>", "<unknown>", "a", "cat", "kitty", "dog", "tree", "thing", "photo", "of", "one",
+             "here", "puss", "gato", "feline", "mouser", *(f"odd{i}" for i in range(22)))  # fmt: skip
+    LENGTH = 10
+
+    def __init__(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+        super().__init__(dtype)
+        torch.manual_seed(100 + seed)
+        config = TextConfig(16, 2, 2, vocabulary=len(self.WORDS), length=self.LENGTH)
+        self.encoder = TextEncoder(config).to(dtype).requires_grad_(False)
+        self.passes, self.encoded = [0], [0]
+        self.encoder.register_forward_hook(lambda *_: self.encoded.__setitem__(0, self.encoded[0] + 1))
+
+    @classmethod
+    def erased(cls, dtype: torch.dtype = torch.float32) -> TypingPort:
+        """One whose values of text are off."""
+        port = cls(dtype)
+        generator = torch.Generator().manual_seed(8)
+        for site in port.sites():
+            if site.role == "text_value":
+                weight = port.unet.get_submodule(site.name).weight
+                weight.add_(0.3 * torch.randn(weight.shape, generator=generator).to(weight))
+        return port
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        rows = []
+        for prompt in prompts:
+            ids = [self.WORDS.index(w) if w in self.WORDS else 3 for w in prompt.lower().split()][: self.LENGTH - 2]
+            ids = [3 if i < 4 else i for i in ids]
+            rows.append([0, *ids, 1, *[2] * (self.LENGTH - 2 - len(ids))])
+        return torch.tensor(rows)
+
+    def words_of(self) -> Words:
+        def decode(ids: Sequence[int]) -> str:
+            return " ".join(self.WORDS[i] for i in ids)
+
+        return Words.typeable(self.encoder, self.tokenize, decode, 0, 1, len(self.WORDS))
+
+    def text(self, prompts: Sequence[str]) -> list[TextStates]:
+        rows = self.tokenize(prompts)
+        kinds = [token_kinds(ids, bos=0, eos=1) for ids in rows.tolist()]
+        return [TextStates(p, s, k) for p, s, k in zip(prompts, self.encoder(rows), kinds, strict=True)]
+
+    def trainable(self) -> TrainableModel:
+        model = super().trainable()
+        model.net.register_forward_pre_hook(lambda *_: self.passes.__setitem__(0, self.passes[0] + 1))
+        return model
+
+    def untouched(self) -> bool:
+        for replica in self.replicas:
+            replica._forward_pre_hooks.clear()  # the counter
+        return super().untouched()
+
+
+@pytest.fixture
+def typing() -> type[TypingPort]:
+    return TypingPort

@@ -243,6 +243,74 @@ def test_the_saved_file_loads_as_a_lora_and_does_the_same(pipe, tmp_path: Path, 
         assert torch.allclose(port.weight(site), edited[site.name], atol=1e-5), "so is a fused one, once"
 
 
+def test_the_replica_is_the_network_and_its_sites_have_the_checkpoints_names(pipe, tmp_path: Path) -> None:
+    """The trainable view predicts what the port predicts, adapters included, and leaves the pipeline alone."""
+    lora = erase(DiffusersPort(pipe), SPEC)
+    plain = output(pipe, "red cat")
+    pipe.load_lora_weights(str(save(lora, tmp_path / "x.safetensors", layout=Layout.DIFFUSERS)), adapter_name="user")
+    port, before = DiffusersPort(pipe), bits(pipe)
+    z, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 700])
+    with port.trainable() as model, torch.no_grad():
+        made = model.predict(z, t, port.conditions(["red cat"])[0])
+        assert not any("lora" in name for name, _ in model.net.named_modules())
+        assert [s.name for s in model.sites] == [s.name for s in port.linears()]
+        leaves = {s.name.split("transformer_blocks.0.")[1] for s in model.sites}
+        to = [f"attn{i}.to_{x}" for i in (1, 2) for x in ("q", "k", "v", "out.0")]
+        assert leaves == {*to, "ff.net.0.proj", "ff.net.2"} and len(model.sites) == 4 * 10
+        for site in model.sites:
+            assert model.module(site.name).weight.shape == (site.d_out, site.d_in)
+    assert (made - output(pipe, "red cat")).abs().max() < 1e-5 < (made - plain).abs().max()
+    assert bits(pipe) == before
+
+
+QUICK = {"iterations": 3, "sample_steps": 3, "learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize(("rank", "energy"), [(0, 0.9), (0, 1.0), (3, 1.0)])
+def test_a_trained_change_of_every_kind_of_layer_loads_as_a_lora(
+    pipe, tmp_path: Path, rank: int, energy: float
+) -> None:
+    """ESD over all linear layers: PEFT's loader, apply() and the file agree."""
+    port, before = DiffusersPort(pipe), bits(pipe)
+    made = erase(port, SPEC, "esd", {**QUICK, "layers": "all", "rank": rank, "energy": energy})
+    assert bits(pipe) == before
+    assert set(made.deltas) == {s.name for s in port.linears()}
+    path = save(made, tmp_path / "x.safetensors", layout=Layout.DIFFUSERS)
+    plain = output(pipe, "red cat")
+    with apply(pipe, load(path)):
+        expected = output(pipe, "red cat")
+        assert {k for k, v in bits(pipe).items() if v != before[k]} == {
+            names.to_diffusers(s, port.family) + ".weight" for s in made.deltas
+        }
+    assert bits(pipe) == before
+    pipe.load_lora_weights(str(path), adapter_name="erasure")
+    assert (output(pipe, "red cat") - expected).abs().max() < 1e-4
+    assert (plain - expected).abs().max() > 1e-3
+
+
+def test_xl_is_trained_with_its_pooled_text_and_size(xl) -> None:
+    port = DiffusersPort(xl)
+    cond, null = port.conditions(["a red cat", ""])
+    assert cond.extra["text_embeds"].shape == (1, 32) and cond.extra["time_ids"].tolist() == [[8, 8, 0, 0, 8, 8]]
+    assert not torch.equal(cond.extra["text_embeds"], null.extra["text_embeds"])
+    z, t = torch.randn(1, 4, 8, 8), torch.tensor([300])
+    with port.trainable() as model, torch.no_grad():
+        made = model.predict(z, t, cond)
+    with torch.no_grad():
+        expected = xl.unet(z, t, encoder_hidden_states=cond.context, added_cond_kwargs=dict(cond.extra)).sample
+    assert (made - expected).abs().max() < 1e-5
+    made = erase(port, SPEC, "leco", QUICK)
+    assert any(d.dense().any() for d in made.deltas.values())
+    made = erase(port, SPEC, "forget_me_not", {**QUICK, "pictures": 2})
+    assert any(d.dense().any() for d in made.deltas.values())
+
+
+def test_an_inpainting_model_is_not_trained_on(pipe) -> None:
+    pipe.unet.register_to_config(in_channels=9)
+    with pytest.raises(ValueError, match=r"model: its UNet reads more than a latent and text"):
+        erase(DiffusersPort(pipe), SPEC, "esd")
+
+
 def test_pipelines_that_it_cannot_read() -> None:
     class Flux:
         unet = None

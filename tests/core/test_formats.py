@@ -38,6 +38,11 @@ SITES = [
     "middle_block.1.transformer_blocks.0.attn2.to_v",
     "output_blocks.11.1.transformer_blocks.0.attn2.to_k",
 ]
+OTHERS = [
+    "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0",
+    "middle_block.1.transformer_blocks.1.ff.net.0.proj",
+    "output_blocks.11.1.transformer_blocks.0.ff.net.2",
+]
 SPEC = ConceptSpec(
     (Concept(("cat", "猫", "👨\u200d👩\u200d👧"), "dog"), Concept(("Van Gogh <b>",))), ("bird & co", "می\u200cخواهم")
 )
@@ -80,6 +85,33 @@ def test_round_trip(tmp_path: Path, layout: Layout, family: str, dtype: torch.dt
         assert got.dtype == torch.float32
         assert (got - delta.dense()).norm() < tolerance * delta.dense().norm()
     assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_any_linear_layer_round_trips(tmp_path: Path, layout: Layout, family: str) -> None:
+    """Low-rank or dense, scaled or not, under the names that each reader has for it."""
+    g = torch.Generator().manual_seed(2)
+    shapes = [(16, 16), (64, 8), (8, 32)]
+    changes = [Delta(torch.randn(o, 2, generator=g), torch.randn(2, i, generator=g)) for o, i in shapes]
+    changes[2] = Delta(changes[2].dense())
+    before = Erasure(erasure(family).header, dict(zip(OTHERS, changes, strict=True))).scaled(0.5)
+    path = save(before, tmp_path / "x.safetensors", layout=layout)
+    after = load(path)
+    assert list(after.deltas) == OTHERS and after.header == before.header
+    for name, delta in before.deltas.items():
+        assert torch.allclose(after.deltas[name].dense(), delta.dense(), atol=1e-6)
+    names = {
+        Layout.FULL: "diffusion_model.middle_block.1.transformer_blocks.1.ff.net.0.proj.diff",
+        Layout.DIFFUSERS: "unet.mid_block.attentions.0.transformer_blocks.1.ff.net.0.proj.lora_A.weight",
+        Layout.LORA: "lora_unet_mid_block_attentions_0_transformer_blocks_1_ff_net_0_proj.lora_down.weight"
+        if family == "sd15"
+        else "lora_unet_middle_block_1_transformer_blocks_1_ff_net_0_proj.lora_down.weight",
+    }
+    stored = load_file(path)
+    assert names[layout] in stored
+    if layout is Layout.DIFFUSERS:
+        assert all(".lora_" in name for name in stored), "its readers know nothing else"
 
 
 def test_a_dense_change_is_stored_dense(tmp_path: Path) -> None:

@@ -127,6 +127,38 @@ def test_a_strength_is_kept(port) -> None:
     assert merged.header.strength == 1.0
 
 
+def test_what_does_not_read_text_is_added_up(tiny) -> None:
+    """And the summary says so; text weights are fitted as ever."""
+    g = torch.Generator().manual_seed(1)
+    shapes = {s.name: (s.d_out, s.d_in) for s in tiny.linears()}
+    inner = [n for n in shapes if ".attn2.to_q" in n or ".ff." in n]
+
+    def with_others(concept: str, dense: bool) -> Erasure:
+        text = erase(tiny, ConceptSpec.parse(concept, "dog", "bird"), "uce", {"energy": 1.0})
+        more = {
+            n: Delta(torch.randn(o, 2, generator=g), torch.randn(2, i, generator=g)) for n, (o, i) in shapes.items()
+        }
+        more = {n: Delta(d.dense()) if dense else d for n, d in more.items() if n in inner}
+        return Erasure(text.header, {**text.deltas, **more})
+
+    one, two = with_others("cat", False), with_others("house", True)
+    plain = [Erasure(e.header, {n: d for n, d in e.deltas.items() if n not in inner}) for e in (one, two)]
+    merged, text = merge(tiny, [one, two]), merge(tiny, plain)
+    assert merged.header.settings == {"merged": 2, "summed": len(inner)} and text.header.settings == {"merged": 2}
+    for name, delta in merged.deltas.items():
+        parts = [e.deltas[name].dense() for e in (one, two)]
+        expected = parts[0] + parts[1] if name in inner else text.deltas[name].dense()
+        assert torch.allclose(delta.dense(), expected, atol=1e-6)
+    again = merge(tiny, [one, one])
+    assert all(again.deltas[n].rank == 4 for n in inner)
+    assert f"{len(inner)} of them, which do not read text, added up" in merged.summary()
+    assert "added up" not in text.summary()
+    with pytest.raises(WrongModelError, match="first middle_block"):
+        merge(
+            tiny, [one, Erasure(two.header, {"middle_block.1.transformer_blocks.0.ff.net.2": Delta(torch.zeros(3, 4))})]
+        )
+
+
 def test_contradictions_and_strangers_are_refused(port) -> None:
     with pytest.raises(ConceptError, match=r"'dog' is itself being erased"):
         merge(port, [made(port, "cat", "dog"), made(port, "dog", "bird", "")])
