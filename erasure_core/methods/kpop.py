@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
-from ..operators.memory import Placement, PromptMemory
+from ..operators.memory import Mode, Placement, PromptMemory, SavedMemory
 from ..operators.regress import TargetTerm, keep_term, regress, shifted
 from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
@@ -49,10 +49,10 @@ class Settings(TrainSettings):
 
 @dataclass(frozen=True)
 class Hidden:
-    """Two artefacts: the public change, and the private ``key`` that restores the concept (key, value [m, D])."""
+    """Two artefacts: the public change, and the private key that restores the concept."""
 
     erasure: Erasure
-    key: dict[str, Tensor]
+    key: SavedMemory
 
 
 def recover_loss(model: TrainableModel, memory: PromptMemory, z: Tensor, t: Tensor, concept: Cond) -> Tensor:
@@ -105,14 +105,14 @@ def hide(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: P
     """Hide the concept behind a key."""
     prompts = Prompts(port, spec, aids.dark)
     with port.trainable() as model:
-        memory = PromptMemory(
-            settings.rows, port.family.context_dim, settings.placement, torch.Generator().manual_seed(settings.seed),
-            shared=settings.shared,
-        ).to(model.device)  # fmt: skip
+        generator = torch.Generator().manual_seed(settings.seed)
+        memory = PromptMemory.beside(
+            prompts.null.context, settings.rows, settings.placement, generator, shared=settings.shared
+        ).to(model.device)
         trainer = Trainer(model, phases(model, memory, prompts, settings), settings.iterations, seed=settings.seed)
         trainer.run(progress, aids.watch)
         made = erasure_of(port, spec, "kpop", settings, model.deltas(energy=settings.energy))
-        return Hidden(made, memory.tensors())
+        return Hidden(made, SavedMemory.of(memory, made.header, Mode.KEY))
 
 
 def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:

@@ -9,7 +9,7 @@ from torch import Tensor
 from erasure_core import ConceptError, ConceptSpec, Delta, TextStates
 from erasure_core.methods import Aids, concept_ablation, eap, forget_me_not, kpop, leco, sdd, spm
 from erasure_core.methods._training import ERASE, KEEP, NULL, TO, Prompts
-from erasure_core.operators.memory import Placement, PromptMemory
+from erasure_core.operators.memory import Mode, Placement, PromptMemory
 from erasure_core.operators.regress import regress
 from erasure_core.operators.train_loop import Trainer
 from erasure_core.operators.trainable import Cond, FullWeights, Layers, LoRA, Weights
@@ -64,10 +64,10 @@ def test_kpop_hides_and_the_key_recovers(tiny) -> None:
     """Each phase moves its own tensors only, on one latent; the artefacts are two."""
     settings = kpop.Settings(**SMALL, rows=2, memory_rate=1e-2, placement=Placement.ALL)
     one, two = (kpop.hide(tiny, SPEC, settings, quiet, Aids()) for _ in range(2))
-    assert same(one.erasure, two.erasure) and all(torch.equal(x, two.key[k]) for k, x in one.key.items())
-    assert one.key["key"].shape == one.key["value"].shape == (2, 16) and not torch.equal(
-        one.key["key"], one.key["value"]
-    )
+    key, again = one.key, two.key
+    assert same(one.erasure, two.erasure) and torch.equal(key.key, again.key) and torch.equal(key.value, again.value)
+    assert key.key.shape == key.value.shape == (2, 16) and not torch.equal(key.key, key.value)
+    assert (key.mode, key.placement, key.header) == (Mode.KEY, Placement.ALL, one.erasure.header)
     assert any(d.dense().any() for d in one.erasure.deltas.values()) and tiny.untouched()
     with tiny.trainable() as model:
         memory = PromptMemory(2, 16, Placement.ALL, torch.Generator().manual_seed(1), shared=False)
