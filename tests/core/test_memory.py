@@ -1,0 +1,164 @@
+"""Prompt memory: rows behind the text against a plain softmax, strengths, files, and learning to suppress."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from erasure_core import ConceptSpec, Family, FileError, Header, WrongModelError
+from erasure_core.operators.memory import (
+    Mode,
+    Placement,
+    PromptMemory,
+    SavedMemory,
+    extended,
+    load_memory,
+    quarters_of,
+    save_memory,
+)  # fmt: skip
+
+pytestmark = pytest.mark.core
+SPEC = ConceptSpec.parse("cat, kitty", "", "dog")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def saved(rows: int = 3, width: int = 16, **changes: object) -> SavedMemory:
+    header = Header("suppress", {"rows": rows}, SPEC, Family("tiny", width, 1, 1), "0" * 16, "1")
+    key, value = (normal(rows, width, seed=s).float() for s in (1, 2))
+    return replace(SavedMemory(header, Mode.SUPPRESS, Placement.ALL, 6, key, value), **changes)
+
+
+@pytest.mark.parametrize("strengths", [(1.0,), (0.25,), (0.5,), (1.75,), (3.0,), (0.75, 1.5), (1.0, 0.0), (0.0,)])
+@pytest.mark.parametrize("repeated", [1, 2, 3])
+def test_strength_scales_the_odds_of_the_rows(strengths: tuple[float, ...], repeated: int) -> None:
+    """Against a softmax with log(strength) added to the rows' logits, at any repetition of the text."""
+    q, text = normal(1, 5, 8, seed=1), normal(1, 6, 8, seed=2)
+    keys, values = ([normal(m, 8, seed=s + m) for m in (2, 3)][: len(strengths)] for s in (10, 20))
+    logits, rows = [q @ text.mT], [text]
+    for strength, k, v in zip(strengths, keys, values, strict=True):
+        if strength:
+            logits.append(q @ k.T + torch.tensor(strength, dtype=torch.float64).log())
+            rows.append(v[None])
+    expected = torch.cat(logits, 2).softmax(2) @ torch.cat(rows, 1)
+
+    context = text.repeat(1, repeated, 1)
+    quarters = [quarters_of(s) for s in strengths]
+    k, v = (extended(context, [(r, 6, n) for r, n in zip(x, quarters, strict=True)]) for x in (keys, values))
+    assert torch.allclose((q @ k.mT).softmax(2) @ v, expected)
+    if strengths == (1.0,):
+        assert k.shape[1] == repeated * 8, "at strength 1 nothing is longer than it must be"
+    if strengths == (0.0,):
+        assert k is context
+
+
+def test_a_batch_reads_the_same_rows_in_its_own_type() -> None:
+    context = normal(3, 6, 8).bfloat16()
+    made = extended(context, [(normal(2, 8, seed=3), 77, 4)])
+    assert made.shape == (3, 8, 8) and made.dtype == torch.bfloat16
+    assert torch.equal(made[:, :6], context) and torch.equal(made[0, 6:], made[2, 6:])
+
+
+@pytest.mark.parametrize("strength", [-0.25, 0.3, 1.01])
+def test_other_strengths_are_refused(strength: float) -> None:
+    with pytest.raises(ValueError, match="it counts rows in quarters"):
+        quarters_of(strength)
+
+
+def test_placements() -> None:
+    blocks = ("input_blocks.1.1.x", "middle_block.1.x", "output_blocks.0.1.x")
+    covered = {p: [p.covers(b) for b in blocks] for p in Placement}
+    assert covered == {
+        Placement.MID: [False, True, False],
+        Placement.MIDOUT: [False, True, True],
+        Placement.ALL: [True] * 3,
+    }
+
+
+def test_rows_start_as_large_as_the_text() -> None:
+    states = 5 * torch.randn(2, 7, 500)
+    memory = PromptMemory.beside(states, 40, Placement.ALL, torch.Generator().manual_seed(1), shared=False)
+    assert float(memory.key.detach().std()) == pytest.approx(5, rel=0.05) and memory.length == 7
+    with pytest.raises(ValueError, match="1 to 1000 rows"):
+        PromptMemory.beside(states, 0, Placement.ALL, torch.Generator(), shared=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return save_memory(saved(), tmp_path / "m.safetensors")
+
+
+def rewritten(file: Path, tensors: dict[str, Tensor] | None = None, **changes: object) -> Path:
+    """The file with other tensors or header fields (``...`` removes one)."""
+    with safe_open(file, framework="pt") as f:
+        metadata, own = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    header = {k: v for k, v in {**json.loads(metadata["prompt_memory"]), **changes}.items() if v is not ...}
+    save_file(own if tensors is None else tensors, file, {**metadata, "prompt_memory": json.dumps(header)})
+    return file
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("placement", list(Placement))
+def test_round_trip(tmp_path: Path, mode: Mode, placement: Placement) -> None:
+    memory = saved(mode=mode, placement=placement)
+    back = load_memory(save_memory(memory, tmp_path / "m.safetensors"))
+    assert (back.header, back.mode, back.placement, back.length) == (memory.header, mode, placement, 6)
+    assert torch.equal(back.key, memory.key) and torch.equal(back.value, memory.value)
+    assert back.summary() == memory.summary() and "cat, kitty" in back.summary()
+    assert [x.name for x in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"mode": "destroy"}, "its mode or placement is unknown"),
+        ({"placement": 3}, "its mode or placement is unknown"),
+        ({"mode": ...}, "its mode or placement is unknown"),
+        ({"length": 0}, "length must be a whole number"),
+        ({"length": True}, "length must be a whole number"),
+        ({"format": 99}, "Update Concept Erasure"),
+        ({"erase": []}, "nothing to erase"),
+        ({"tensors": {"key": torch.ones(2, 16)}}, "'key' and 'value' and no others"),
+        ({"tensors": {"key": torch.ones(2, 16), "value": torch.ones(3, 16)}}, "don't fit tiny"),
+        ({"tensors": {"key": torch.ones(2, 8), "value": torch.ones(2, 8)}}, "don't fit tiny"),
+        ({"tensors": {"key": torch.ones(1001, 16), "value": torch.ones(1001, 16)}}, "don't fit tiny"),
+        ({"tensors": {"key": torch.ones(2, 16), "value": torch.full((2, 16), torch.nan)}}, "not numbers"),
+        ({"tensors": {"key": torch.ones(2, 16).int(), "value": torch.ones(2, 16).int()}}, "which an erasure never has"),
+    ],
+)
+def test_bad_files_get_a_sentence(file: Path, change: dict, sentence: str) -> None:
+    with pytest.raises(FileError, match=sentence):
+        load_memory(rewritten(file, **change))
+
+
+def test_foreign_and_broken_files(file: Path, tmp_path: Path) -> None:
+    whole = file.read_bytes()
+    for length in (0, 200, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(FileError, match=r"cut off|damaged"):
+            load_memory(file)
+    save_file({"key": torch.ones(2, 16)}, tmp_path / "other.safetensors")
+    with pytest.raises(FileError, match="not a prompt memory"):
+        load_memory(tmp_path / "other.safetensors")
+    with pytest.raises(FileError, match="no such file"):
+        load_memory(tmp_path / "none.safetensors")
+    with pytest.raises(FileError, match="Learn it again"):
+        save_memory(saved(key=torch.full((3, 16), torch.inf)), file)
+
+
+def test_another_family_is_named(tmp_path: Path) -> None:
+    saved().check_fits(Family("tiny", 16, 1, 1))
+    with pytest.raises(WrongModelError, match=r"made for tiny \(text width 16\), but this is sdxl \(text width 2048\)"):
+        saved().check_fits(Family("sdxl", 2048, 2, 3))
