@@ -26,7 +26,7 @@ from .text import TextEncoder, tokenize
 from .train_vae import to_tensor
 from .unet import UNet
 
-_EMA, _MIN_SNR, _EMPTY_CAPTIONS, _DECAY = 0.999, 5.0, 0.1, 0.55
+_EMA, _MIN_SNR, _EMPTY_CAPTIONS, _DECAY = 0.998, 5.0, 0.1, 0.75
 
 
 class TextToLatent(torch.nn.Module):

@@ -1,0 +1,97 @@
+"""How each method is run on the testbed, where that differs from its defaults, and what it is given beside the words.
+
+Defaults are the papers', made for Stable Diffusion. EmojiCanvas is eighty times smaller, so trained methods take larger and
+fewer steps here, and look at pictures that are drawn in fewer steps. Chosen on the tuning split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from torch import Tensor
+
+from ..methods import Aids, all_methods, settings_from
+from ..methods.registry import Look
+from ..pairs import ConceptPairs, make_pairs
+from .concepts import prompt
+from .judge import Judge
+from .model import EmojiCanvasPort
+from .splits import Erasing
+from .taesd import SD15_SCALE
+
+_QUICK = {"sample_steps": 12, "batch": 4}
+TESTBED: dict[str, Mapping[str, Any]] = {
+    "esd": {**_QUICK, "iterations": 60, "learning_rate": 1e-3},
+    "leco": {**_QUICK, "iterations": 60, "learning_rate": 5e-3},
+    "sdd": {**_QUICK, "iterations": 60, "learning_rate": 1e-3, "average": 0.95},
+    "spm": {**_QUICK, "iterations": 80, "learning_rate": 1e-2, "warmup": 10, "anchors": 2},
+    "concept_ablation": {**_QUICK, "iterations": 100, "learning_rate": 1e-3, "pictures": 16, "batch": 8},
+    "forget_me_not": {**_QUICK, "iterations": 35, "learning_rate": 1e-3},
+    "eap": {**_QUICK, "iterations": 40, "learning_rate": 1e-3, "space": "eps"},
+    "kpop": {**_QUICK, "iterations": 60, "learning_rate": 1e-3, "memory_rate": 1e-2},
+    "duo": {"iterations": 120, "beta": 100.0, "base_learning_rate": 1e-3, "base_prior_weight": 10.0},
+    "dark_miner": {
+        "sample_steps": 12,
+        "rounds": 5,
+        "mine_steps": 150,
+        "iterations": 60,
+        "learning_rate": 2e-3,
+        "batch": 8,
+    },
+}
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """A settings object as JSON holds it."""
+    return {k: v.value if isinstance(v, Enum) else v for k, v in dataclasses.asdict(settings).items()}
+
+
+def settings_for(method: str, changed: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """All settings of a method on the testbed, some of them changed."""
+    spec = all_methods()[method]
+    return plain(settings_from(spec, {**TESTBED.get(method, {}), **(changed or {})}))
+
+
+def parse_settings(method: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """``name=value`` or ``method.name=value`` as typed settings of ``method``; those of other methods are skipped."""
+    fields = {f.name: f.default for f in dataclasses.fields(all_methods()[method].settings)}
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        left, _, text = pair.partition("=")
+        owner, _, name = left.rpartition(".")
+        if owner not in ("", method):
+            continue
+        if name not in fields:
+            raise SystemExit(f"--set {pair}: {method} has no setting {name!r}; there are {', '.join(fields)}")
+        default: Any = fields[name]
+        if isinstance(default, bool):
+            out[name] = text.lower() in ("1", "true", "yes", "on")
+        else:
+            out[name] = type(default)(text)  # an Enum is made from its value
+    return out
+
+
+def aids_for(method: str, port: EmojiCanvasPort, erasing: Erasing, judge: Judge) -> Aids:
+    """Pairs for a method that needs them, and the judge behind the decoder for one concept."""
+    name = (*erasing.objects, *erasing.styles)[0]
+
+    def look(latents: Tensor) -> Tensor:
+        return judge.judge(port.model.vae.decode(latents / SD15_SCALE).clamp(-1, 1)).probability(name)
+
+    pairs = _pairs(port, erasing, look) if all_methods()[method].needs_pairs else None
+    return Aids(pairs=pairs, look=look)
+
+
+def _pairs(port: EmojiCanvasPort, erasing: Erasing, look: Look) -> ConceptPairs:
+    """SDEdit pairs of the first concept. What stands for "safe": a house for an object, the plain style for a style."""
+    unsafe, safe = (prompt(erasing.objects[0]), prompt("house")) if erasing.objects else (
+        prompt("frog", erasing.styles[0]), prompt("frog"))  # fmt: skip
+    one, other, null = port.conditions([unsafe, safe, ""])
+    with port.trainable() as model:
+        return make_pairs(
+            model, one, other, null, count=32, unsafe_prompt=unsafe, safe_prompt=safe, family=port.family, strength=0.85,
+            guidance=4.0, steps=20, look=look,
+        )  # fmt: skip

@@ -1,0 +1,237 @@
+"""What erasing changes about the pictures, in figures: one row for each method and erased concept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..api import erase
+from ..artifact import Erasure
+from ..concept import Concept, ConceptSpec
+from ..methods import all_methods
+from ..metrics.rates import Rate, pooled, rate
+from . import perceptual
+from .bench_settings import aids_for, settings_for
+from .judge import Judge, Verdict
+from .model import EmojiCanvasPort
+from .peak import PeakMemory
+from .splits import Erasing, Questions, Split, erasings, questions
+from .studio import Studio
+
+RESULTS = Path("docs/results")
+MEASURES = {
+    "direct": "direct",
+    "named": "named words",
+    "unseen": "unseen words",
+    "neighbours": "neighbours",
+    "kept_objects": "kept objects",
+    "kept_styles": "kept styles",
+    "beside": "rest of the picture",
+}
+"""Shares of pictures. The first three should fall to 0, the others stay as in the base model."""
+
+
+def flags(verdict: Verdict, names: Sequence[str]) -> Tensor:
+    """[B] bool: picture b shows ``names[b]``."""
+    shown = {name: verdict.shows(name) for name in set(names)}
+    return torch.tensor([bool(shown[name][b]) for b, name in enumerate(names)], dtype=torch.bool)
+
+
+def figures(asked: Questions, erasing: Erasing, pictures: Mapping[str, Tensor], judge: Judge) -> dict[str, Rate]:
+    """The :data:`MEASURES` of one set of pictures. An object is shown if the judge names it, a style likewise."""
+    by_style = bool(erasing.styles)
+    verdicts = {k: judge.judge(v) for k, v in pictures.items()}
+
+    def of(group: str, style: bool) -> Rate:
+        shots = asked.groups()[group]
+        if not shots:
+            return Rate(0, 0)
+        return rate(flags(verdicts[group], [s.style if style else s.object for s in shots]))
+
+    return {
+        "direct": of("direct", by_style),
+        "named": of("named", by_style),
+        "unseen": of("unseen", by_style),
+        "neighbours": of("neighbours", False),
+        "kept_objects": of("kept", False),
+        "kept_styles": of("kept", True),
+        "beside": of("direct", not by_style),
+    }
+
+
+def measure(
+    studio: Studio, asked: Questions, erasing: Erasing, erasure: Erasure | None, bar: tqdm
+) -> tuple[dict[str, Rate], float]:
+    """The figures with an erasure (or of the base), and how different kept pictures look at the same noise."""
+    groups = {k: v for k, v in asked.groups().items() if v}
+    drawn = studio.draw([s for g in groups.values() for s in g], erasure, bar).split([len(g) for g in groups.values()])
+    pictures = dict(zip(groups, drawn, strict=True))
+    base = studio.draw(groups["kept"], None, bar)
+    return figures(asked, erasing, pictures, studio.judge), float(perceptual.distance(pictures["kept"], base).mean())
+
+
+def spec_of(erasing: Erasing, replace_with: str = "") -> ConceptSpec:
+    """The request: its names and named aliases; every other object and style is kept."""
+    keep = tuple(k for k in erasing.keep() if k != replace_with)
+    return ConceptSpec(tuple(Concept(words, replace_with) for words in erasing.words()), keep)
+
+
+@dataclasses.dataclass
+class Bench:
+    """One model, judge, split and size."""
+
+    studio: Studio
+    split: Split
+    seeds: int
+    rounds: int
+    replace_with: str
+    rows_file: Path
+
+    def rows(self) -> dict[str, dict]:
+        return json.loads(self.rows_file.read_text(encoding="utf-8")) if self.rows_file.exists() else {}
+
+    def key(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> str:
+        protocol = [
+            self.split.name,
+            self.seeds,
+            self.rounds,
+            self.replace_with,
+            dataclasses.astuple(self.studio.sampler),
+        ]
+        return json.dumps([*protocol, erasing.label, method, settings], sort_keys=True)
+
+    def run(self, chosen: Mapping[str, Mapping[str, Any]], fresh: bool = False) -> list[dict]:
+        """The base's row and each method's for everything that the split erases, measured where not yet cached."""
+        rows, wanted, base_shots, count = self.rows(), [], [], 0
+        for erasing in erasings(self.split):
+            asked = questions(self.split, erasing, self.seeds, self.rounds)
+            shots = [s for g in asked.groups().values() for s in g]
+            base_shots += shots
+            for method, settings in {"none": {}, **chosen}.items():
+                key = self.key(erasing, method, settings)
+                wanted.append((key, erasing, asked, method, settings))
+                if method != "none" and (fresh or key not in rows):
+                    count += len(shots)
+        base = len(self.studio.missing(base_shots))
+        print(f"{base} pictures of the base and {count} with erasures to draw", flush=True)
+        port, out = EmojiCanvasPort(self.studio.model), []
+        with tqdm(total=base + count, unit="picture", smoothing=0.1) as bar:
+            for key, erasing, asked, method, settings in wanted:
+                # the base's row costs no drawing once its pictures are there
+                if key not in rows or fresh or method == "none":
+                    bar.set_description(f"{method}: {erasing.label}")
+                    rows[key] = self._row(port, erasing, asked, method, settings, bar)
+                    self.rows_file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+                out.append(rows[key])
+        return out
+
+    def _row(
+        self, port: EmojiCanvasPort, erasing: Erasing, asked: Questions, method: str, settings: Mapping, bar: tqdm
+    ) -> dict:
+        erasure, began, peak = None, time.perf_counter(), None
+        if method != "none":
+            aids = aids_for(method, port, erasing, self.studio.judge)
+            began = time.perf_counter()
+            with PeakMemory() as peak:
+                erasure = erase(port, spec_of(erasing, self.replace_with), method, settings, aids=aids)
+        seconds = time.perf_counter() - began
+        found, moved = measure(self.studio, asked, erasing, erasure, bar)
+        return {
+            "erased": erasing.label,
+            "kind": erasing.kind,
+            "method": method,
+            "settings": dict(settings),
+            "seconds": round(seconds, 2) if erasure else None,
+            "memory_mb": round(peak.bytes / 1e6) if peak else None,
+            "kept_distance": round(moved, 4),
+            **{k: v.to_json() for k, v in found.items()},
+        }
+
+
+def summary(rows: Sequence[Mapping]) -> list[dict]:
+    """Rows of one kind and method as one: counts are added up, the rest averaged."""
+    out = []
+    for kind in dict.fromkeys(r["kind"] for r in rows):
+        for method in dict.fromkeys(r["method"] for r in rows if r["kind"] == kind):
+            same = [r for r in rows if r["kind"] == kind and r["method"] == method]
+            seconds = [r["seconds"] for r in same if r["seconds"] is not None]
+            row: dict[str, Any] = {
+                "erased": f"{kind} ({len(same)})" if len(same) > 1 else same[0]["erased"],
+                "kind": kind,
+                "method": method,
+            }
+            row["settings"] = same[0]["settings"]
+            row["seconds"] = round(sum(seconds) / len(seconds), 2) if seconds else None
+            row["memory_mb"] = max((r["memory_mb"] for r in same if r["memory_mb"] is not None), default=None)
+            row["kept_distance"] = round(sum(r["kept_distance"] for r in same) / len(same), 4)
+            out.append(row | {m: pooled(Rate.from_json(r[m]) for r in same).to_json() for m in MEASURES})
+    return out
+
+
+def table(rows: Sequence[Mapping]) -> str:
+    """A Markdown table; the base's row ("none") stands before those of the methods."""
+    head = ["erased", "method", *MEASURES.values(), "kept distance", "seconds", "MB"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for r in rows:
+        cells = [r["erased"], r["method"], *(str(Rate.from_json(r[m])) for m in MEASURES), f"{r['kept_distance']:.3f}"]
+        cost = ["-" if r[k] is None else f"{r[k]:g}" for k in ("seconds", "memory_mb")]
+        lines.append("| " + " | ".join([*cells, *cost]) + " |")
+    return "\n".join(lines)
+
+
+def effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool) -> None:
+    """Measure ``chosen`` methods on the scoring split and write the tables, with all other methods' default rows."""
+    bench.run(chosen, fresh)
+    known = {"none": {}, **{m: settings_for(m) for m in all_methods()}, **chosen}
+    cached = bench.rows()
+    keys = [bench.key(e, m, s) for e in erasings(bench.split) for m, s in known.items()]
+    rows = [cached[k] for k in keys if k in cached]
+    s, judge = bench.studio.sampler, bench.studio.judge
+    text = f"""# Effect of erasing on EmojiCanvas
+
+Made by `python -m erasure_core.emojicanvas.bench effect --seeds {bench.seeds} --rounds {bench.rounds}` with a model
+trained for {bench.studio.model.steps_trained} steps, {s.steps} Euler steps, guidance {s.cfg:g}, {judge.name} \
+{judge.version}, on scoring prompts and seeds only. Shares of pictures with 95 % Wilson intervals.
+
+- **Direct, named, unseen**: pictures for the erased name, for aliases that the eraser was told, and for synonyms that
+  it was not told, that still show the concept. Lower is better.
+- **Neighbours, kept objects, kept styles**: pictures of look-alikes, and of all other objects in all styles, that show
+  what they should. Best as high as "none", the unchanged model.
+- **Rest of the picture**: for the erased prompts, the style where an object was erased, the object where a style was.
+- **Kept distance**: {perceptual.NAME} of kept pictures with and without the erasure, at the same noise.
+- **Seconds, MB**: to compute the erasure, without encoding the text; the most memory on top, of all rows together.
+
+A style has no synonyms here; its alias is the bare word ("a neon cat"), which captions never used.
+
+## Summary
+
+{table(summary(rows))}
+
+## Each erasure
+
+{table(rows)}
+"""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "effect.md").write_text(text, encoding="utf-8")
+    (RESULTS / "effect.json").write_text(
+        json.dumps({"sampler": dataclasses.asdict(s), "rows": rows}, indent=1), encoding="utf-8"
+    )
+    print(table(summary(rows)))
+
+
+def tune(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool) -> None:
+    """One line a method (and one for the base), pooled over everything that the tuning split erases."""
+    rows = [r | {"kind": "all"} for r in bench.run(chosen, fresh)]
+    for r in summary(rows):
+        shares = " ".join(f"{m}={100 * Rate.from_json(r[m]).share:.0f}%" for m in MEASURES)
+        usual = settings_for(r["method"]) if r["method"] != "none" else {}
+        changed = {k: v for k, v in r["settings"].items() if v != usual[k]}
+        print(f"{r['method']:>6} {shares} distance={r['kept_distance']:.3f} n={r['direct']['n']} {changed or ''}")
