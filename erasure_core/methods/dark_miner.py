@@ -8,7 +8,7 @@ push exactly that conditioning to an anchor.
     circumvent:  E || eps_theta(x_t, t, c) - eps_0(x_t, t, c_0) ||^2 over all c found, and kept prompts unchanged
 
 Unverified (METHODS 2.3, 10): the authors' code is unpublished. The equations come from a third party; the form of the
-embedding (here a full conditioning, or pseudo-words through ``embed``), every number, and the preservation term (here the
+embedding (here a full conditioning, or pseudo-words), every number, and the preservation term (here the
 empty prompt and the user's kept words at the same latents) are ours. Departures: the words of the concept, and embeddings
 that were mined before, are in the pool from the start.
 
@@ -28,8 +28,8 @@ from torch import Tensor
 from ..artifact import Erasure
 from ..concept import ConceptSpec
 from ..operators.regress import TargetTerm, keep_term, regress
-from ..operators.search import denoising_loss, search
-from ..operators.train_loop import Optimiser, Phase, Trainer, generator_for
+from ..operators.search import Variable, free, mine
+from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, Layers, LoRA, TrainableModel, TrainablePort
 from ._training import KEEP, NULL, Prompts, draw_pictures, erasure_of
 from .registry import Aids, Look, MethodSpec, Progress, setting
@@ -43,8 +43,10 @@ class Settings:
     threshold: float = setting(
         0.2, "Mining stops once the pictures of what it finds score no more than this.", low=-1.0, high=1.0, step=0.01
     )
-    mine_steps: int = setting(1000, "Steps of each search.", low=1, high=100000, step=10)
-    mine_rate: float = setting(5e-3, "Size of a search step.", low=1e-6, high=10.0, step=1e-3)
+    mine_steps: int = setting(150, "Steps of each search.", low=1, high=100000, step=10)
+    mine_rate: float = setting(
+        0.02, "Size of a search step, in deviations of what is searched.", low=1e-6, high=10.0, step=1e-3
+    )
     iterations: int = setting(200, "Training steps after each find.", low=1, high=100000, step=10)
     learning_rate: float = setting(1e-4, "Size of a training step.", low=1e-8, high=1.0, step=1e-5)
     keep_weight: float = setting(
@@ -99,41 +101,6 @@ def score(model: TrainableModel, cond: Cond, null: Cond, look: Look, settings: S
     return float(look(z).mean())
 
 
-def free_conditioning(null: Cond, generator: torch.Generator) -> Tensor:
-    """A start for mining, [1, L, D]: BOS as it is, elsewhere noise with the mean and the deviation of its row."""
-    context = null.context.detach()
-    noise = torch.randn(context.shape, generator=generator).to(context)
-    start = context.mean(-1, keepdim=True) + noise * context.std(-1, keepdim=True)
-    return torch.cat([context[:, :1], start[:, 1:]], dim=1)
-
-
-def mine(
-    model: TrainableModel,
-    latents: Tensor,
-    start: Tensor,
-    embed: Callable[[Tensor], Cond],
-    settings: Settings,
-    number: int,
-    progress: Progress | None = None,
-) -> Cond:
-    """The conditioning that best explains the pictures on the student, as the ``number``-th search."""
-
-    def objective(value: Tensor, generator: torch.Generator) -> Tensor:
-        return denoising_loss(model, latents, embed(value), generator, batch=settings.batch)
-
-    found = search(
-        start,
-        objective,
-        steps=settings.mine_steps,
-        lr=settings.mine_rate,
-        seed=settings.seed,
-        name=f"mine {number}",
-        progress=progress,
-    )
-    with torch.no_grad():
-        return embed(found.value)
-
-
 def circumvent(
     model: TrainableModel, latents: Tensor, pool: list[Cond], anchor: Cond, prompts: Prompts, settings: Settings, number: int
 ) -> Phase:  # fmt: skip
@@ -161,18 +128,16 @@ def mine_and_erase(
     progress: Progress,
     aids: Aids,
     *,
-    start: Callable[[torch.Generator], Tensor] | None = None,
-    embed: Callable[[Tensor], Cond] | None = None,
+    variable: Variable | None = None,
 ) -> Mined:
     """Mine and erase until nothing is found.
 
     Args:
-        start, embed: how a search starts, and the conditioning of its variable. Default: a free conditioning.
+        variable: what is mined. Default: a free conditioning.
     """
     prompts = Prompts(port, spec, aids.dark)
     anchor = prompts[spec.erase[0].to]
-    begin = start or (lambda generator: free_conditioning(prompts.null, generator))
-    read = embed or prompts.null.with_context
+    searched = variable or free(prompts.null)
 
     def within(number: int) -> Progress:
         """Cancelling works inside a round too."""
@@ -195,8 +160,11 @@ def mine_and_erase(
 
         circumvent_all(0)
         for number in range(1, settings.rounds + 1):
-            first = begin(generator_for(settings.seed, "start", number)).to(model.device)
-            mined = mine(model, latents, first, read, settings, number, within(number))
+            value = mine(
+                model, latents, searched, steps=settings.mine_steps, rate=settings.mine_rate, batch=settings.batch,
+                seed=settings.seed, name=f"mine {number}", progress=within(number),
+            ).value  # fmt: skip
+            mined = searched.read(value)
             if aids.look is not None:
                 scores.append(score(model, mined, prompts.null, aids.look, settings))
                 if scores[-1] <= settings.threshold:

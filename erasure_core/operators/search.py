@@ -176,7 +176,7 @@ def free(null: Cond) -> Variable:
         noise = torch.randn(rest.shape, generator=generator).to(rest)
         return rest + _SPREAD * rest.std(-1, keepdim=True) * noise
 
-    return Variable(start, lambda value: null.with_context(torch.cat([bos, value], dim=1)))
+    return Variable(start, lambda value: null.with_context(torch.cat([bos.to(value), value], dim=1)))
 
 
 def pseudo_words(slot: TokenSlot, null: Cond) -> Variable:

@@ -11,8 +11,18 @@ from erasure_core.emojicanvas.text import TextConfig, TextEncoder
 from erasure_core.methods import Aids, dark_miner
 from erasure_core.methods._training import Prompts
 from erasure_core.operators.memory import Placement, PromptMemory
-from erasure_core.operators.search import TokenSlot, denoising_loss, l2_ball, linf_ball, row_norms, search
-from erasure_core.operators.train_loop import Kind
+from erasure_core.operators.search import (
+    TokenSlot,
+    denoising_loss,
+    free,
+    l2_ball,
+    linf_ball,
+    mine,
+    pseudo_words,
+    row_norms,
+    search,
+)
+from erasure_core.operators.train_loop import Kind, generator_for
 from erasure_core.operators.trainable import Cond, FullWeights, Layers, Weights
 
 pytestmark = pytest.mark.core
@@ -174,9 +184,48 @@ def test_verifying_looks_at_pictures_of_the_conditioning(tiny) -> None:
 
 def test_a_free_conditioning_keeps_bos(tiny) -> None:
     null = tiny.conditions([""])[0]
-    start = dark_miner.free_conditioning(null, torch.Generator().manual_seed(1))
-    assert start.shape == null.context.shape and torch.equal(start[:, 0], null.context[:, 0])
-    assert not torch.equal(start[:, 1:], null.context[:, 1:])
+    variable = free(null)
+    one, two = (variable.start(torch.Generator().manual_seed(i)) for i in (1, 2))
+    assert one.shape == (1, 5, 16) and not torch.equal(one, two)
+    read = variable.read(one)
+    assert torch.equal(read.context[:, :1], null.context[:, :1]) and torch.equal(read.context[:, 1:], one)
+    away = (one - null.context[:, 1:]) / null.context[:, 1:].std(-1, keepdim=True)
+    assert 0.05 < float(away.std()) < 0.2, "starts lie near the empty prompt"
+
+
+def test_pseudo_words_are_read_through_the_encoder() -> None:
+    torch.manual_seed(3)
+    encoder = TextEncoder(TextConfig(16, 2, 2)).requires_grad_(False)
+    slot = TokenSlot(encoder, torch.tensor([[49406, 320, 1000, 2000, *[49407] * 73]]), [2, 3])
+    variable = pseudo_words(slot, Cond(encoder(slot.ids), {"y": torch.ones(1, 3)}))
+    start = variable.start(torch.Generator().manual_seed(1))
+    assert start.shape == (2, 16) and not torch.equal(start, slot.start())
+    read = variable.read(start)
+    assert torch.equal(read.context, slot.states(start)) and torch.equal(read.extra["y"], torch.ones(1, 3))
+
+
+def test_mining_is_adam_on_the_denoising_loss(tiny64) -> None:
+    """One step by hand: times from each half of the schedule, the rate in deviations of the start, falling as a cosine."""
+    pool, null = normal(3, 4, 4, 4, seed=1), Cond(normal(1, 6, 16, seed=2))
+    variable = free(null)
+    shown: list[tuple[Tensor, int, float]] = []
+    with tiny64.trainable() as model:
+        found = mine(model, pool, variable, steps=2, rate=0.1, batch=2, seed=5, name="m",
+            seen=lambda *args: shown.append(args))  # fmt: skip
+        value = variable.start(generator_for(5, "m", -1))
+        lr, mean, square = 0.1 * float(value.std()), 0.0, 0.0
+        for i in range(2):
+            g = generator_for(5, "m", i)
+            t = ((torch.arange(2) + torch.rand(2, generator=g)) * 500).long()
+            assert t[0] < 500 <= t[1]
+            value = value.detach().requires_grad_()
+            loss = denoising_loss(model, pool, variable.read(value), g, batch=2, t=t)
+            (slope,) = torch.autograd.grad(loss, value)
+            mean, square = 0.9 * mean + 0.1 * slope, 0.999 * square + 0.001 * slope**2
+            step = (mean / (1 - 0.9 ** (i + 1))) / ((square / (1 - 0.999 ** (i + 1))).sqrt() + 1e-8)
+            value = value - lr * (1.0, 0.5)[i] * step
+    assert torch.allclose(found.value, value.detach(), atol=1e-10)
+    assert [x[1] for x in shown] == [1, 2] and shown[-1][2] == pytest.approx(float(loss.detach()))
 
 
 def test_circumventing_is_the_papers_loss(tiny64) -> None:

@@ -1,0 +1,179 @@
+"""Dark embeddings: what a model reads to draw a concept that its words no longer bring (METHODS 2.3), and their files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .artifact import Header, WrongModelError
+from .formats import FileError, Layout, header_json, opened, parse_header, read_tensor, write
+from .port import Family
+
+MAX_EMBEDDINGS = 1000
+_METADATA = "dark_embeddings"
+_TOWERS = ("clip_l", "clip_g", "clip_h")
+
+
+@dataclass(frozen=True)
+class DarkEmbeddings:
+    """``n`` mined embeddings of one concept, best first. Immutable; float32 on the CPU."""
+
+    header: Header
+    """``method`` is "mine", ``settings`` how, seed included; ``base`` the fingerprint of the model that was searched."""
+    states: Tensor = field(repr=False)
+    """[n, L, D]: what cross-attention reads."""
+    scores: tuple[float, ...]
+    """For each the mean verdict on pictures drawn with it, or what ``settings["scored by"]`` says."""
+    words: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    """Pseudo-words by text tower (``clip_l``, ``clip_g``, ``clip_h``), [n, k, D_word]: textual-inversion vectors. Empty for
+    free conditionings, which no words have."""
+
+    def __post_init__(self) -> None:
+        n = len(self.states)
+        if self.states.ndim != 3 or not 1 <= n <= MAX_EMBEDDINGS or 0 in self.states.shape:
+            raise ValueError(f"dark embeddings: states must be [n, L, D], got {tuple(self.states.shape)}")
+        if len(self.scores) != n:
+            raise ValueError(f"dark embeddings: {len(self.scores)} scores for {n} embeddings")
+        lengths = set()
+        for tower, vectors in self.words.items():
+            if tower not in _TOWERS or vectors.ndim != 3 or len(vectors) != n or 0 in vectors.shape:
+                raise ValueError(
+                    f"dark embeddings: words of {tower!r:.40} must be [{n}, k, D], got {tuple(vectors.shape)}"
+                )
+            lengths.add(vectors.shape[1])
+        if len(lengths) > 1:
+            raise ValueError(f"dark embeddings: the text towers have different numbers of words, {sorted(lengths)}")
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    @property
+    def concept(self) -> str:
+        """The first word for what they bring back."""
+        return self.header.spec.erase[0].name
+
+    def check_fits(self, family: Family) -> None:
+        """Raise where they were mined in another kind of model.
+
+        Raises:
+            WrongModelError: names both.
+        """
+        if family != self.header.family:
+            raise WrongModelError(
+                f"dark embeddings: they were mined in {self.header.family}, but this is {family}. Mine them here instead"
+            )
+
+    def summary(self) -> str:
+        """One paragraph for people: of what, how many, how good, how mined."""
+        h = self.header
+        form = f"{next(iter(self.words.values())).shape[1]} pseudo-words each" if self.words else "free conditionings"
+        lines = [f"{len(self)} dark embeddings for {', '.join(h.spec.erase[0].words)} ({form}), mined in {h.family}"]
+        lines += [f"{i}: {score:.3f}" for i, score in enumerate(self.scores, 1)]
+        settings = ", ".join(f"{k} {v}" for k, v in h.settings.items())
+        return "\n".join([*lines, f"{settings}; library {h.version}"])
+
+
+def save_dark(dark: DarkEmbeddings, path: str | os.PathLike[str]) -> Path:
+    """Write the whole set as one safetensors file: first beside ``path``, then in one move.
+
+    Raises:
+        FileError: values that are not numbers, or the disk refuses. No half file is left.
+    """
+    contents = {"states": dark.states, "scores": torch.tensor(dark.scores)}
+    contents |= {f"words.{tower}": x for tower, x in dark.words.items()}
+    _check_numbers(contents)
+    metadata = {
+        _METADATA: header_json(dark.header, [], Layout.LORA),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": f"Dark embeddings: {dark.concept}"[:200],
+        "modelspec.implementation": "ComfyUI Concept Erasure",
+        "modelspec.description": dark.summary()[:2000],
+    }
+    return write(Path(path), {k: _plain(x) for k, x in contents.items()}, metadata)
+
+
+def load_dark(path: str | os.PathLike[str]) -> DarkEmbeddings:
+    """Read a set.
+
+    Raises:
+        FileError: missing, cut off, oversized, pickled, foreign, or tensors that contradict the header or each other.
+    """
+    path = Path(path)
+    with opened(path) as f:
+        header = read_dark_header(f.metadata(), path)
+        present = set(f.keys())
+        known = {"states", "scores", *(f"words.{tower}" for tower in _TOWERS)}
+        if not {"states", "scores"} <= present or present - known:
+            raise FileError(
+                f"{path.name}: a set of dark embeddings holds states, scores and words, not {_names(present)}"
+            )
+        states = read_tensor(f, "states", 3, path)
+        words = {t: read_tensor(f, f"words.{t}", 3, path) for t in _TOWERS if f"words.{t}" in present}
+        scores = tuple(read_tensor(f, "scores", 1, path).tolist())
+    try:
+        dark = DarkEmbeddings(header, states, scores, words)
+    except ValueError as error:
+        raise FileError(f"{path.name}: {error}") from None
+    if states.shape[2] != header.family.context_dim:
+        raise FileError(f"{path.name}: states of width {states.shape[2]} don't fit {header.family}")
+    return dark
+
+
+def read_dark_header(metadata: Mapping[str, str] | None, path: Path) -> Header:
+    """The header in a file's metadata; every field is checked.
+
+    Raises:
+        FileError: it is another kind of file, or a damaged header.
+    """
+    if not metadata or _METADATA not in metadata:
+        raise FileError(
+            f"{path.name}: a safetensors file, but not a set of dark embeddings. If it is a textual inversion, write "
+            "embedding:name in a prompt"
+        )
+    header = parse_header(metadata[_METADATA])[0]
+    if not header.spec.erase:
+        raise FileError(f"{path.name}: its header names no concept")
+    return header
+
+
+def save_words(dark: DarkEmbeddings, folder: str | os.PathLike[str], name: str) -> list[Path]:
+    """Write each embedding's pseudo-words as ``folder/name-1.safetensors`` and so on: textual inversions, for
+    ``embedding:name-1`` in ComfyUI's prompts and ``<name-1>`` elsewhere.
+
+    Raises:
+        FileError: there are no words in the set, values that are not numbers, or the disk refuses.
+    """
+    if not dark.words:
+        raise FileError(
+            "dark embeddings: free conditionings have no words to write as an embedding. Mine them in the form of words"
+        )
+    _check_numbers(dark.words)
+    title = {
+        "modelspec.title": f"Dark embedding: {dark.concept}"[:200],
+        "modelspec.implementation": "ComfyUI Concept Erasure",
+    }
+    return [
+        write(Path(folder) / f"{name}-{i + 1}.safetensors", {t: _plain(x[i]) for t, x in dark.words.items()}, title)
+        for i in range(len(dark))
+    ]
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+
+
+def _check_numbers(tensors: Mapping[str, Tensor]) -> None:
+    for name, x in tensors.items():
+        if not torch.isfinite(x).all():
+            raise FileError(
+                f"dark embeddings: {name} has values that are not numbers (NaN or infinite). Mine them again"
+            )
+
+
+def _names(present: set[str]) -> str:
+    return ", ".join(sorted(present)[:5])[:200]

@@ -1,0 +1,212 @@
+"""Mining on its own: what does a model, erased or not, still know of a concept? (Dark Miner, METHODS 2.3; Concept
+Inversion, 3.2.)
+
+Pictures of the concept are given, or drawn by the model before the erasure; several searches from fresh starts look for
+what the model under test must read to explain them; each find is drawn and looked at, and the best comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .concept import ConceptSpec
+from .dark import DarkEmbeddings
+from .methods import Progress
+from .methods._training import draw_pictures, erasure_of
+from .methods.registry import Look, setting
+from .operators.search import TokenSlot, Variable, denoising_loss, free, pseudo_words
+from .operators.search import mine as search_one
+from .operators.train_loop import generator_for
+from .operators.trainable import Cond, TrainableModel, TrainablePort
+
+_RECOGNISED = 0.5
+_DRAWS = 4
+"""Pictures are drawn at most so many times as often as asked for, until enough of them show the concept."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    count: int = setting(3, "How many embeddings are searched for, each from a fresh start.", low=1, high=1000, step=1)
+    steps: int = setting(150, "Steps of each search. More find more, and take longer.", low=1, high=100000, step=10)
+    rate: float = setting(
+        0.02, "Size of a search step, in deviations of what is searched. Raise it if pictures stay empty, lower it if they "
+        "look broken.", low=1e-6, high=10.0, step=1e-3,
+    )  # fmt: skip
+    batch: int = setting(8, "Pictures that each step looks at.", low=1, high=64, step=1)
+    pictures: int = setting(
+        16, "Pictures of the concept that are drawn first, where none are given.", low=1, high=10000, step=1
+    )
+    looks: int = setting(4, "Pictures that are drawn with each find.", low=1, high=256, step=1)
+    guidance: float = setting(4.0, "Guidance of all these pictures.", low=0.0, high=30.0, step=0.5)
+    sample_steps: int = setting(20, "Sampler steps of all these pictures.", low=2, high=1000, step=1)
+    seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
+
+
+@dataclass(frozen=True)
+class PseudoWords:
+    """Where words are searched instead of a free conditioning: their places in a prompt, and the widths of the text towers
+    that read them, by name (``clip_l``, ``clip_g``, ``clip_h``), in the order in which their vectors lie end to end."""
+
+    slot: TokenSlot
+    towers: Mapping[str, int]
+
+    def split(self, vectors: Tensor) -> dict[str, Tensor]:
+        """[..., D] -> [..., D_tower] of each tower."""
+        return dict(zip(self.towers, vectors.split(list(self.towers.values()), dim=-1), strict=True))
+
+
+@dataclass(frozen=True)
+class Finds:
+    """What was mined, best first, with the pictures that show it."""
+
+    dark: DarkEmbeddings
+    pictures: Tensor
+    """Clean, scaled latents [n, looks, C, h, w], drawn with each find."""
+    examples: Tensor
+    """Clean, scaled latents [k, C, h, w] of the concept that the searches explained."""
+
+
+Searching = Callable[[TrainableModel, Cond, int, float], object]
+"""searching(model, conditioning found so far, step, loss): for people who watch."""
+
+
+def mine(
+    port: TrainablePort,
+    spec: ConceptSpec,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+    *,
+    base: TrainablePort | None = None,
+    pictures: Tensor | None = None,
+    look: Look | None = None,
+    words: PseudoWords | None = None,
+    searching: Searching | None = None,
+) -> Finds:
+    """Search a model for embeddings that make it draw ``spec.erase[0]``. The model is not changed.
+
+    Args:
+        port: the model under test.
+        spec: its first concept is mined.
+        progress: called as progress(done, total) at every step; may raise to cancel.
+        base: draws the pictures of the concept where none are given; the model under test itself by default.
+        pictures: clean, scaled latents [k, C, h, w] of the concept.
+        look: a judge behind a decoder. It sorts out drawn pictures that don't show the concept, and its mean verdict is a
+            find's score. Without it the score is how much better than the empty prompt a find explains the pictures.
+        words: search pseudo-words that any prompt can contain, instead of free conditionings.
+
+    Raises:
+        ValueError: pictures of another size, or none that the judge recognises.
+    """
+    chosen, tick = settings or Settings(), progress or (lambda done, total: None)
+    total = (chosen.count + 1) * chosen.steps
+    with torch.no_grad():
+        examples = pictures if pictures is not None else _draw(base or port, spec, chosen, look, base is not None,
+            lambda done, of: tick(done * chosen.steps // max(1, of), total))  # fmt: skip
+        null = port.conditions([""])[0]
+        variable = free(null) if words is None else pseudo_words(words.slot, null)
+        values, states, drawn, scores = [], [], [], []
+        with port.trainable() as model:
+            if examples.shape[1:] != torch.Size(model.latent_shape):
+                raise ValueError(
+                    f"pictures: latents of shape {tuple(examples.shape[1:])}, this model draws {tuple(model.latent_shape)}. "
+                    "Scale the images to the model's size"
+                )
+            for number in range(chosen.count):
+                value = _search(model, examples, variable, chosen, number, tick, searching)
+                cond = variable.read(value)
+                tick((number + 2) * chosen.steps - 1, total)
+                latents = _pictures_of(model, cond, null, chosen)
+                scores.append(float(look(latents).mean()) if look else _explained(model, examples, cond, null, chosen))
+                values.append(value.float().cpu())
+                states.append(cond.context[0].float().cpu())
+                drawn.append(latents.float().cpu())
+        tick(total, total)
+        best = torch.tensor(scores).argsort(descending=True, stable=True).tolist()
+        header = erasure_of(port, spec, "mine", chosen, {}).header
+        more = {"form": "words" if words else "free conditioning", "scored by": "judge" if look else "explained share"}
+        made = DarkEmbeddings(
+            replace(header, settings={**header.settings, **more}),
+            torch.stack([states[i] for i in best]),
+            tuple(scores[i] for i in best),
+            {} if words is None else words.split(torch.stack([values[i] for i in best])),
+        )
+        return Finds(made, torch.stack([drawn[i] for i in best]), examples)
+
+
+def _draw(
+    port: TrainablePort, spec: ConceptSpec, settings: Settings, look: Look | None, is_base: bool, progress: Progress
+) -> Tensor:
+    """Pictures of the concept, as far as a judge says that they are.
+
+    Raises:
+        ValueError: it hardly recognises any.
+    """
+    words = list(spec.erase[0].words)
+    *conds, null = port.conditions([*words, ""])
+    with port.trainable() as model:
+        if look is None:
+            return draw_pictures(model, conds, null, settings.pictures, settings, progress)
+        kept = torch.empty(0)
+        for attempt in range(_DRAWS):
+            again = replace(settings, seed=settings.seed + attempt)
+            drawn = draw_pictures(model, conds, null, settings.pictures, again, progress)
+            good = drawn[(look(drawn) >= _RECOGNISED).to(drawn.device)]
+            kept = good if not attempt else torch.cat([kept, good])
+            if len(kept) >= settings.pictures:
+                return kept[: settings.pictures]
+    if len(kept) < min(4, settings.pictures):
+        who = "base_model" if is_base else "model"
+        raise ValueError(
+            f"{who}: of {_DRAWS * settings.pictures} pictures that it drew for {', '.join(words)}, the judge recognised the "
+            f"concept in {len(kept)}. "
+            + (
+                "Give images of it instead"
+                if is_base
+                else "Connect the model before the erasure as base_model, or images"
+            )
+        )
+    return kept
+
+
+def _search(
+    model: TrainableModel,
+    examples: Tensor,
+    variable: Variable,
+    settings: Settings,
+    number: int,
+    progress: Progress,
+    searching: Searching | None,
+) -> Tensor:
+    def step(done: int, of: int) -> None:
+        progress((number + 1) * of + done, (settings.count + 1) * of)
+
+    def seen(value: Tensor, done: int, loss: float) -> None:
+        if searching is not None:
+            searching(model, variable.read(value), done, loss)
+
+    return search_one(
+        model, examples, variable, steps=settings.steps, rate=settings.rate, batch=settings.batch, seed=settings.seed,
+        name=f"mine {number}", progress=step, seen=seen if searching is not None else None,
+    ).value  # fmt: skip
+
+
+def _pictures_of(model: TrainableModel, cond: Cond, null: Cond, settings: Settings) -> Tensor:
+    """[looks, C, h, w] drawn with a conditioning; the same noise for every find."""
+    return model.denoise_until(
+        cond.expand(settings.looks), null, guidance=settings.guidance, progress=1.0, steps=settings.sample_steps,
+        generator=generator_for(settings.seed, "look", 0),
+    )  # fmt: skip
+
+
+def _explained(model: TrainableModel, examples: Tensor, cond: Cond, null: Cond, settings: Settings) -> float:
+    """1 - L(cond) / L(""), both at the same times and noises, which no search has seen."""
+    losses = torch.zeros(2, dtype=torch.float64)
+    for i in range(4):
+        for k, read in enumerate((cond, null)):
+            generator = generator_for(settings.seed, "explained", i)
+            losses[k] += float(denoising_loss(model, examples, read, generator, batch=settings.batch))
+    return float(1 - losses[0] / losses[1])
