@@ -38,9 +38,9 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int = setting(5000, "Search steps.", low=1, high=100000, step=100)
+    steps: int = setting(5000, "Search steps. More find more, and take longer.", low=1, high=100000, step=100)
     learning_rate: float = setting(5e-3, "Size of a search step.", low=1e-6, high=10.0, step=1e-3)
-    batch: int = setting(4, "Pictures per step.", low=1, high=64, step=1)
+    batch: int = setting(4, "Pictures per search step.", low=1, high=64, step=1)
     pictures: int = setting(25, "Pictures of the concept that are learned from.", low=1, high=1000, step=1)
     vectors: int = setting(1, "New words; the paper learns one.", low=1, high=16, step=1)
     seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)

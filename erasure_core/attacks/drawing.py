@@ -50,26 +50,18 @@ def draw(
         mask: [n or 1, 1, h, w], 1 where it is drawn anew; elsewhere the picture is put back before every step.
         guidance: the sampler's where not given; at 1 the empty prompt isn't evaluated.
     """
-    n, schedule = len(noise), model.schedule
-    scale = sampler.guidance if guidance is None else guidance
+    scale, schedule = sampler.guidance if guidance is None else guidance, model.schedule
     stops = schedule.trajectory(sampler.steps)
     z = noise
     if picture is not None:
         stops = stops[min(len(stops) - 2, round((1 - strength) * sampler.steps)) :]
-        z = schedule.add_noise(picture, noise, _times(n, stops[0]))
-    cond = cond.to(z).expand(n)
-    both = cond if scale == 1 else Cond.cat([null.to(z).expand(n), cond])
-    for at, to in pairwise(stops):
-        t = _times(n, at)
-        if mask is not None and picture is not None:
-            z = mask * z + (1 - mask) * schedule.add_noise(picture, noise, t)
-        copies = len(both) // n
-        out = model.predict(z.repeat(copies, 1, 1, 1), t.repeat(copies), both, memory=memory)
-        if scale != 1:
-            without, with_ = out.chunk(2)
-            out = without + scale * (with_ - without)
-        z = schedule.step(out, z, int(t[0]), to, model.space)
-    return z if mask is None or picture is None else mask * z + (1 - mask) * picture
+        z = schedule.add_noise(picture, noise, _times(len(noise), stops[0]))
+    if picture is None or mask is None:
+        return model.denoise(z, stops, cond, null, guidance=scale, memory=memory)
+    for step in pairwise(stops):
+        z = mask * z + (1 - mask) * schedule.add_noise(picture, noise, _times(len(noise), step[0]))
+        z = model.denoise(z, step, cond, null, guidance=scale, memory=memory)
+    return mask * z + (1 - mask) * picture
 
 
 @torch.no_grad()

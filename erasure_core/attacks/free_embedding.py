@@ -6,8 +6,9 @@ on the erased model: the textual-inversion objective of Concept Inversion (arXiv
 Dark Miner's mining (arXiv:2409.17682) and the learned embeddings of M-ErasureBench do it. If no C brings the concept
 back, no prompt does, as far as this search goes.
 
-Choices of ours: the start is the concept's own states in the erased model; Adam; with a judge, the conditioning is
-looked at ten times along the way and the best one is handed over.
+Choices of ours: the start is the concept's own states in the erased model; Adam, its rate falling to zero along a cosine;
+each step has one time from every ``batch``-th part of the schedule; with a judge, the conditioning is looked at ten times
+along the way and the best one is handed over.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ..concept import ConceptSpec
 from ..operators.search import denoising_loss
-from ..operators.train_loop import Optimiser, Phase, generator_for
+from ..operators.train_loop import Optimiser, Phase, cosine, generator_for
 from .drawing import Eye, Progress, part, pictures_of
 from .registry import AttackSpec, Knowledge, setting
 from .target import AttackTarget, Found, Way
@@ -29,9 +30,9 @@ _LOOKS = 10
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int = setting(1000, "Search steps for each start.", low=1, high=100000, step=50)
+    steps: int = setting(1000, "Search steps for each start. More find more, and take longer.", low=1, high=100000, step=50)
     learning_rate: float = setting(1e-2, "Size of a search step.", low=1e-6, high=10.0, step=1e-3)
-    batch: int = setting(4, "Pictures per step.", low=1, high=64, step=1)
+    batch: int = setting(4, "Pictures per search step.", low=1, high=64, step=1)
     pictures: int = setting(25, "Pictures of the concept that are learned from.", low=1, high=1000, step=1)
     starts: int = setting(1, "Prompts whose states a search starts from.", low=1, high=100, step=1)
     seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
@@ -40,8 +41,9 @@ class Settings:
 def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: Progress) -> Found:
     """One conditioning for each start."""
     prompts = target.prompts[: settings.starts]
+    total, parts = len(prompts) * settings.steps, torch.arange(settings.batch)
     pool = pictures_of(
-        target, target.prompts, settings.pictures, settings.seed, "free embedding", lambda *_: progress(0, 1)
+        target, target.prompts, settings.pictures, settings.seed, "free embedding", lambda *_: progress(0, total)
     )
     ways, losses = [], []
     with target.erased.trainable() as model:
@@ -51,10 +53,13 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
             value = start.context.detach().to(model.device, model.dtype).clone().requires_grad_()
 
             def loss(_: int, generator: torch.Generator, value: Tensor = value) -> dict[str, Tensor]:
-                cond = null.with_context(value)
-                return {"fit": denoising_loss(model, pool, cond, generator, batch=settings.batch, memory=target.memory)}
+                t = (
+                    (parts + torch.rand(settings.batch, generator=generator)) / settings.batch * len(model.schedule)
+                ).long()
+                cond, batch = null.with_context(value), settings.batch
+                return {"fit": denoising_loss(model, pool, cond, generator, batch=batch, memory=target.memory, t=t)}
 
-            phase = Phase(f"free {number}", [value], loss, Optimiser(settings.learning_rate))
+            phase = Phase(f"free {number}", [value], loss, Optimiser(settings.learning_rate), cosine(settings.steps))
             eye = Eye(target, model, settings.seed, f"free look {number}") if target.look else None
             best, best_score = value.detach().clone(), -1.0
             for i in range(settings.steps):

@@ -32,7 +32,7 @@ _BATCH = 64
 @dataclass(frozen=True)
 class Settings:
     tokens: int = setting(20, "Words of the prompt that is searched for.", low=1, high=75, step=1)
-    rounds: int = setting(1000, "Rounds of the search.", low=1, high=100000, step=100)
+    rounds: int = setting(1000, "Rounds of the search. More find more, and take longer.", low=1, high=100000, step=100)
     candidates: int = setting(256, "Best words at each place that are drawn from.", low=1, high=10000, step=16)
     tries: int = setting(512, "Prompts that are tried in a round.", low=1, high=100000, step=16)
     seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)

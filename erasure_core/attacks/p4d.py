@@ -44,7 +44,7 @@ class Settings:
     form: Form = setting(Form.N, "Whether the prompt is replaced, or words are put between its own.")
     tokens: int = setting(16, "Words of a whole prompt (N).", low=1, high=75, step=1)
     gap: int = setting(3, "Words of the prompt from one searched word to the next (K).", low=1, high=75, step=1)
-    steps: int = setting(3000, "Search steps.", low=1, high=100000, step=50)
+    steps: int = setting(3000, "Search steps. More find more, and take longer.", low=1, high=100000, step=50)
     learning_rate: float = setting(0.1, "Size of a search step.", low=1e-6, high=10.0, step=0.01)
     weight_decay: float = setting(0.1, "Pull of the soft words to zero.", low=0.0, high=10.0, step=0.1)
     look_every: int = setting(50, "Steps from one look at the prompt to the next.", low=1, high=10000, step=10)

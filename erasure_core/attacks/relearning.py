@@ -37,13 +37,13 @@ class Data(StrEnum):
 @dataclass(frozen=True)
 class Settings:
     data: Data = setting(Data.BENIGN, "What it is trained on: kept things, or a few pictures of the concept itself.")
-    steps: int = setting(200, "Training steps.", low=1, high=100000, step=50)
+    steps: int = setting(200, "Training steps. More relearn more, and take longer.", low=1, high=100000, step=50)
     learning_rate: float = setting(1e-4, "Size of a training step.", low=1e-7, high=1.0, step=1e-4)
-    rank: int = setting(8, "Rank of the change.", low=1, high=512, step=1)
-    batch: int = setting(4, "Pictures per step.", low=1, high=64, step=1)
+    rank: int = setting(8, "Rank of the change that is trained.", low=1, high=512, step=1)
+    batch: int = setting(4, "Pictures per search step.", low=1, high=64, step=1)
     captions: int = setting(16, "Different captions that are trained on.", low=1, high=1000, step=1)
     pictures: int = setting(2, "Pictures for each of them.", low=1, high=1000, step=1)
-    layers: Layers = setting(Layers.ALL, "Which layers are changed.")
+    layers: Layers = setting(Layers.ALL, "Which layers are trained.")
     seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
 
 

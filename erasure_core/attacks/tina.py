@@ -43,7 +43,7 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
         for some in shown.split(batch):
             done = steps * sum(map(len, found))
 
-            def step(at: int, _: int, done: int = done, each: int = len(some)) -> None:  # noqa: B008
+            def step(at: int, _: int, done: int = done, each: int = len(some)) -> None:
                 progress(done + at * each, total)
 
             some = some.to(model.device, model.dtype)
