@@ -342,6 +342,10 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         """The tensors of a set of changes, in a fixed order."""
         return [p for change in self._changes[weights].values() for p in change.parameters()]
 
+    def change(self, site: str) -> nn.Module:
+        """What the student adds to a trained layer's output, as a function of the layer's input."""
+        return self._student[site]
+
     def start_average(self) -> None:
         """Keep a running average of the change from here on."""
         average = {name: copy.deepcopy(change).requires_grad_(False) for name, change in self._student.items()}
