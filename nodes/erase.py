@@ -148,20 +148,19 @@ class EraseConcept(io.ComfyNode):
         if method is None and quality not in PRESETS:
             raise ValueError(f"quality: {quality!r} is none of {', '.join(PRESETS)}")
         name, settings = method if method is not None else (PRESETS[quality].method, PRESETS[quality].settings)
-        trains = all_methods()[name].trains
+        chosen = all_methods()[name]
+        demand = demand_of(settings_from(chosen, settings), chosen.predictions)
         decode = decoder(model, vae)
         watcher = Watcher(prompts_to_show(spec), decode)
         with ordinary_tensors():
-            port = ComfyPort(
-                model, clip, demand=demand_of(settings_from(all_methods()[name], settings)), opened=watcher.opened
-            )
+            port = ComfyPort(model, clip, demand=demand, opened=watcher.opened)
             check_words_are_read(port, spec)
             aids = aids_of(port, spec, watcher, decode, vae=vae, pairs=pairs, dark=dark, judge=judge)
-            if trains:
+            if chosen.trains:
                 watcher.encode(port.conditions)
             erasure = erase(port, spec, name, settings, watcher.progress, aids)
             patched = apply_erasure(model, erasure, 1.0)
-        report = erasure.summary() + (f"\n{watcher.report()}" if trains else "")
+        report = erasure.summary() + (f"\n{watcher.report()}" if chosen.trains else "")
         shown = ui.PreviewText(report).as_dict()
         if watcher.picture is not None:
             picture = torch.from_numpy(np.array(watcher.picture)).float()[None] / 255

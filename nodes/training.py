@@ -43,15 +43,13 @@ def decoder(model, vae=None) -> Decode:
     return by_colour if vae is None else by_vae
 
 
-def demand_of(settings: Any) -> Demand:
-    """What a method with these settings holds. Counts the activations of three predictions of a batch, the most that any
-    method takes gradients of at a time, and of random prompts that are held."""
+def demand_of(settings: Any, predictions: int = 3) -> Demand:
+    """What a method with these settings holds; see ``MethodSpec.predictions``. Random prompts that are held count too."""
     layers, rank = getattr(settings, "layers", Layers.ALL), getattr(settings, "rank", 0)
-    batch = getattr(settings, "batch", 1)
     return Demand(
         LoRA(layers, rank) if rank else FullWeights(layers),
         copies=int(getattr(settings, "average", None) is not None),
-        pictures=batch * (3 + getattr(settings, "anchors", 0)),
+        pictures=getattr(settings, "batch", 1) * (predictions + getattr(settings, "anchors", 0)),
     )
 
 

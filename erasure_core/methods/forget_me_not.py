@@ -60,6 +60,7 @@ def attention_probabilities(model: TrainableModel) -> Iterator[list[Tensor]]:
         handles.append(model.module(f"{block}.to_q").register_forward_hook(query))
         handles.append(model.module(f"{block}.to_k").register_forward_hook(key))
 
+    again, model.checkpoint = model.checkpoint, False  # blocks that are computed again would be collected again
     try:
         for site in model.sites:
             block, _, leaf = site.name.rpartition(".")
@@ -70,6 +71,7 @@ def attention_probabilities(model: TrainableModel) -> Iterator[list[Tensor]]:
                 watch(block, heads)
         yield collected
     finally:
+        model.checkpoint = again
         for handle in handles:
             handle.remove()
 

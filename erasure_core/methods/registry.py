@@ -65,6 +65,8 @@ class MethodSpec:
     trains: bool = False
     """Whether it runs the network: takes minutes, and shows its progress through ``Aids.watch``."""
     needs_pairs: bool = False
+    predictions: int = 3
+    """For the memory estimate: predictions with gradient that a training step holds at most, for each picture of its batch."""
 
 
 def setting(

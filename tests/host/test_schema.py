@@ -63,7 +63,7 @@ def test_every_method_says_where_it_comes_from(ours: dict[str, Any], server: Com
     for name, spec in all_methods().items():
         page = server.get(f"/extensions/{PACK}/docs/ErasureMethod{name.upper()}.md").content.decode()
         number = re.search(r"\d{4}\.\d{5}", spec.paper)
-        assert number and number[0] in page
+        assert (number[0] if number else spec.paper) in page
         assert spec.paper in ours[f"ErasureMethod{name.upper()}"]["description"]
 
 
@@ -81,6 +81,8 @@ def test_method_node_has_a_widget_for_each_setting(ours: dict[str, Any], spec: M
             assert options["default"] == field.default.value
         elif isinstance(field.default, bool):
             assert (kind, options["default"]) == ("BOOLEAN", field.default)
+        elif isinstance(field.default, str):
+            assert (kind, options["default"]) == ("STRING", field.default)
         else:
             assert kind == {int: "INT", float: "FLOAT"}[type(field.default)]
             assert (options["default"], options["min"], options["max"]) == (
@@ -88,6 +90,18 @@ def test_method_node_has_a_widget_for_each_setting(ours: dict[str, Any], spec: M
                 field.metadata["low"],
                 field.metadata["high"],
             )
+
+
+def test_erase_concept_takes_aids_last(ours: dict[str, Any]) -> None:
+    """Sockets are kept by place in people's workflows: new ones come behind the others."""
+    sockets = list(ours["ErasureEraseConcept"]["input"]["optional"].items())
+    assert [(name, socket[0]) for name, socket in sockets[:5]] == [
+        ("method", "ERASURE_METHOD"),
+        ("vae", "VAE"),
+        ("pairs", "CONCEPT_PAIRS"),
+        ("dark", "DARK_EMBEDDINGS"),
+        ("judge", "JUDGE"),
+    ]
 
 
 def test_presets_are_the_choices_of_quality(ours: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 from pathlib import Path
 
 import comfy.lora
@@ -101,4 +103,102 @@ class FluxModel(Probe):
         return (comfy.model_patcher.ModelPatcher(config.get_model({}, device=cpu), cpu, cpu),)
 
 
-NODE_CLASS_MAPPINGS = {f"Probe{node.__name__}": node for node in (Again, Checksum, Effective, TextStates, FluxModel)}
+def pack(module: str):
+    """A module of the pack under test, as ComfyUI loaded it."""
+    return next(m for name, m in list(sys.modules.items()) if name.endswith(f"concept-erasure.{module}"))
+
+
+class Stored(Probe):
+    """The demo MODEL with its weights stored in another type; it computes in float32."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"type": ("STRING", {})}})
+    RETURN_TYPES, OUTPUT_NODE = ("MODEL",), False
+
+    def run(self, type):
+        demo, _, _, *_ = pack("nodes.demo").load_demo()
+        config = pack("nodes.demo")._DemoConfig(demo.model.model_config.unet_config)
+        config.set_inference_dtype(getattr(torch, type), torch.float32)
+        cpu = torch.device("cpu")
+        net = comfy.model_base.BaseModel(config, model_type=comfy.model_base.ModelType.EPS, device=cpu)
+        net.load_model_weights({f"unet.{k}": v for k, v in demo.model.diffusion_model.state_dict().items()}, "unet.")
+        return (comfy.model_patcher.ModelPatcher(net, cpu, cpu),)
+
+
+class Replica(Probe):
+    """Compares the replica that training would use with the loaded network, and says what the memory check says."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",)}})
+
+    def run(self, model):
+        replica, port = pack("nodes.replica"), pack("nodes.port")
+        mm.load_models_gpu([model])
+        network, memory = model.model.diffusion_model, model.model.state_dict()
+        before = {k: v.clone() for k, v in memory.items()}
+        with port.ordinary_tensors():
+            g = torch.Generator().manual_seed(1)
+            z, t = torch.randn(2, 4, 16, 16, generator=g), torch.tensor([10, 900])
+            context = torch.randn(2, 77, 128, generator=g)
+            options = {"optimized_attention_override": replica._attention}
+            live = network(z, t.float(), context=context, transformer_options=options)
+            stock = network(z, t.float(), context=context)
+            with replica.build(model, "emojicanvas", replica.Demand()) as own:
+                mine = own.reference(z, t, replica.Cond(context))
+                parameters = own.train(replica.FullWeights(replica.Layers.ALL))
+                with torch.enable_grad():
+                    gradients = torch.autograd.grad(
+                        own.predict(z, t, replica.Cond(context)).square().mean(), parameters
+                    )
+                inference = sum(p.is_inference() for p in own.net.parameters())
+            need = replica.footprint(model, own.schedule, own.prediction, own.latent_shape, replica.Demand())
+            try:
+                replica._fit(replica.Footprint(1 << 50, 0, 0, 0, 0), False, torch.device("cpu"))
+                refused = ""
+            except ValueError as error:
+                refused = str(error)
+        return answer(
+            {
+                "equal": torch.equal(live, mine),
+                "stock": float((stock - mine).abs().max()),
+                "gradients": all(bool(x.any()) for x in gradients),
+                "inference": inference,
+                "freed": all(p.device.type == "meta" for p in own.net.parameters()),
+                "untouched": all(torch.equal(v, before[k]) for k, v in memory.items()),
+                "bytes": {"plain": need.activations, "checkpointed": need.checkpointed, "weights": need.matrices},
+                "refused": refused,
+            }
+        )
+
+
+class _Verdict:
+    name, version, labels, threshold = "probe", "1", None, 0.5
+
+    def __init__(self, says: float) -> None:
+        self.says = says
+
+    def probability(self, pictures, concept):
+        assert pictures.ndim == 4 and pictures.shape[1] == 3 and pictures.min() >= 0 and pictures.max() <= 1
+        return torch.full((len(pictures),), self.says)
+
+
+class FixedJudge(Probe):
+    """A JUDGE that always says the same."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"says": ("FLOAT", {})}})
+    RETURN_TYPES, OUTPUT_NODE = ("JUDGE",), False
+
+    def run(self, says):
+        return (_Verdict(says),)
+
+
+class Memory(Probe):
+    """Resident bytes of the server."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+
+    def run(self):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return answer({"bytes": pages * os.sysconf("SC_PAGE_SIZE")})
+
+
+NODES = (Again, Checksum, Effective, TextStates, FluxModel, Stored, Replica, FixedJudge, Memory)
+NODE_CLASS_MAPPINGS = {f"Probe{node.__name__}": node for node in NODES}
