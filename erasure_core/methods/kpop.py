@@ -29,7 +29,7 @@ from ..operators.memory import Mode, Placement, PromptMemory, SavedMemory
 from ..operators.regress import TargetTerm, keep_term, regress, shifted
 from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
-from ._training import ERASE, KEEP, NULL, TO, Prompts, TrainSettings, draw_progress, erasure_of, on_policy
+from ._training import ERASE, KEEP, NULL, TO, Prompts, TrainSettings, draw_progress, erasure_of, kept, on_policy
 from .registry import Aids, MethodSpec, Progress, setting
 
 
@@ -107,10 +107,10 @@ def hide(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: P
     with port.trainable() as model:
         generator = torch.Generator().manual_seed(settings.seed)
         memory = PromptMemory.beside(
-            prompts.null.context, settings.rows, settings.placement, generator, shared=settings.shared
+            prompts.null.context[0], settings.rows, settings.placement, generator, shared=settings.shared
         ).to(model.device)
         trainer = Trainer(model, phases(model, memory, prompts, settings), settings.iterations, seed=settings.seed)
-        trainer.run(progress, aids.watch)
+        trainer.run(progress, aids.watch, checkpoint=kept(aids, port, spec, "kpop", settings))
         made = erasure_of(port, spec, "kpop", settings, model.deltas(energy=settings.energy))
         return Hidden(made, SavedMemory.of(memory, made.header, Mode.KEY))
 

@@ -108,9 +108,18 @@ class PromptMemory(nn.Module):
     def beside(
         cls, states: Tensor, rows: int, placement: Placement, generator: torch.Generator, *, shared: bool
     ) -> PromptMemory:
-        """One to be read beside text states [N, L, D]: as wide, and with their deviation."""
-        std = float(states.std())
-        return cls(rows, states.shape[2], placement, generator, shared=shared, std=std, length=states.shape[1])
+        """One that starts as rows of the text states [L, D] that it will be read beside, a tenth of their deviation off.
+
+        Attention then gives at first almost what it gave without it. Random rows of any size disturb every picture, and
+        training them mostly undoes that.
+        """
+        spread = 0.1 * float(states.std())
+        memory = cls(rows, states.shape[1], placement, generator, shared=shared, std=spread, length=len(states))
+        chosen = torch.linspace(1, len(states) - 1, rows).round().long()  # not the first, which every prompt leans on
+        with torch.no_grad():
+            for own in {id(x): x for x in (memory.key, memory.value)}.values():
+                own.add_(states[chosen].to(own))
+        return memory
 
     def extend(self, site: str, context: Tensor) -> Tensor:
         """[B, L, D] -> [B, L + m, D] where ``site`` (ending in to_k or to_v) is covered; else as it was."""

@@ -13,6 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from erasure_core import ConceptSpec, Family, FileError, Header, WrongModelError
+from erasure_core import suppress as module
+from erasure_core.emojicanvas.model import EmojiCanvas, EmojiCanvasPort, reading
+from erasure_core.methods import Aids
 from erasure_core.operators.memory import (
     Mode,
     Placement,
@@ -23,6 +26,7 @@ from erasure_core.operators.memory import (
     quarters_of,
     save_memory,
 )  # fmt: skip
+from erasure_core.operators.trainable import Cond
 
 pytestmark = pytest.mark.core
 SPEC = ConceptSpec.parse("cat, kitty", "", "dog")
@@ -84,10 +88,16 @@ def test_placements() -> None:
     }
 
 
-def test_rows_start_as_large_as_the_text() -> None:
-    states = 5 * torch.randn(2, 7, 500)
-    memory = PromptMemory.beside(states, 40, Placement.ALL, torch.Generator().manual_seed(1), shared=False)
-    assert float(memory.key.detach().std()) == pytest.approx(5, rel=0.05) and memory.length == 7
+def test_rows_start_as_text_that_is_there_already() -> None:
+    """So attention gives at first almost what it gives without them."""
+    states = 5 * normal(7, 400, seed=1).float()
+    memory = PromptMemory.beside(states, 6, Placement.ALL, torch.Generator().manual_seed(1), shared=False)
+    for rows in (memory.key.detach(), memory.value.detach()):
+        off = rows - states[1:]
+        assert float(off.std()) == pytest.approx(0.5, rel=0.1)
+    assert memory.length == 7 and not torch.equal(memory.key, memory.value)
+    shared = PromptMemory.beside(states, 2, Placement.ALL, torch.Generator().manual_seed(1), shared=True)
+    assert shared.key is shared.value and float((shared.key.detach() - states[[1, 6]]).std()) < 1
     with pytest.raises(ValueError, match="1 to 1000 rows"):
         PromptMemory.beside(states, 0, Placement.ALL, torch.Generator(), shared=False)
 
@@ -162,3 +172,107 @@ def test_another_family_is_named(tmp_path: Path) -> None:
     saved().check_fits(Family("tiny", 16, 1, 1))
     with pytest.raises(WrongModelError, match=r"made for tiny \(text width 16\), but this is sdxl \(text width 2048\)"):
         saved().check_fits(Family("sdxl", 2048, 2, 3))
+
+
+# ------------------------------------------------------------------------------------------------------------- learning
+
+SMALL = module.Settings(iterations=3, rows=2, batch=2, pictures=2, kept_pictures=3, sample_steps=3)
+
+
+def quiet(done: int, total: int) -> None:
+    pass
+
+
+def test_suppressing_is_its_equation(tiny64) -> None:
+    """T, the stops of a guided sampler, and the four terms, each written out."""
+    null, concept, other, to = (Cond(normal(1, 6, 16, seed=s)) for s in range(4))
+    scenes = [module.Scene(concept, null), module.Scene(concept, to), module.Scene(other)]
+    settings = replace(SMALL, negative_guidance=1.5, guidance=2.0)
+    memory = PromptMemory(
+        3, 16, Placement.ALL, torch.Generator().manual_seed(1), shared=False, std=1, length=6
+    ).double()
+
+    def eps(z: Tensor, t: int, cond: Cond) -> Tensor:
+        return tiny64.unet(z, torch.full((len(z),), t), cond.context.expand(len(z), -1, -1))
+
+    with tiny64.trainable() as model:
+        stops = module.draw(model, scenes, null, settings, quiet)
+        assert [stop.t for stop in stops] == [999, 666, 333]
+        z = model.noise(3, torch.Generator().manual_seed(0))
+        for stop, after in zip(stops, (666, 333, None), strict=True):
+            assert torch.allclose(stop.z, z)
+            own = torch.cat([eps(z[i : i + 1], stop.t, s.cond) for i, s in enumerate(scenes)])
+            none = eps(z, stop.t, null)
+            shift = 1.5 * (own - none)
+            target = torch.stack([none[0] - shift[0], eps(z[1:2], stop.t, to)[0] - shift[1], own[2]])
+            assert all(torch.allclose(*pair) for pair in ((stop.own, own), (stop.null, none), (stop.target, target)))
+            z = model.schedule.step(none + 2 * (own - none), z, stop.t, after, model.space)
+
+        made = module.losses(model, memory, stops[1], scenes, [0, 1, 2], null, 0.3)
+        z, t = stops[1].z, stops[1].t
+
+        def student(cond: Cond, z: Tensor) -> Tensor:
+            return model.predict(z, torch.full((len(z),), t), cond, memory=memory)
+
+        away = (student(concept, z[:2]) - stops[1].target[:2]).square().mean()
+        empty = (student(null, z[:2]) - eps(z[:2], t, null)).square().mean()
+        keep = (student(other, z[2:]) - eps(z[2:], t, other)).square().mean()
+        keep_empty = (student(null, z[2:]) - eps(z[2:], t, null)).square().mean()
+        assert torch.allclose(made["away"], away) and torch.allclose(made["empty"], 0.3 * empty)
+        assert torch.allclose(made["keep"], 0.3 * (keep + keep_empty))
+
+
+def test_suppressing_learns_rows_and_nothing_else(tiny) -> None:
+    seen: list[dict[str, float]] = []
+
+    def learn(progress=quiet) -> SavedMemory:
+        return module.suppress(tiny, SPEC, SMALL, progress, Aids(watch=lambda m, i, x: seen.append(dict(x))))
+
+    one, two = learn(), learn()
+    assert torch.equal(one.key, two.key) and torch.equal(one.value, two.value) and tiny.untouched()
+    assert set(seen[0]) == {"memory/away", "memory/empty", "memory/keep"}
+    assert (one.mode, one.length, one.header.spec, one.header.family) == (Mode.SUPPRESS, 6, SPEC, tiny.family)
+    assert one.header.settings["placement"] == "all"
+    null = tiny.conditions([""])[0].context[0]
+    start = PromptMemory.beside(null, 2, Placement.ALL, torch.Generator().manual_seed(0), shared=False)
+    assert not torch.equal(one.key, start.key) and not torch.equal(one.key, one.value)
+
+    steps = []
+
+    def cancel(done: int, total: int) -> None:
+        steps.append((done, total))
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(cancel)
+    assert tiny.untouched() and steps[0] == (0, 6) and [d for d, _ in steps] == sorted(d for d, _ in steps)
+
+
+def test_without_kept_words_everyday_words_are_held() -> None:
+    words = module.everyday(ConceptSpec.parse("house cat, kitty", "dog"))
+    assert len(words) > 200 and not {"cat", "house", "dog"} & set(words)
+
+
+def test_the_canvas_draws_with_a_memory_as_training_saw_it() -> None:
+    canvas = EmojiCanvas.load()
+    port = EmojiCanvasPort(canvas)
+    memory = saved(4, port.family.context_dim, length=77, placement=Placement.MIDOUT)
+    z, t, text = torch.randn(2, 4, 16, 16), torch.tensor([30, 800]), canvas.encode(["a cat", ""])
+    plain = canvas.unet(z, t, text)
+    with port.trainable() as model:
+        expected = model.reference(z, t, Cond(text))
+        assert torch.allclose(expected, plain, atol=1e-5)
+        with torch.no_grad():
+            expected = model.predict(z, t, Cond(text), memory=memory.module())
+            model.reads = memory.module()
+            assert torch.equal(model.predict(z, t, Cond(text)), expected)
+            assert torch.allclose(model.reference(z, t, Cond(text)), plain, atol=1e-5), "the reference reads none"
+    with reading(canvas.unet, memory):
+        assert torch.allclose(canvas.unet(z, t, text), expected, atol=1e-5)
+    with reading(canvas.unet, memory, 0.0):
+        assert torch.equal(canvas.unet(z, t, text), plain)
+    assert torch.equal(canvas.unet(z, t, text), plain)
+    with reading(canvas.unet, memory, 0.25):
+        quarter = canvas.unet(z, t, text)
+    assert 0 < float((quarter - plain).norm()) < float((expected - plain).norm())
