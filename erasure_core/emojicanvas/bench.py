@@ -5,7 +5,8 @@
     python -m erasure_core.emojicanvas.bench tune --method uce --set ridge=0.01     # one line, on the tuning split
 
 ``effect`` and ``tune`` take every registered method. Pictures of the unchanged model are drawn once and kept in the
-cache, and so is each finished row; ``--fresh`` measures rows again after a method's code has changed.
+cache, and so is each finished row: stop and start again as you like. ``--fresh`` measures rows again after a method's code
+has changed. ``--jobs 2`` uses two cores well; one process on two cores is hardly faster than on one.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ from ..methods import all_methods
 from ..metrics.rates import Rate, pooled, rate
 from .bench_settings import parse_settings, settings_for
 from .concepts import OBJECTS, STYLES, prompt
-from .effect import RESULTS, Bench, effect, flags, tune
+from .effect import RESULTS, Bench, Plan, effect, flags, tune
 from .judge import Judge
-from .model import EmojiCanvas
 from .splits import SCORING, STYLE_OBJECTS, TUNING, Shot
 from .studio import Sampler, Studio, to_bytes
 from .weights import BUNDLE, JUDGE
@@ -108,6 +108,9 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="faster, other pictures; figures in docs are made without")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes that measure rows side by side, and share threads"
+    )
     parser.add_argument("--model", type=Path, default=BUNDLE)
     parser.add_argument("--judge", type=Path, default=JUDGE)
     parser.add_argument("--fresh", action="store_true", help="measure rows again that are cached")
@@ -119,15 +122,24 @@ def main() -> None:
     fingerprint = hashlib.sha256(
         a.model.read_bytes() + str(sum(p.double().sum() for p in judge.parameters())).encode()
     ).hexdigest()[:12]
-    folder = CACHE / fingerprint
-    studio = Studio(EmojiCanvas.load(a.model), judge, Sampler(a.steps, a.cfg, a.bf16), folder, a.batch)
+    split, seeds, rounds = (TUNING, 6, 1) if a.what == "tune" else (SCORING, 10, 2)
+    sampler = Sampler(a.steps, a.cfg, a.bf16)
+    plan = Plan(
+        a.model,
+        a.judge,
+        sampler,
+        split,
+        a.seeds or seeds,
+        a.rounds or rounds,
+        a.replace_with,
+        CACHE / fingerprint,
+        a.batch,
+    )
     if a.what == "base":
-        base(studio, a.seeds or 8)
+        base(plan.studio(), a.seeds or 8)
         return
-    split, seeds, rounds = (SCORING, 10, 2) if a.what == "effect" else (TUNING, 6, 1)
     chosen = {m: settings_for(m, parse_settings(m, a.set)) for m in a.method}
-    bench = Bench(studio, split, a.seeds or seeds, a.rounds or rounds, a.replace_with, folder / "rows.json")
-    (effect if a.what == "effect" else tune)(bench, chosen, a.fresh)
+    (effect if a.what == "effect" else tune)(Bench(plan), chosen, a.fresh, a.jobs)
 
 
 if __name__ == "__main__":

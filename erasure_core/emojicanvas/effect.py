@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,10 @@ from ..metrics.rates import Rate, pooled, rate
 from . import perceptual
 from .bench_settings import aids_for, settings_for
 from .judge import Judge, Verdict
-from .model import EmojiCanvasPort
+from .model import EmojiCanvas, EmojiCanvasPort
 from .peak import PeakMemory
 from .splits import Erasing, Questions, Split, erasings, questions
-from .studio import Studio
+from .studio import Sampler, Studio
 
 RESULTS = Path("docs/results")
 MEASURES = {
@@ -68,13 +71,13 @@ def figures(asked: Questions, erasing: Erasing, pictures: Mapping[str, Tensor], 
 
 
 def measure(
-    studio: Studio, asked: Questions, erasing: Erasing, erasure: Erasure | None, bar: tqdm
+    studio: Studio, asked: Questions, erasing: Erasing, erasure: Erasure | None
 ) -> tuple[dict[str, Rate], float]:
     """The figures with an erasure (or of the base), and how different kept pictures look at the same noise."""
     groups = {k: v for k, v in asked.groups().items() if v}
-    drawn = studio.draw([s for g in groups.values() for s in g], erasure, bar).split([len(g) for g in groups.values()])
+    drawn = studio.draw([s for g in groups.values() for s in g], erasure).split([len(g) for g in groups.values()])
     pictures = dict(zip(groups, drawn, strict=True))
-    base = studio.draw(groups["kept"], None, bar)
+    base = studio.draw(groups["kept"], None)
     return figures(asked, erasing, pictures, studio.judge), float(perceptual.distance(pictures["kept"], base).mean())
 
 
@@ -84,66 +87,107 @@ def spec_of(erasing: Erasing, replace_with: str = "") -> ConceptSpec:
     return ConceptSpec(tuple(Concept(words, replace_with) for words in erasing.words()), keep)
 
 
-@dataclasses.dataclass
-class Bench:
-    """One model, judge, split and size."""
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a benchmark runs on, small enough to travel to other processes."""
 
-    studio: Studio
+    model: Path
+    judge: Path
+    sampler: Sampler
     split: Split
     seeds: int
     rounds: int
     replace_with: str
-    rows_file: Path
+    folder: Path
+    """Pictures of the base and finished rows are kept here."""
+    batch: int = 32
 
-    def rows(self) -> dict[str, dict]:
-        return json.loads(self.rows_file.read_text(encoding="utf-8")) if self.rows_file.exists() else {}
+    def studio(self) -> Studio:
+        return Studio(EmojiCanvas.load(self.model), Judge.load(self.judge), self.sampler, self.folder, self.batch)
 
-    def key(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> str:
-        protocol = [
-            self.split.name,
-            self.seeds,
-            self.rounds,
-            self.replace_with,
-            dataclasses.astuple(self.studio.sampler),
-        ]
-        return json.dumps([*protocol, erasing.label, method, settings], sort_keys=True)
 
-    def run(self, chosen: Mapping[str, Mapping[str, Any]], fresh: bool = False) -> list[dict]:
-        """The base's row and each method's for everything that the split erases, measured where not yet cached."""
-        rows, wanted, base_shots, count = self.rows(), [], [], 0
-        for erasing in erasings(self.split):
-            asked = questions(self.split, erasing, self.seeds, self.rounds)
-            shots = [s for g in asked.groups().values() for s in g]
-            base_shots += shots
+_bench: Bench | None = None
+
+
+def _start_worker(plan: Plan, threads: int) -> None:
+    global _bench
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    _bench = Bench(plan)
+
+
+def _measure_row(number: int, method: str, settings: Mapping[str, Any]) -> None:
+    assert _bench is not None
+    _bench.measure_row(erasings(_bench.plan.split)[number], method, settings)
+
+
+class Bench:
+    """One model, judge, split and size. Each finished row is a file, so processes share them and nothing is lost."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.studio = plan, plan.studio()
+        self._rows = plan.folder / "rows"
+        self._rows.mkdir(exist_ok=True)
+
+    def _path(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> Path:
+        p = self.plan
+        protocol = [p.split.name, p.seeds, p.rounds, p.replace_with, dataclasses.astuple(p.sampler)]
+        key = json.dumps([*protocol, erasing.label, method, settings], sort_keys=True)
+        return self._rows / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+    def row(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> dict | None:
+        """A finished row."""
+        path = self._path(erasing, method, settings)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def asked(self, erasing: Erasing) -> Questions:
+        return questions(self.plan.split, erasing, self.plan.seeds, self.plan.rounds)
+
+    def measure_row(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> None:
+        """Erase, draw, judge, and keep the row."""
+        row = self._row(EmojiCanvasPort(self.studio.model), erasing, self.asked(erasing), method, settings)
+        path = self._path(erasing, method, settings)
+        path.with_suffix(".tmp").write_text(json.dumps(row, indent=1), encoding="utf-8")
+        path.with_suffix(".tmp").replace(path)
+
+    def run(self, chosen: Mapping[str, Mapping[str, Any]], fresh: bool = False, jobs: int = 1) -> list[dict]:
+        """The base's row and each method's for everything that the split erases, measured where not yet known."""
+        todo: list[tuple[int, str, Mapping[str, Any]]] = []
+        wanted, shots = [], []
+        for number, erasing in enumerate(erasings(self.plan.split)):
+            shots += [s for g in self.asked(erasing).groups().values() for s in g]
             for method, settings in {"none": {}, **chosen}.items():
-                key = self.key(erasing, method, settings)
-                wanted.append((key, erasing, asked, method, settings))
-                if method != "none" and (fresh or key not in rows):
-                    count += len(shots)
-        base = len(self.studio.missing(base_shots))
-        print(f"{base} pictures of the base and {count} with erasures to draw", flush=True)
-        port, out = EmojiCanvasPort(self.studio.model), []
-        with tqdm(total=base + count, unit="picture", smoothing=0.1) as bar:
-            for key, erasing, asked, method, settings in wanted:
-                # the base's row costs no drawing once its pictures are there
-                if key not in rows or fresh or method == "none":
-                    bar.set_description(f"{method}: {erasing.label}")
-                    rows[key] = self._row(port, erasing, asked, method, settings, bar)
-                    self.rows_file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-                out.append(rows[key])
-        return out
+                wanted.append((erasing, method, settings))
+                if fresh or self.row(erasing, method, settings) is None:
+                    todo.append((number, method, settings))
+        missing = len(self.studio.missing(shots))
+        with tqdm(total=missing, unit="picture", desc="the base's pictures", disable=not missing) as bar:
+            self.studio.draw(shots, None, bar)
+        threads = max(1, torch.get_num_threads() // jobs)
+        started = {"initializer": _start_worker, "initargs": (self.plan, threads)}
+        with tqdm(total=len(todo), unit="row", smoothing=0.1, disable=not todo) as bar:
+            if jobs == 1:
+                for number, method, settings in todo:
+                    bar.set_description(f"{method}: {erasings(self.plan.split)[number].label}")
+                    self.measure_row(erasings(self.plan.split)[number], method, settings)
+                    bar.update()
+            else:
+                with ProcessPoolExecutor(jobs, get_context("spawn"), **started) as pool:
+                    for done in as_completed([pool.submit(_measure_row, *row) for row in todo]):
+                        done.result()
+                        bar.update()
+        rows = [self.row(*row) for row in wanted]
+        return [row for row in rows if row is not None]
 
-    def _row(
-        self, port: EmojiCanvasPort, erasing: Erasing, asked: Questions, method: str, settings: Mapping, bar: tqdm
-    ) -> dict:
+    def _row(self, port: EmojiCanvasPort, erasing: Erasing, asked: Questions, method: str, settings: Mapping) -> dict:
         erasure, began, peak = None, time.perf_counter(), None
         if method != "none":
             aids = aids_for(method, port, erasing, self.studio.judge)
             began = time.perf_counter()
             with PeakMemory() as peak:
-                erasure = erase(port, spec_of(erasing, self.replace_with), method, settings, aids=aids)
+                erasure = erase(port, spec_of(erasing, self.plan.replace_with), method, settings, aids=aids)
         seconds = time.perf_counter() - began
-        found, moved = measure(self.studio, asked, erasing, erasure, bar)
+        found, moved = measure(self.studio, asked, erasing, erasure)
         return {
             "erased": erasing.label,
             "kind": erasing.kind,
@@ -187,17 +231,16 @@ def table(rows: Sequence[Mapping]) -> str:
     return "\n".join(lines)
 
 
-def effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool) -> None:
+def effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool, jobs: int) -> None:
     """Measure ``chosen`` methods on the scoring split and write the tables, with all other methods' default rows."""
-    bench.run(chosen, fresh)
+    bench.run(chosen, fresh, jobs)
     known = {"none": {}, **{m: settings_for(m) for m in all_methods()}, **chosen}
-    cached = bench.rows()
-    keys = [bench.key(e, m, s) for e in erasings(bench.split) for m, s in known.items()]
-    rows = [cached[k] for k in keys if k in cached]
-    s, judge = bench.studio.sampler, bench.studio.judge
+    found = [bench.row(e, m, s) for e in erasings(bench.plan.split) for m, s in known.items()]
+    rows = [row for row in found if row is not None]
+    s, judge = bench.plan.sampler, bench.studio.judge
     text = f"""# Effect of erasing on EmojiCanvas
 
-Made by `python -m erasure_core.emojicanvas.bench effect --seeds {bench.seeds} --rounds {bench.rounds}` with a model
+Made by `python -m erasure_core.emojicanvas.bench effect --seeds {bench.plan.seeds} --rounds {bench.plan.rounds}` with a model
 trained for {bench.studio.model.steps_trained} steps, {s.steps} Euler steps, guidance {s.cfg:g}, {judge.name} \
 {judge.version}, on scoring prompts and seeds only. Shares of pictures with 95 % Wilson intervals.
 
@@ -227,9 +270,9 @@ A style has no synonyms here; its alias is the bare word ("a neon cat"), which c
     print(table(summary(rows)))
 
 
-def tune(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool) -> None:
+def tune(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool, jobs: int) -> None:
     """One line a method (and one for the base), pooled over everything that the tuning split erases."""
-    rows = [r | {"kind": "all"} for r in bench.run(chosen, fresh)]
+    rows = [r | {"kind": "all"} for r in bench.run(chosen, fresh, jobs)]
     for r in summary(rows):
         shares = " ".join(f"{m}={100 * Rate.from_json(r[m]).share:.0f}%" for m in MEASURES)
         usual = settings_for(r["method"]) if r["method"] != "none" else {}

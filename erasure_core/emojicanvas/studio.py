@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,23 +45,27 @@ class Studio:
         """Those whose base picture isn't in the cache yet, without repeats."""
         return list({self._key(s): s for s in shots if self._key(s) not in self._base}.values())
 
-    def draw(self, shots: Sequence[Shot], erasure: Erasure | None, bar: tqdm) -> Tensor:
+    def draw(self, shots: Sequence[Shot], erasure: Erasure | None, bar: tqdm | None = None) -> Tensor:
         """[N, 3, 128, 128] in [-1, 1], rounded to 8 bits as a saved picture would be."""
         if erasure is None:
             new = self.missing(shots)
             if new:
                 for shot, picture in zip(new, to_bytes(self._generate(new, None, bar)), strict=True):
                     self._base[self._key(shot)] = picture
-                save_file({k: v.contiguous() for k, v in self._base.items()}, self._file)
+                temporary = self._file.with_suffix(f".{os.getpid()}.tmp")  # other processes may be reading
+                save_file({k: v.contiguous() for k, v in self._base.items()}, temporary)
+                temporary.replace(self._file)
             pictures = torch.stack([self._base[self._key(s)] for s in shots])
         else:
             pictures = to_bytes(self._generate(shots, erasure, bar))
         return pictures.float() / 127.5 - 1
 
-    def _generate(self, shots: Sequence[Shot], erasure: Erasure | None, bar: tqdm) -> Tensor:
+    def _generate(self, shots: Sequence[Shot], erasure: Erasure | None, bar: tqdm | None) -> Tensor:
         prompts, seeds = [s.prompt for s in shots], [s.seed for s in shots]
         options = dataclasses.asdict(self.sampler)
-        return self.model.generate(prompts, seeds, delta=erasure, batch=self.batch, progress=bar.update, **options)
+        return self.model.generate(
+            prompts, seeds, delta=erasure, batch=self.batch, progress=bar and bar.update, **options
+        )
 
 
 def to_bytes(pictures: Tensor) -> Tensor:
