@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..artifact import Delta, Erasure, Fingerprint, Header
 from ..concept import ConceptSpec
+from ..operators.checkpoint import Checkpoint
 from ..operators.regress import TargetTerm, keep_term, regress
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer, constant
 from ..operators.trainable import Cond, FullWeights, Init, Layers, LoRA, TrainableModel, TrainablePort, Weights
@@ -177,17 +178,31 @@ def train_regression(
         parameters = model.train(what or settings.parameters(), settings.seed)
         phase = Phase("erase", parameters, loss, Optimiser(settings.learning_rate, optimiser, weight_decay), rate)
         trainer = Trainer(model, [phase], settings.iterations, seed=settings.seed, average=average)
-        trainer.run(progress, aids.watch)
+        trainer.run(progress, aids.watch, checkpoint=kept(aids, port, spec, method, settings))
         weights = Weights.STUDENT if average is None else Weights.AVERAGE
         return erasure_of(port, spec, method, settings, model.deltas(weights, settings.energy))
+
+
+def kept(aids: Aids, port: TrainablePort, spec: ConceptSpec, method: str, settings: Any) -> Checkpoint | None:
+    """Where this very training keeps its state: the same method, settings, words, pictures and weights."""
+    if aids.checkpoint is None:
+        return None
+    pairs = () if aids.pairs is None else (aids.pairs.unsafe, aids.pairs.safe)
+    seen = [*aids.dark, *(() if aids.pictures is None else (aids.pictures,)), *pairs]
+    return aids.checkpoint.of(__version__, method, asdict(settings), asdict(spec), fingerprint(port), *seen)
+
+
+def fingerprint(port: TrainablePort) -> str:
+    """Of the weights that read text, as the closed-form methods write it too."""
+    seen = Fingerprint()
+    for site in port.sites():
+        seen.update(site, port.weight(site))
+    return seen.hexdigest()
 
 
 def erasure_of(
     port: TrainablePort, spec: ConceptSpec, method: str, settings: Any, deltas: Mapping[str, Delta]
 ) -> Erasure:
-    """The Erasure of a training, with the fingerprint that the closed-form methods write too."""
-    seen = Fingerprint()
-    for site in port.sites():
-        seen.update(site, port.weight(site))
+    """The Erasure of a training."""
     plain = {k: v.value if isinstance(v, Enum) else v for k, v in asdict(settings).items()}
-    return Erasure(Header(method, plain, spec, port.family, seen.hexdigest(), __version__), deltas)
+    return Erasure(Header(method, plain, spec, port.family, fingerprint(port), __version__), deltas)

@@ -21,7 +21,7 @@ from ..concept import ConceptSpec
 from ..operators.regress import TargetTerm, keep_term, regress
 from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainablePort, Weights
-from ._training import ERASE, KEEP, TO, Prompts, TrainSettings, draw_pictures, erasure_of
+from ._training import ERASE, KEEP, TO, Prompts, TrainSettings, draw_pictures, erasure_of, kept
 from .registry import Aids, MethodSpec, Progress, setting
 
 
@@ -70,7 +70,9 @@ def run(
 
         parameters = model.train(settings.parameters(), settings.seed)
         phase = Phase("ablate", parameters, loss, Optimiser(settings.learning_rate))
-        Trainer(model, [phase], settings.iterations, seed=settings.seed).run(progress, aids.watch)
+        Trainer(model, [phase], settings.iterations, seed=settings.seed).run(
+            progress, aids.watch, checkpoint=kept(aids, port, spec, "concept_ablation", settings)
+        )
         return erasure_of(port, spec, "concept_ablation", settings, model.deltas(energy=settings.energy))
 
 

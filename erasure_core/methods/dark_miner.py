@@ -14,6 +14,7 @@ that were mined before, are in the pool from the start.
 
 Verifying looks at pictures drawn from c. What looks is pluggable: any judge, or :func:`difference_look`, the paper's s(c)
 over a picture encoder E. Without anything that looks, every round is made.
+A run that is cut off goes on from the last whole round.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ..operators.regress import TargetTerm, keep_term, regress
 from ..operators.search import Variable, free, mine
 from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, Layers, LoRA, TrainableModel, TrainablePort
-from ._training import KEEP, NULL, Prompts, draw_pictures, erasure_of
+from ._training import KEEP, NULL, Prompts, draw_pictures, erasure_of, kept
 from .registry import Aids, Look, MethodSpec, Progress, setting
 
 ANCHOR, DARK = "anchor", "dark"
@@ -45,7 +46,7 @@ class Settings:
     )
     mine_steps: int = setting(150, "Steps of each search.", low=1, high=100000, step=10)
     mine_rate: float = setting(
-        0.02, "Size of a search step, in deviations of what is searched.", low=1e-6, high=10.0, step=1e-3
+        0.02, "Size of a search step, relative to what is searched.", low=1e-6, high=10.0, step=1e-3
     )
     iterations: int = setting(200, "Training steps after each find.", low=1, high=100000, step=10)
     learning_rate: float = setting(1e-4, "Size of a training step.", low=1e-8, high=1.0, step=1e-5)
@@ -148,7 +149,14 @@ def mine_and_erase(
     scores: list[float] = []
     with port.trainable() as model:
         model.train(LoRA(settings.layers, settings.rank), settings.seed)
-        progress(0, settings.rounds + 1)
+        keep, first = kept(aids, port, spec, "dark_miner", settings), 0
+        if keep is not None and (state := keep.load()) is not None:
+            first = int(state["rounds"])
+            found += [prompts.null.with_context(c[None].to(model.device)) for c in state["found"]]
+            pool += found
+            scores += state["scores"].tolist()
+            model.load(state)
+        progress(first, settings.rounds + 1)
         latents = aids.pictures
         if latents is None:
             shown = [prompts[word] for word in prompts.words]
@@ -158,8 +166,16 @@ def mine_and_erase(
             phase = circumvent(model, latents, pool, anchor, prompts, settings, number)
             Trainer(model, [phase], settings.iterations, seed=settings.seed).run(within(number), aids.watch)
 
-        circumvent_all(0)
-        for number in range(1, settings.rounds + 1):
+            if keep is not None:
+                mined = [c.context[0].cpu() for c in found]
+                keep.save({
+                    "rounds": torch.tensor(number + 1), "scores": torch.tensor(scores, dtype=torch.float64),
+                    "found": torch.stack(mined) if mined else torch.zeros(0), **model.tensors(),
+                })  # fmt: skip
+
+        if not first:
+            circumvent_all(0)
+        for number in range(max(1, first), settings.rounds + 1):
             value = mine(
                 model, latents, searched, steps=settings.mine_steps, rate=settings.mine_rate, batch=settings.batch,
                 seed=settings.seed, name=f"mine {number}", progress=within(number),
@@ -173,6 +189,8 @@ def mine_and_erase(
             found.append(mined)
             circumvent_all(number)
         progress(settings.rounds + 1, settings.rounds + 1)
+        if keep is not None:
+            keep.remove()
         made = erasure_of(port, spec, "dark_miner", settings, model.deltas())
         exhausted = bool(scores) and scores[-1] <= settings.threshold
         return Mined(made, tuple(c.context[0].float().cpu() for c in found), tuple(scores), exhausted)

@@ -22,7 +22,7 @@ from ..operators.prefer import draw_times, preference_losses, scaled_by_beta
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, Init, Layers, LoRA, TrainableModel, TrainablePort
 from ..pairs import ConceptPairs
-from ._training import erasure_of
+from ._training import erasure_of, kept
 from .registry import Aids, MethodSpec, Progress, setting
 
 
@@ -78,7 +78,7 @@ def run(
     null = port.conditions([""])[0]
     with port.trainable() as model:
         Trainer(model, [phase(model, aids.pairs, null, settings)], settings.iterations, seed=settings.seed).run(
-            progress, aids.watch
+            progress, aids.watch, checkpoint=kept(aids, port, spec, "duo", settings)
         )
         return erasure_of(port, spec, "duo", settings, model.deltas())
 

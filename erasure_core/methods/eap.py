@@ -29,7 +29,7 @@ from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
 from ..schedule import Space
 from ..vocabulary import VOCABULARY
-from ._training import ERASE, KEEP, NULL, TO, Prompts, TrainSettings, draw_progress, erasure_of, on_policy
+from ._training import ERASE, KEEP, NULL, TO, Prompts, TrainSettings, draw_progress, erasure_of, kept, on_policy
 from .registry import Aids, MethodSpec, Progress, setting
 
 ADVERSE = "adverse"
@@ -130,7 +130,9 @@ def run(
             ),
             Phase("adversary", logits, attack, Optimiser(settings.adversary_rate)),
         ]
-        Trainer(model, phases, settings.iterations, seed=settings.seed).run(progress, aids.watch)
+        Trainer(model, phases, settings.iterations, seed=settings.seed).run(
+            progress, aids.watch, checkpoint=kept(aids, port, spec, "eap", settings)
+        )
         return erasure_of(port, spec, "eap", settings, model.deltas(energy=settings.energy))
 
 

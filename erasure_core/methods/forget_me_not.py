@@ -26,7 +26,7 @@ from ..operators.regress import keep_term, regress
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from ..port import TokenKind
-from ._training import ERASE, KEEP, Prompts, TrainSettings, draw_pictures, erasure_of
+from ._training import ERASE, KEEP, Prompts, TrainSettings, draw_pictures, erasure_of, kept
 from .registry import Aids, MethodSpec, Progress, setting
 
 
@@ -125,7 +125,9 @@ def run(
 
         parameters = model.train(settings.parameters(), settings.seed)
         phase = Phase("steer", parameters, loss, Optimiser(settings.learning_rate, Kind.ADAMW, 0.01))
-        Trainer(model, [phase], settings.iterations, seed=settings.seed).run(progress, aids.watch)
+        Trainer(model, [phase], settings.iterations, seed=settings.seed).run(
+            progress, aids.watch, checkpoint=kept(aids, port, spec, "forget_me_not", settings)
+        )
         return erasure_of(port, spec, "forget_me_not", settings, model.deltas(energy=settings.energy))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
+from ..operators.checkpoint import Checkpoint
 from ..operators.train_loop import Watch
 from ..pairs import ConceptPairs
 
@@ -41,6 +42,8 @@ class Aids:
     pairs: ConceptPairs | None = None
     look: Look | None = None
     watch: Watch | None = None
+    checkpoint: Checkpoint | None = None
+    """Where a training keeps its state, to go on from there if it is cut off; only of this very training."""
 
 
 class Run(Protocol):

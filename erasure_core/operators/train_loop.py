@@ -6,17 +6,17 @@ artefact and a resumed run equals an uninterrupted one. Cancelling is raising fr
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checkpoint import Checkpoint
 from .trainable import TrainableModel, Weights
 
 Progress = Callable[[int, int], object]
@@ -160,16 +160,21 @@ class Trainer:
         *,
         every: int = 25,
         until: int | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> Trainer:
         """Train up to iteration ``until`` (default: all).
 
-        Losses stay on the device and are read once in ``every`` iterations, so the device is never waited for.
+        Losses stay on the device and are read once in ``every`` iterations, so the device is never waited for. With a
+        ``checkpoint`` it begins where that was cut off, and ends as if it had not been; the file is gone at the end.
 
         Raises:
             TrainingFailedError: a loss is no longer a number.
         """
         end = self.iterations if until is None else min(until, self.iterations)
         sums: dict[str, Tensor] = {}
+        saved = time.monotonic()
+        if checkpoint is not None and (state := checkpoint.load()) is not None:
+            self.load_state_dict(state)
         since = self.done
         while self.done < end:
             if progress:
@@ -183,8 +188,13 @@ class Trainer:
             if self.done % every == 0 or self.done == end:
                 self._read(sums, self.done - since, watch)
                 sums, since = {}, self.done
+            if checkpoint is not None and time.monotonic() - saved >= checkpoint.seconds:
+                checkpoint.save(self.state_dict())
+                saved = time.monotonic()
         if progress and self.done == self.iterations:
             progress(self.done, self.iterations)
+        if checkpoint is not None and self.done == self.iterations:
+            checkpoint.remove()
         return self
 
     def _read(self, sums: Mapping[str, Tensor], count: int, watch: Watch | None) -> None:
@@ -198,29 +208,32 @@ class Trainer:
         if watch:
             watch(self.model, self.done, means)
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a later run needs to continue; independent copies."""
-        return copy.deepcopy(
-            {
-                "done": self.done,
-                "phases": [
-                    {"parameters": [p.detach() for p in x.parameters], "optimiser": x.made.state_dict()}
-                    for x in self.phases
-                ],
-                "average": [p.detach() for p in self.model.parameters(Weights.AVERAGE)]
-                if self.average is not None
-                else [],
-            }
-        )
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a later run needs to continue, by name; independent copies."""
+        state = {"done": torch.tensor(self.done)}
+        for phase in self.phases:
+            for i, p in enumerate(phase.parameters):
+                state[f"{phase.name}/{i}"] = p.detach().clone()
+                for name, value in phase.made.state.get(p, {}).items():
+                    state[f"{phase.name}/{i}/{name}"] = value.detach().clone()
+        for i, p in enumerate(self._averages()):
+            state[f"average/{i}"] = p.detach().clone()
+        return state
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from :meth:`state_dict` of a trainer that was made in the same way."""
         self.done = int(state["done"])
-        for phase, saved in zip(self.phases, state["phases"], strict=True):
-            for p, value in zip(phase.parameters, saved["parameters"], strict=True):
-                p.copy_(value)
-            phase.made.load_state_dict(copy.deepcopy(saved["optimiser"]))
-        averages = self.model.parameters(Weights.AVERAGE) if self.average is not None else []
-        for p, value in zip(averages, state["average"], strict=True):
-            p.copy_(value)
+        for phase in self.phases:
+            moments: dict[int, dict[str, Tensor]] = {}
+            for i, p in enumerate(phase.parameters):
+                p.copy_(state[f"{phase.name}/{i}"])
+                start = f"{phase.name}/{i}/"
+                moments[i] = {k.removeprefix(start): v.clone() for k, v in state.items() if k.startswith(start)}
+            groups = phase.made.state_dict()["param_groups"]
+            phase.made.load_state_dict({"state": {i: x for i, x in moments.items() if x}, "param_groups": groups})
+        for i, p in enumerate(self._averages()):
+            p.copy_(state[f"average/{i}"])
+
+    def _averages(self) -> Sequence[Tensor]:
+        return [] if self.average is None else self.model.parameters(Weights.AVERAGE)

@@ -346,6 +346,16 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         """What the student adds to a trained layer's output, as a function of the layer's input."""
         return self._student[site]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The student's parameters by name, to save."""
+        return {f"change/{i}": p.detach() for i, p in enumerate(self.parameters())}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take the parameters from :meth:`tensors` of a training of the same layers."""
+        for i, p in enumerate(self.parameters()):
+            p.copy_(state[f"change/{i}"])
+
     def start_average(self) -> None:
         """Keep a running average of the change from here on."""
         average = {name: copy.deepcopy(change).requires_grad_(False) for name, change in self._student.items()}

@@ -56,9 +56,9 @@ def test_the_losses_are_the_papers(tiny64) -> None:
             for i, p in enumerate(model.parameters()):
                 p.add_(0.3 * normal(*p.shape, seed=i))
         losses = cpe.Losses(model, 6, 0.7)
-        made = (
+        made = torch.stack([
             losses.erase(c_e, c_e, c_n), losses.erase(c_e + delta, c_e, c_n), losses.attack(delta, c_e), losses.anchor(c_a)
-        )  # fmt: skip
+        ]).tolist()  # fmt: skip
         deltas, rho = model.deltas(), expected_weights(model.net, 6)
         expected = [0.0] * 4
         for name, weight in rho.items():
@@ -72,7 +72,7 @@ def test_the_losses_are_the_papers(tiny64) -> None:
             pairs = ((c_e, away), (c_e + delta, away), (c_e + delta, c_e @ w.T), (c_a, c_a @ w.T))
             expected = [e + weight * error(reads, wanted) for e, (reads, wanted) in zip(expected, pairs, strict=True)]
         for one, other in zip(made, expected, strict=True):
-            assert float(one) == pytest.approx(other, rel=1e-5)
+            assert one == pytest.approx(other, rel=1e-5)
 
 
 def test_the_gate_is_attention_over_the_prompt_and_the_winner_takes_the_row() -> None:
@@ -87,11 +87,11 @@ def test_the_gate_is_attention_over_the_prompt_and_the_winner_takes_the_row() ->
         for row in range(5):
             opened = []
             for n in range(3):
-                scores = [float((gate.query[n] @ c[b, row]) @ (gate.key[n] @ c[b, other])) / 2 for other in range(5)]
+                scores = [((gate.query[n] @ c[b, row]) @ (gate.key[n] @ c[b, other])).item() / 2 for other in range(5)]
                 shares = [math.exp(x) / sum(map(math.exp, scores)) for x in scores]
                 read = sum(s * c[b, other] for s, other in zip(shares, range(5), strict=True))
-                opened.append(1 / (1 + math.exp(-float(gate.score[n] @ read))))
-                assert float(gates[n, b, row]) == pytest.approx(opened[-1])
+                opened.append(1 / (1 + math.exp(-float((gate.score[n] @ read).detach()))))
+                assert gates[n, b, row].item() == pytest.approx(opened[-1])
             best = max(range(3), key=opened.__getitem__)
             winners.add(best)
             assert torch.allclose(made[b, row], opened[best] * up[best] @ (down[best] @ c[b, row]))
@@ -109,7 +109,7 @@ def test_it_trains_without_a_pass_of_the_network(tiny, monkeypatch) -> None:
         {"erase 0/erase", "erase 0/anchor"}, {"attack 0/attack"}, {"erase 1/erase", "erase 1/anchor", "erase 1/adverse"},
         {"attack 3/attack"}, {"erase 2/erase", "erase 2/anchor", "erase 2/adverse"},
     ]  # fmt: skip
-    assert {d.rank for d in made.deltas.values()} == {2} and len(made.deltas) == 8
+    assert {d.rank for d in made.deltas.values()} == {8} and len(made.deltas) == 8
 
 
 def test_it_moves_the_concept_and_holds_the_rest(tiny) -> None:

@@ -19,6 +19,7 @@ import torch
 from erasure_core import ConceptSpec, Delta, Erasure, Family, ModelPort, all_methods, erase, load, save
 from erasure_core.analytic import AnalyticPort
 from erasure_core.methods import Aids, MethodSpec, Progress, settings_from
+from erasure_core.operators.checkpoint import Checkpoint
 from erasure_core.operators.train_loop import TrainingFailedError
 from erasure_core.pairs import ConceptPairs
 
@@ -247,6 +248,43 @@ def test_dark_embeddings_are_erased_too(method: MethodSpec, make) -> None:
 
 
 @each_trained
+def test_cut_off_and_resumed_it_ends_as_if_it_had_not_been(method: MethodSpec, make, tmp_path: Path) -> None:
+    """Bit for bit, from any of its iterations or rounds; a state of other settings, words or weights is not taken up."""
+    state = tmp_path / "state.safetensors"
+    keep = Checkpoint(state, seconds=0.0)
+    longer = {"iterations": 4} if method.settings().__dict__.get("stages") is None else {}
+    calls: list[int] = []
+    expected = run(make(method), method, longer, progress=lambda done, _: calls.append(done))
+
+    class Gone(Exception):
+        pass
+
+    def cut(at: int) -> Progress:
+        def progress(done: int, total: int) -> None:
+            if done >= at:
+                raise Gone
+
+        return progress
+
+    for at in range(1, calls[-1] + 1):
+        with pytest.raises(Gone):
+            run(make(method), method, longer, progress=cut(at), checkpoint=keep)
+    assert state.is_file()
+    left = state.read_bytes()
+    seen: list[int] = []
+    made = run(make(method), method, longer, progress=lambda done, _: seen.append(done), checkpoint=keep)
+    assert same(made, expected) and not state.exists()
+    assert len(seen) < len(calls), "it went on from where it was"
+
+    for other in ({"seed": 1}, {"learning_rate": 2e-3} if method.name != "duo" else {"beta": 400.0}):
+        state.write_bytes(left)
+        made = run(make(method), method, {**longer, **other}, checkpoint=keep)
+        assert same(made, run(make(method), method, {**longer, **other})) and not state.exists()
+    state.write_bytes(left[:-3])
+    assert same(run(make(method), method, longer, checkpoint=keep), expected), "a broken file is none"
+
+
+@each_trained
 def test_training_is_watched_and_refused_where_it_cannot_be(method: MethodSpec, make, port) -> None:
     seen: list[Mapping[str, float]] = []
     run(make(method), method, watch=lambda model, done, losses: seen.append(losses))
@@ -259,6 +297,6 @@ def test_training_is_watched_and_refused_where_it_cannot_be(method: MethodSpec, 
 
 
 def test_unknown_methods_and_the_port_protocol(port) -> None:
-    with pytest.raises(ValueError, match="method: 'magic' is unknown; there are .*, rece, .*, uce"):
+    with pytest.raises(ValueError, match=r"method: 'magic' is unknown; there are .*, rece, .*, uce"):
         erase(port, SPEC, "magic")
     assert isinstance(port, ModelPort)

@@ -1,0 +1,90 @@
+"""The state file of a training: whose it is, what is in it, and what happens where it can't be written or read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from erasure_core import FileError
+from erasure_core.operators.checkpoint import Checkpoint
+from erasure_core.operators.train_loop import Kind, Optimiser, Phase, Trainer
+from erasure_core.operators.trainable import Layers, LoRA, Weights
+
+pytestmark = pytest.mark.core
+
+
+@pytest.fixture
+def keep(tmp_path: Path) -> Checkpoint:
+    return Checkpoint(tmp_path / "state.safetensors", seconds=0.0)
+
+
+def trainer(model, kind: Kind = Kind.ADAMW) -> Trainer:
+    def loss(i: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        return {"size": sum((p - torch.rand((), generator=generator)).square().mean() for p in parameters)}
+
+    parameters = model.train(LoRA(Layers.CROSS, 2), 1)
+    other = torch.ones(3, requires_grad=True)
+    phases = [
+        Phase("erase", parameters, loss, Optimiser(1e-2, kind, 0.1)),
+        Phase("other", [other], lambda i, g: {"other": (other - i).square().sum()}, Optimiser(1e-2, kind)),
+    ]
+    return Trainer(model, phases, 6, seed=9, average=0.8)
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_the_state_is_complete(tiny, keep, kind: Kind) -> None:
+    """Parameters, moments, step counts and the average of all phases, through the file."""
+    with tiny.trainable() as model:
+        whole = trainer(model, kind).run()
+        expected = {name: x.clone() for name, x in whole.state_dict().items()}
+    with tiny.trainable() as model:
+        trainer(model, kind).run(until=4, checkpoint=keep)
+    with tiny.trainable() as model:
+        started = []
+        rest = trainer(model, kind).run(lambda done, _: started.append(done), checkpoint=keep)
+        assert started == [4, 5, 6] and not keep.path.exists()
+        made = rest.state_dict()
+    assert made.keys() == expected.keys() and all(torch.equal(made[k], x) for k, x in expected.items())
+    assert any("average/" in k for k in made) and any("other/0" in k for k in made)
+
+
+def test_it_is_saved_no_more_often_than_asked(tiny, keep, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = []
+    monkeypatch.setattr(Checkpoint, "save", lambda self, state: saved.append(int(state["done"])))
+    with tiny.trainable() as model:
+        trainer(model).run(checkpoint=Checkpoint(keep.path, seconds=3600))
+        assert not saved
+    with tiny.trainable() as model:
+        trainer(model).run(checkpoint=keep)
+        assert saved == [1, 2, 3, 4, 5, 6] and model.parameters(Weights.AVERAGE)
+
+
+def test_a_state_is_of_one_training_only(keep) -> None:
+    tensor = torch.arange(4.0)
+    mine = keep.of("esd", {"seed": 1}, tensor)
+    assert mine.key == keep.of("esd", {"seed": 1}, tensor.clone()).key
+    others = [
+        keep.of("esd", {"seed": 2}, tensor), keep.of("sdd", {"seed": 1}, tensor), keep.of("esd", {"seed": 1}, tensor + 1),
+        keep.of("esd", {"seed": 1}, tensor.view(2, 2)), keep.of("esd", {"seed": 1}, tensor.double()),
+        keep.of("esd", {"seed": 1}),
+    ]  # fmt: skip
+    assert len({x.key for x in (mine, *others)}) == len(others) + 1
+    mine.save({"x": tensor})
+    assert torch.equal(mine.load()["x"], tensor)
+    for other in others:
+        assert other.load() is None
+        other.remove()
+    assert keep.path.exists()
+    mine.remove()
+    assert not keep.path.exists() and mine.load() is None
+
+
+def test_a_disk_that_refuses_and_a_file_that_is_none(keep, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="could not be written"):
+        Checkpoint(tmp_path / "nowhere" / "state.safetensors").save({"x": torch.ones(1)})
+    keep.path.write_bytes(b"\x80\x02nonsense that is no state")
+    assert keep.of("a").load() is None
+    keep.of("a").save({"x": torch.ones(1)})
+    assert keep.of("a").load() is not None
