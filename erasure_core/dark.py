@@ -105,7 +105,7 @@ def load_dark(path: str | os.PathLike[str]) -> DarkEmbeddings:
     """
     path = Path(path)
     with opened(path) as f:
-        header = read_dark_header(f.metadata(), path)
+        header = _header(f.metadata(), path)
         present = set(f.keys())
         known = {"states", "scores", *(f"words.{tower}" for tower in _TOWERS)}
         if not {"states", "scores"} <= present or present - known:
@@ -124,12 +124,18 @@ def load_dark(path: str | os.PathLike[str]) -> DarkEmbeddings:
     return dark
 
 
-def read_dark_header(metadata: Mapping[str, str] | None, path: Path) -> Header:
-    """The header in a file's metadata; every field is checked.
+def read_dark_header(path: str | os.PathLike[str]) -> Header:
+    """Only the header of a set; cheap.
 
     Raises:
-        FileError: it is another kind of file, or a damaged header.
+        FileError: as :func:`load_dark`.
     """
+    path = Path(path)
+    with opened(path) as f:
+        return _header(f.metadata(), path)
+
+
+def _header(metadata: Mapping[str, str] | None, path: Path) -> Header:
     if not metadata or _METADATA not in metadata:
         raise FileError(
             f"{path.name}: a safetensors file, but not a set of dark embeddings. If it is a textual inversion, write "

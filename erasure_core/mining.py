@@ -23,7 +23,6 @@ from .operators.search import mine as search_one
 from .operators.train_loop import generator_for
 from .operators.trainable import Cond, TrainableModel, TrainablePort
 
-_RECOGNISED = 0.5
 _DRAWS = 4
 """Pictures are drawn at most so many times as often as asked for, until enough of them show the concept."""
 
@@ -32,8 +31,8 @@ _DRAWS = 4
 class Settings:
     count: int = setting(3, "How many embeddings are searched for, each from a fresh start.", low=1, high=1000, step=1)
     steps: int = setting(150, "Steps of each search. More find more, and take longer.", low=1, high=100000, step=10)
-    rate: float = setting(
-        0.02, "Size of a search step, in deviations of what is searched. Raise it if pictures stay empty, lower it if they "
+    learning_rate: float = setting(
+        0.02, "Size of a search step, relative to what is searched. Raise it if pictures stay empty, lower it if they "
         "look broken.", low=1e-6, high=10.0, step=1e-3,
     )  # fmt: skip
     batch: int = setting(8, "Pictures that each step looks at.", low=1, high=64, step=1)
@@ -83,6 +82,7 @@ def mine(
     base: TrainablePort | None = None,
     pictures: Tensor | None = None,
     look: Look | None = None,
+    threshold: float = 0.5,
     words: PseudoWords | None = None,
     searching: Searching | None = None,
 ) -> Finds:
@@ -96,6 +96,7 @@ def mine(
         pictures: clean, scaled latents [k, C, h, w] of the concept.
         look: a judge behind a decoder. It sorts out drawn pictures that don't show the concept, and its mean verdict is a
             find's score. Without it the score is how much better than the empty prompt a find explains the pictures.
+        threshold: ``look`` has recognised the concept from here on.
         words: search pseudo-words that any prompt can contain, instead of free conditionings.
 
     Raises:
@@ -104,8 +105,11 @@ def mine(
     chosen, tick = settings or Settings(), progress or (lambda done, total: None)
     total = (chosen.count + 1) * chosen.steps
     with torch.no_grad():
-        examples = pictures if pictures is not None else _draw(base or port, spec, chosen, look, base is not None,
-            lambda done, of: tick(done * chosen.steps // max(1, of), total))  # fmt: skip
+        examples = pictures
+        if examples is None:
+            accept = None if look is None else lambda z: look(z) >= threshold
+            examples = _draw(base or port, spec, chosen, accept, "model" if base is None else "base_model",
+                lambda done, of: tick(done * chosen.steps // max(1, of), total))  # fmt: skip
         null = port.conditions([""])[0]
         variable = free(null) if words is None else pseudo_words(words.slot, null)
         values, states, drawn, scores = [], [], [], []
@@ -138,35 +142,35 @@ def mine(
 
 
 def _draw(
-    port: TrainablePort, spec: ConceptSpec, settings: Settings, look: Look | None, is_base: bool, progress: Progress
-) -> Tensor:
-    """Pictures of the concept, as far as a judge says that they are.
+    port: TrainablePort, spec: ConceptSpec, settings: Settings, accept: Callable[[Tensor], Tensor] | None, who: str,
+    progress: Progress,
+) -> Tensor:  # fmt: skip
+    """Pictures of the concept; with ``accept`` only those that show it.
 
     Raises:
-        ValueError: it hardly recognises any.
+        ValueError: hardly any do.
     """
     words = list(spec.erase[0].words)
     *conds, null = port.conditions([*words, ""])
     with port.trainable() as model:
-        if look is None:
+        if accept is None:
             return draw_pictures(model, conds, null, settings.pictures, settings, progress)
         kept = torch.empty(0)
         for attempt in range(_DRAWS):
             again = replace(settings, seed=settings.seed + attempt)
             drawn = draw_pictures(model, conds, null, settings.pictures, again, progress)
-            good = drawn[(look(drawn) >= _RECOGNISED).to(drawn.device)]
+            good = drawn[accept(drawn).to(drawn.device)]
             kept = good if not attempt else torch.cat([kept, good])
             if len(kept) >= settings.pictures:
                 return kept[: settings.pictures]
     if len(kept) < min(4, settings.pictures):
-        who = "base_model" if is_base else "model"
         raise ValueError(
             f"{who}: of {_DRAWS * settings.pictures} pictures that it drew for {', '.join(words)}, the judge recognised the "
             f"concept in {len(kept)}. "
             + (
-                "Give images of it instead"
-                if is_base
-                else "Connect the model before the erasure as base_model, or images"
+                "Connect the model before the erasure as base_model, or images"
+                if who == "model"
+                else "Give images of it"
             )
         )
     return kept
@@ -189,7 +193,7 @@ def _search(
             searching(model, variable.read(value), done, loss)
 
     return search_one(
-        model, examples, variable, steps=settings.steps, rate=settings.rate, batch=settings.batch, seed=settings.seed,
+        model, examples, variable, steps=settings.steps, rate=settings.learning_rate, batch=settings.batch, seed=settings.seed,
         name=f"mine {number}", progress=step, seen=seen if searching is not None else None,
     ).value  # fmt: skip
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from erasure_core import ConceptSpec, Family, FileError, Header, WrongModelError, formats
-from erasure_core.dark import DarkEmbeddings, load_dark, save_dark, save_words
+from erasure_core.dark import DarkEmbeddings, load_dark, read_dark_header, save_dark, save_words
 
 pytestmark = pytest.mark.core
 HEADER = Header("mine", {"steps": 150, "seed": 3, "form": "words"}, ConceptSpec.parse("cat, 猫"), Family("sdxl", 12, 2, 3),
@@ -31,7 +31,8 @@ def dark(words: bool = True) -> DarkEmbeddings:
 def test_round_trip(tmp_path: Path, words: bool) -> None:
     before = dark(words)
     after = load_dark(save_dark(before, tmp_path / "x.safetensors"))
-    assert after.header == before.header and after.scores == before.scores and after.concept == "cat"
+    assert after.header == before.header == read_dark_header(tmp_path / "x.safetensors")
+    assert after.scores == before.scores and after.concept == "cat"
     assert torch.equal(after.states, before.states)
     assert after.words.keys() == before.words.keys()
     assert all(torch.equal(after.words[k], v) for k, v in before.words.items())

@@ -18,7 +18,9 @@ from erasure_core.operators.trainable import Cond
 
 pytestmark = pytest.mark.core
 SPEC = ConceptSpec.parse("bomb, grenade\nknife")
-SMALL = Settings(count=3, steps=3, rate=0.1, batch=2, pictures=4, looks=2, guidance=2.0, sample_steps=2, seed=7)
+SMALL = Settings(
+    count=3, steps=3, learning_rate=0.1, batch=2, pictures=4, looks=2, guidance=2.0, sample_steps=2, seed=7
+)
 
 
 def test_the_best_find_comes_first(tiny) -> None:
@@ -74,7 +76,7 @@ def test_pictures_come_from_the_base_and_pass_the_judge(tiny) -> None:
     assert len(tiny.replicas) == 2 and tiny.untouched()
 
 
-@pytest.mark.parametrize(("base", "advice"), [(False, "as base_model, or images"), (True, "Give images of it instead")])
+@pytest.mark.parametrize(("base", "advice"), [(False, "as base_model, or images"), (True, "Give images of it")])
 def test_a_model_that_draws_none_is_told_so(tiny, base: bool, advice: str) -> None:
     with pytest.raises(ValueError, match=f"of 16 pictures that it drew for bomb, grenade, .* in 0. .*{advice}"):
         mine(tiny, SPEC, SMALL, base=tiny if base else None, look=lambda z: torch.zeros(len(z)))

@@ -191,6 +191,7 @@ def test_a_free_conditioning_keeps_bos(tiny) -> None:
     assert torch.equal(read.context[:, :1], null.context[:, :1]) and torch.equal(read.context[:, 1:], one)
     away = (one - null.context[:, 1:]) / null.context[:, 1:].std(-1, keepdim=True)
     assert 0.05 < float(away.std()) < 0.2, "starts lie near the empty prompt"
+    assert variable.unit == pytest.approx(float(null.context[:, 1:].std(-1).mean()))
 
 
 def test_pseudo_words_are_read_through_the_encoder() -> None:
@@ -213,7 +214,7 @@ def test_mining_is_adam_on_the_denoising_loss(tiny64) -> None:
         found = mine(model, pool, variable, steps=2, rate=0.1, batch=2, seed=5, name="m",
             seen=lambda *args: shown.append(args))  # fmt: skip
         value = variable.start(generator_for(5, "m", -1))
-        lr, mean, square = 0.1 * float(value.std()), 0.0, 0.0
+        lr, mean, square = 0.1 * variable.unit, 0.0, 0.0
         for i in range(2):
             g = generator_for(5, "m", i)
             t = ((torch.arange(2) + torch.rand(2, generator=g)) * 500).long()
