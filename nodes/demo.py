@@ -14,10 +14,13 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
+from ..erasure_core.emojicanvas.concepts import IMAGE_SIZE
+from ..erasure_core.emojicanvas.judging import CanvasJudge
 from ..erasure_core.emojicanvas.text import TextConfig
 from ..erasure_core.emojicanvas.unet import UNetConfig
 from ..erasure_core.emojicanvas.weights import BUNDLE
-from .types import CATEGORY
+from .port import ordinary_tensors
+from .types import CATEGORY, Judge
 
 
 class _DemoConfig(comfy.supported_models_base.BASE):
@@ -26,6 +29,7 @@ class _DemoConfig(comfy.supported_models_base.BASE):
     latent_format = comfy.latent_formats.SD15
     memory_usage_factor = 0.2
     erasure_family = "emojicanvas"
+    erasure_side = IMAGE_SIZE
 
 
 def _take(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -72,9 +76,16 @@ class LoadDemo(io.ComfyNode):
                 io.Model.Output(display_name="model", tooltip="An SD 1.x type network of 11 million weights."),
                 io.Clip.Output(display_name="clip", tooltip="Its text encoder; prompts like 'a cat in neon style'."),
                 io.Vae.Output(display_name="vae", tooltip="Its decoder (TAESD). Use 128 x 128 latents."),
+                Judge.Output(
+                    display_name="judge",
+                    tooltip="Names the object and the style of its pictures; knows the words it was drawn by.",
+                ),
             ],
         )
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*load_demo())
+        model, clip, vae = load_demo()
+        with ordinary_tensors():
+            judge = CanvasJudge.load()
+        return io.NodeOutput(model, clip, vae, judge)

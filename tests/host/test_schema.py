@@ -20,6 +20,13 @@ NODES = (
     "ErasureSave",
     "ErasureLoad",
     "ErasureMerge",
+    "ErasureMakeSDEditPair",
+    "ErasureSavePairs",
+    "ErasureLoadPairs",
+    "ErasureJudgeCLIP",
+    "ErasureJudgeExamples",
+    "ErasureJudgeONNX",
+    "ErasureJudgePictures",
     *(f"ErasureMethod{name.upper()}" for name in all_methods()),
 )
 """Ids are in people's workflows: they are never renamed."""
@@ -111,4 +118,4 @@ def test_presets_are_the_choices_of_quality(ours: dict[str, Any]) -> None:
 
 
 def test_folders_are_known_to_the_server(server: ComfyServer) -> None:
-    assert {"erasure", "loras"} <= set(server.get("/models").json())
+    assert {"erasure", "loras", "erasure_pairs", "erasure_judges"} <= set(server.get("/models").json())
