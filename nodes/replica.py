@@ -68,7 +68,7 @@ def build(model, family: str, demand: Demand, device: torch.device | None = None
     check_trainable(model, family)
     schedule, prediction = schedule_of(model), prediction_of(model)
     shape = latent_shape(model, family)
-    half = torch.bfloat16 if mm.should_use_bf16(device) else torch.float16 if mm.should_use_fp16(device) else None
+    half = _half(device)
     need = footprint(model, schedule, prediction, shape, demand)
     checkpoint = _fit(need, half is torch.bfloat16, device)
     net = _network(model, device)
@@ -90,6 +90,13 @@ def build(model, family: str, demand: Demand, device: torch.device | None = None
             )
         target.copy_(source)
     return Replica(net, schedule, prediction, shape, autocast=half, checkpoint=checkpoint)
+
+
+def _half(device: torch.device) -> torch.dtype | None:
+    """What a GPU computes in faster."""
+    if device.type not in ("cuda", "xpu"):
+        return None
+    return torch.bfloat16 if mm.should_use_bf16(device) else torch.float16 if mm.should_use_fp16(device) else None
 
 
 def check_trainable(model, family: str) -> None:

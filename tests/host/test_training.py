@@ -54,15 +54,19 @@ def saved(server: ComfyServer, name: str) -> Erasure:
 # What it runs on
 
 
-@pytest.mark.parametrize("kind", ["plain", "with a LoRA", "float16", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("kind", ["plain", "with a LoRA", "XL", "float16", "bfloat16", "float8_e4m3fn"])
 def test_replica_is_the_live_network(server: ComfyServer, kind: str) -> None:
     """Bit for bit where both attend with PyTorch's attention; whatever the weights are stored in."""
     g = Graph()
-    model = g.demo()[0] if kind in ("plain", "with a LoRA") else g.add("ProbeStored", type=kind)[0]
+    model, clip, _ = g.demo()
     if kind == "with a LoRA":
         user_lora(server)
         model = g.lora(model, "user-trained.safetensors", 0.8)
-    node = g.add("ProbeReplica", model=model)
+    elif kind == "XL":
+        model = g.add("ProbeTinyXL")[0]
+    elif kind != "plain":
+        model = g.add("ProbeStored", type=kind)[0]
+    node = g.add("ProbeReplica", model=model, clip=clip)
     seen = report(server.run(g.api), node)
     assert seen["equal"] and seen["stock"] < 1e-4
     assert seen["gradients"] and seen["inference"] == 0
@@ -128,6 +132,16 @@ def test_every_method_runs_from_its_node(server: ComfyServer, name: str) -> None
     made = saved(server, f"trained-{name}")
     assert made.header.method == name and made.deltas
     assert any(d.dense().any() for d in made.deltas.values())
+
+
+def test_models_that_read_more_than_text(server: ComfyServer) -> None:
+    """Pooled text and sizes, as in SDXL, and a network that predicts v."""
+    g = Graph()
+    _, clip, _ = g.demo()
+    erased = g.erase(g.add("ProbeTinyXL")[0], clip, "cat", keep="dog", method=small("spm"))
+    g.save(erased[1], "trained-xl")
+    server.run(g.api)
+    assert any(d.dense().any() for d in saved(server, "trained-xl").deltas.values())
 
 
 def test_a_training_from_start_to_end(server: ComfyServer) -> None:

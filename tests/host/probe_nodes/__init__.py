@@ -11,10 +11,17 @@ from pathlib import Path
 import comfy.lora
 import comfy.model_management as mm
 import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.sdxl_clip
 import comfy.supported_models
+import comfy.supported_models_base
+import comfy.text_encoders.sd2_clip
 import folder_paths
 import torch
 from safetensors.torch import save_file
+
+from . import small_towers
 
 PREFIX = "diffusion_model."
 
@@ -124,12 +131,31 @@ class Stored(Probe):
         return (comfy.model_patcher.ModelPatcher(net, cpu, cpu),)
 
 
+class TinyXL(Probe):
+    """A MODEL of random weights that reads pooled text and sizes as SDXL does."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+    RETURN_TYPES, OUTPUT_NODE = ("MODEL",), False
+
+    def run(self):
+        demo, _, _, *_ = pack("nodes.demo").load_demo()
+        config = pack("nodes.demo")._DemoConfig(
+            {**demo.model.model_config.unet_config, "num_classes": "sequential", "adm_in_channels": 128 + 6 * 256}
+        )
+        config.set_inference_dtype(torch.float32, None)
+        cpu, g = torch.device("cpu"), torch.Generator().manual_seed(3)
+        net = comfy.model_base.SDXL(config, model_type=comfy.model_base.ModelType.V_PREDICTION, device=cpu)
+        for p in net.diffusion_model.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * 0.05)
+        return (comfy.model_patcher.ModelPatcher(net, cpu, cpu),)
+
+
 class Replica(Probe):
     """Compares the replica that training would use with the loaded network, and says what the memory check says."""
 
-    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",)}})
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",), "clip": ("CLIP",)}})
 
-    def run(self, model):
+    def run(self, model, clip):
         replica, port = pack("nodes.replica"), pack("nodes.port")
         mm.load_models_gpu([model])
         network, memory = model.model.diffusion_model, model.model.state_dict()
@@ -137,17 +163,16 @@ class Replica(Probe):
         with port.ordinary_tensors():
             g = torch.Generator().manual_seed(1)
             z, t = torch.randn(2, 4, 16, 16, generator=g), torch.tensor([10, 900])
-            context = torch.randn(2, 77, 128, generator=g)
+            cond = replica.Cond.cat(port.ComfyPort(model, clip).conditions(["a cat", "a small dog"]))
+            known = {"context": cond.context, **self.by_comfy(model, clip, ["a cat", "a small dog"])}
             options = {"optimized_attention_override": replica._attention}
-            live = network(z, t.float(), context=context, transformer_options=options)
-            stock = network(z, t.float(), context=context)
+            live = network(z, t.float(), transformer_options=options, **known)
+            stock = network(z, t.float(), **known)
             with replica.build(model, "emojicanvas", replica.Demand()) as own:
-                mine = own.reference(z, t, replica.Cond(context))
+                mine = own.reference(z, t, cond)
                 parameters = own.train(replica.FullWeights(replica.Layers.ALL))
                 with torch.enable_grad():
-                    gradients = torch.autograd.grad(
-                        own.predict(z, t, replica.Cond(context)).square().mean(), parameters
-                    )
+                    gradients = torch.autograd.grad(own.predict(z, t, cond).square().mean(), parameters)
                 inference = sum(p.is_inference() for p in own.net.parameters())
             need = replica.footprint(model, own.schedule, own.prediction, own.latent_shape, replica.Demand())
             try:
@@ -167,6 +192,20 @@ class Replica(Probe):
                 "refused": refused,
             }
         )
+
+    @staticmethod
+    def by_comfy(model, clip, prompts):
+        """What ComfyUI's own sampling would give the network beside the text, for 128 x 128 pictures."""
+        if not model.model.adm_channels:
+            return {}
+        noise, rows = torch.zeros(1, 4, 16, 16), []
+        for prompt in prompts:
+            _, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
+            extra = model.model.extra_conds(
+                pooled_output=pooled, width=128, height=128, noise=noise, device=noise.device
+            )
+            rows.append(extra["y"].cond)
+        return {"y": torch.cat(rows)}
 
 
 class _Verdict:
@@ -200,5 +239,56 @@ class Memory(Probe):
         return answer({"bytes": pages * os.sysconf("SC_PAGE_SIZE")})
 
 
-NODES = (Again, Checksum, Effective, TextStates, FluxModel, Stored, Replica, FixedJudge, Memory)
-NODE_CLASS_MAPPINGS = {f"Probe{node.__name__}": node for node in NODES}
+class TinyClip(Probe):
+    """A CLIP of an SD family with small towers of random weights."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"family": ("STRING", {})}})
+    RETURN_TYPES, OUTPUT_NODE = ("CLIP",), False
+
+    def run(self, family):
+        small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}
+        classes = {
+            "sd15": (comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
+            "sd20": (comfy.text_encoders.sd2_clip.SD2Tokenizer, comfy.text_encoders.sd2_clip.SD2ClipModel),
+            "sdxl": (comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel),
+        }
+        options = {f"clip_{x}_model_config": small for x in "lgh"}
+        clip = comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(*classes[family]), model_options=options)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in clip.cond_stage_model.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        return (clip,)
+
+
+class Tower(Probe):
+    """How far the pack's own text encoder is from what a CLIP encodes, and which towers it has."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"clip": ("CLIP",)}})
+
+    def run(self, clip):
+        towers = next(module for name, module in sys.modules.items() if name.endswith(".nodes.towers"))
+        prompt = "a picture of a cat, a dog"
+        with torch.inference_mode(False), torch.no_grad():
+            own = clip.encode_from_tokens(clip.tokenize(prompt)).float().cpu().clone()
+            made = towers.encoder_of(clip)(towers.tokens_of(clip, [prompt])).cpu()
+        same = made.shape == own.shape
+        return answer({"towers": towers.tower_names(clip), "off": float((made - own).abs().max()) if same else None,
+            "size": float(own.abs().max()), "width": own.shape[2]})  # fmt: skip
+
+
+NODES = (
+    Again,
+    Checksum,
+    Effective,
+    TextStates,
+    FluxModel,
+    Stored,
+    TinyXL,
+    Replica,
+    FixedJudge,
+    Memory,
+    TinyClip,
+    Tower,
+)
+NODE_CLASS_MAPPINGS = {f"Probe{node.__name__}": node for node in (*NODES, *small_towers.NODES)}
