@@ -12,7 +12,8 @@ from ..erasure_core.methods import settings_from
 from .types import CATEGORY, Method
 
 
-def _widget(field: dataclasses.Field):
+def widget(field: dataclasses.Field):
+    """The input of a setting, with its range and tooltip."""
     tooltip, default = field.metadata["help"], field.default
     if isinstance(default, StrEnum):
         options = [choice.value for choice in type(default)]
@@ -43,7 +44,7 @@ def _node(spec: MethodSpec) -> type[io.ComfyNode]:
                 display_name=f"Method: {spec.title}",
                 category=f"{CATEGORY}/methods",
                 description=f"{spec.summary} Connect it to Erase Concept. Paper: {spec.paper}",
-                inputs=[_widget(f) for f in dataclasses.fields(spec.settings)],
+                inputs=[widget(f) for f in dataclasses.fields(spec.settings)],
                 outputs=[Method.Output(display_name="method", tooltip="For the method input of Erase Concept.")],
             )
 

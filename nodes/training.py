@@ -60,6 +60,9 @@ class Watcher:
     cancels.
     """
 
+    captions = ("erased: ", "kept: ")
+    """Before the first picture's prompt, and before the others'."""
+
     def __init__(self, prompts: Sequence[str], decode: Decode) -> None:
         self._prompts, self._decode = list(prompts), decode
         self._bar = comfy.utils.ProgressBar(1)
@@ -131,7 +134,7 @@ class Watcher:
         draw = ImageDraw.Draw(canvas)
         for i, (picture, prompt) in enumerate(zip(self._pictures, self._prompts, strict=False)):
             canvas.paste(picture, (i * _PICTURE, _LINE))
-            _write(draw, (i * _PICTURE + 6, 3), ("kept: " if i else "erased: ") + prompt, _INK)
+            _write(draw, (i * _PICTURE + 6, 3), self.captions[min(i, 1)] + prompt, _INK)
         self._curves(draw, top)
         _write(draw, (6, top + _CURVE + 3), self._status(done, total), _INK)
         return canvas
