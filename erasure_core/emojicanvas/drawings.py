@@ -1,6 +1,6 @@
 """The drawings: emoji sets from npm packages, joined by emojibase labels.
 
-``fetch`` downloads the packages with ``npm pack`` (their licences are listed in data/CREDITS.md);
+``fetch`` downloads the packages with ``npm pack`` (their licences are listed in docs/CREDITS.md);
 nothing of them is committed, only the weights trained on the first five.
 """
 
@@ -18,6 +18,8 @@ MONOCHROME_SETS = ("fluent-emoji-high-contrast", "emojione-monotone")
 """Black on white, so of no style that the model knows; for the judge's sense of shapes."""
 JUDGE_ONLY_SETS = ("fxemoji", "openmoji", "emojione-v1", "fluent-emoji", "streamline-emojis", *MONOCHROME_SETS)
 """Further sets that only the judge sees (two are CC-BY-SA: nothing of them is shipped)."""
+ICON_SETS = ("game-icons", "mdi", "ph", "fa6-solid", "tabler", "icon-park")
+"""Icons in one colour or two, known by their own names; for the judge's sense of shapes, too."""
 HELD_OUT_SET = "twemoji"
 """The set that the judge never trains on."""
 
@@ -34,6 +36,12 @@ _VERSIONS = {
     "streamline-emojis": "1.2.4",
     "fluent-emoji-high-contrast": "1.2.6",
     "emojione-monotone": "1.2.1",
+    "game-icons": "1.2.4",
+    "mdi": "1.2.3",
+    "ph": "1.2.2",
+    "fa6-solid": "1.2.4",
+    "tabler": "1.2.41",
+    "icon-park": "1.2.4",
 }
 _EMOJIBASE = "emojibase-data@17.0.0"
 
@@ -74,10 +82,10 @@ def labels(folder: Path) -> list[str]:
 
 
 def svg(folder: Path, set_name: str, label: str) -> str | None:
-    """The SVG of one emoji in one set, or None where the set doesn't draw it."""
+    """The SVG of one emoji (by its label, or by its name in the set), or None where the set doesn't draw it."""
     icons, by_code = _set(folder, set_name)
     slug = label.replace(" ", "-")
-    for key in (by_code.get(_labels(folder)[label]), slug, slug.replace("-", "")):
+    for key in (by_code.get(_labels(folder).get(label, "")), slug, slug.replace("-", "")):
         while key in icons.get("aliases", {}) and key not in icons["icons"]:
             key = icons["aliases"][key]["parent"]
         if key in icons["icons"]:

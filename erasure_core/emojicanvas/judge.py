@@ -22,7 +22,7 @@ from .weights import JUDGE
 
 OTHER = "other"
 _SIDE = 64  # pictures are averaged down to this before the network sees them
-_WIDTHS = (32, 64, 112, 160)
+_WIDTHS = (32, 64, 128, 192)
 
 
 class JudgeError(ValueError):
@@ -78,7 +78,7 @@ class Judge(nn.Module):
     """verdict = Judge.load()(pictures); ``forward`` gives logits, calling :meth:`judge` gives a :class:`Verdict`."""
 
     name = "emojicanvas-judge"
-    version = "1"
+    version = "2"
 
     def __init__(self, threshold: float = 0.5) -> None:
         super().__init__()
@@ -103,6 +103,12 @@ class Judge(nn.Module):
         return self.object_head(pooled[-1]), self.style_head(torch.cat([pooled[-1], pooled[0], pooled[1]], 1))
 
     @torch.no_grad()
+    def probabilities(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures as for :meth:`forward` -> probabilities of objects and styles, averaged over the mirror image."""
+        objects, styles = self(torch.cat([x, x.flip(3)]))
+        return objects.softmax(1).unflatten(0, (2, -1)).mean(0), styles.softmax(1).unflatten(0, (2, -1)).mean(0)
+
+    @torch.no_grad()
     def judge(self, pictures: Tensor, batch: int = 128) -> Verdict:
         """The verdict on pictures [B, 3, 128, 128] in [-1, 1]. The network must be in eval mode."""
         if pictures.ndim != 4 or pictures.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
@@ -111,9 +117,9 @@ class Judge(nn.Module):
             )
         objects, styles = [torch.empty(0, len(self.object_labels))], [torch.empty(0, len(self.style_labels))]
         for part in pictures.split(batch):
-            o, s = self(shrink(part.float().clamp(-1, 1)))
-            objects.append(o.softmax(1))
-            styles.append(s.softmax(1))
+            o, s = self.probabilities(shrink(part.float().clamp(-1, 1)))
+            objects.append(o)
+            styles.append(s)
         return Verdict(torch.cat(objects), torch.cat(styles), self.object_labels, self.style_labels, self.threshold)
 
     def save(self, path: Path = JUDGE, *, notes: dict[str, object] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 Every part is an array of pictures uint8 [N, side, side, 3] and one of labels [N, 3]: object, style, drawing set.
 Shapes must come from many hands, so what shows an object under another name (a grinning cat, a house with a garden)
-counts as that object, and monochrome sets teach shapes but no style.
+counts as that object, and monochrome sets and icons teach shapes but no style.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from .train_vae import to_tensor
 
 Part = tuple[np.ndarray, np.ndarray]
 
-SETS = drawings.PAINTED_SETS + drawings.JUDGE_ONLY_SETS
-TRAIN_SETS = tuple(s for s in SETS if s != drawings.HELD_OUT_SET)
+EMOJI_SETS = drawings.PAINTED_SETS + drawings.JUDGE_ONLY_SETS
+SETS = EMOJI_SETS + drawings.ICON_SETS
+TRAIN_SETS = tuple(s for s in EMOJI_SETS if s != drawings.HELD_OUT_SET)
+_SHAPE_SETS = drawings.MONOCHROME_SETS + drawings.ICON_SETS
 OBJECT_OTHER, STYLE_OTHER, IGNORE = len(OBJECTS), len(STYLES), -100
 _OTHERS, _OTHERS_HELD = 620, 120
 
@@ -48,6 +50,32 @@ _ALSO: dict[str, tuple[str, ...]] = {
     "umbrella": ("umbrella",),
     "key": ("old key",),
     "beer": ("clinking beer mugs",),
+}
+_ICONS: dict[str, str] = {
+    "cat": "cat cat-fill cat-duotone",
+    "dog": "dog dog-fill dog-duotone dog-side sitting-dog",
+    "tiger": "tiger tiger-head",
+    "horse": "horse horse-head horse-variant horse-fill horse-duotone",
+    "penguin": "penguin",
+    "frog": "frog",
+    "rose": "rose",
+    "tulip": "flower-tulip flower-tulip-fill flower-tulip-duotone",
+    "cactus": "cactus cactus-fill cactus-duotone",
+    "strawberry": "strawberry",
+    "banana": "banana",
+    "pizza": "pizza pizza-slice pizza-fill pizza-duotone",
+    "car": "car car-fill car-side car-hatchback car-profile-fill car-profile-duotone city-car",
+    "rocket": "rocket rocket-launch rocket-fill rocket-duotone",
+    "sailboat": "sailboat sail-boat sailboat-fill sailboat-duotone sailboat-one",
+    "house": "house home house-line-fill house-duotone",
+    "guitar": "guitar guitar-electric guitar-acoustic guitar-fill guitar-duotone",
+    "umbrella": "umbrella umbrella-fill umbrella-duotone",
+    "key": "key key-variant key-fill key-duotone key-filled",
+    "crown": "crown crown-fill crown-filled crown-cross-duotone",
+    "bomb": "bomb unlit-bomb bomb-fill bomb-filled",
+    "cigarette": "cigarette smoking cigarette-fill cigarette-duotone",
+    "knife": "knife knife-fill knife-duotone bowie-knife",
+    "beer": "beer beer-mug beer-filled beer-stein beer-stein-fill beer-stein-duotone beer-mug-empty glass-mug-variant",
 }
 # Emoji that show one of our objects, a part of it, or what one of its synonyms means (a "building" is no "other").
 _LOOKALIKES = re.compile(
@@ -88,10 +116,16 @@ def _renders(
             if svg is None:
                 continue
             for k, style in enumerate(STYLES):
-                label_style = IGNORE if set_name in drawings.MONOCHROME_SETS else k
+                label_style = IGNORE if set_name in _SHAPE_SETS else k
                 for _ in range(copies[style.name]):
                     ground = rng.choice(grounds) if rng.random() < 0.5 else "white"
-                    yield np.asarray(draw(svg, style.name, ground, rng)), number, label_style, SETS.index(set_name)
+                    painted_svg = svg.replace("currentColor", f"#{rng.randrange(1 << 24):06x}")
+                    yield (
+                        np.asarray(draw(painted_svg, style.name, ground, rng)),
+                        number,
+                        label_style,
+                        SETS.index(set_name),
+                    )
 
 
 def _one_each(folder: Path, wanted: list[str], sets: tuple[str, ...], rounds: int) -> Iterable[tuple]:
@@ -107,44 +141,40 @@ def _one_each(folder: Path, wanted: list[str], sets: tuple[str, ...], rounds: in
             )
 
 
-def _cached(path: Path, parts: dict[str, Iterable[tuple]]) -> dict[str, Part]:
+def _cached(path: Path, rows: Iterable[tuple]) -> Part:
     if not path.exists():
-        arrays = {}
-        for name, rows in parts.items():
-            listed = list(rows)
-            arrays[name] = np.stack([row[0] for row in listed])
-            arrays[f"{name}_labels"] = np.array([row[1:] for row in listed])
-        np.savez(path, **arrays)
+        listed = list(rows)
+        np.savez(path, pictures=np.stack([row[0] for row in listed]), labels=np.array([row[1:] for row in listed]))
     loaded = np.load(path)
-    return {name: (loaded[name], loaded[f"{name}_labels"]) for name in parts}
+    return loaded["pictures"], loaded["labels"]
 
 
 def rendered(cache: Path) -> dict[str, Part]:
-    """Pictures at 128 pixels to train on: objects in further sets and under further names, and other emoji. Cached."""
+    """Pictures at 128 pixels to train on: objects in further sets, under further names and as icons, other emoji."""
     folder = cache / "drawings"
     ours = {o.emoji: i for i, o in enumerate(OBJECTS)}
     also = {label: i for i, o in enumerate(OBJECTS) for label in _ALSO.get(o.name, ())}
+    icons = {name: i for i, o in enumerate(OBJECTS) for name in _ICONS[o.name].split()}
     many = {"plain": 10, "pixel": 8, "sketch": 8, "neon": 8, "brindlewash": 6}
     few = {"plain": 3, "pixel": 2, "sketch": 2, "neon": 2, "brindlewash": 2}
-    further = _renders(folder, drawings.JUDGE_ONLY_SETS, ours, many, "judge")
     parts = {
-        "further": further,
+        "further": _renders(folder, drawings.JUDGE_ONLY_SETS, ours, many, "judge"),
         "also": _renders(folder, TRAIN_SETS, also, few, "also"),
+        "icons": _renders(folder, drawings.ICON_SETS, icons, few, "icons"),
         "others": _one_each(folder, other_labels(folder)[0], TRAIN_SETS, 7),
     }
-    return _cached(cache / "judge_renders.npz", parts)
+    return {name: _cached(cache / f"judge_{name}.npz", rows) for name, rows in parts.items()}
 
 
 def to_score(cache: Path, set_name: str) -> tuple[Part, Part]:
-    """(objects, other emoji) of the set that a judge is scored on, at 128 pixels. Cached."""
+    """(objects, other emoji) of the set that a judge is scored on, at 128 pixels."""
     folder = cache / "drawings"
     ours = {o.emoji: i for i, o in enumerate(OBJECTS)}
-    parts = {
-        "objects": _renders(folder, [set_name], ours, {s.name: 6 for s in STYLES}, "score"),
-        "others": _one_each(folder, other_labels(folder)[1], (set_name,), 4),
-    }
-    found = _cached(cache / f"judge_score_{set_name}.npz", parts)
-    return found["objects"], found["others"]
+    objects = _renders(folder, [set_name], ours, {s.name: 6 for s in STYLES}, "score")
+    others = _one_each(folder, other_labels(folder)[1], (set_name,), 4)
+    return _cached(cache / f"judge_score_{set_name}.npz", objects), _cached(
+        cache / f"judge_score_{set_name}_others.npz", others
+    )
 
 
 def painted(cache: Path) -> Part:
@@ -180,7 +210,7 @@ def _broken_latents(z: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def decoded(cache: Path, parts: dict[str, Part], seed: int = 0) -> Part:
-    """Pictures at 64 pixels as a sampler's output looks: encoded, made imperfect or broken, decoded. Cached."""
+    """Pictures at 64 pixels as a sampler's output looks: encoded, made imperfect or broken, decoded."""
     path = cache / "judge_decoded.npz"
     if not path.exists():
         vae = TAESD()
