@@ -26,6 +26,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from .devices import moved
 from .port import Prediction
 
 
@@ -84,7 +85,8 @@ class Schedule:
         """(a, s) at indices t [B], shaped to multiply ``like`` [B, ...] in its type and on its device."""
         index = t.long().cpu()
         shape = (-1, *[1] * (like.ndim - 1))
-        return self.signal[index].to(like).view(shape), self.noise[index].to(like).view(shape)
+        a, s = (moved(x[index], like.device, like.dtype).view(shape) for x in (self.signal, self.noise))
+        return a, s
 
     def network_time(self, t: Tensor) -> Tensor:
         """What the network is given for indices t [B]: whole numbers stay whole."""

@@ -112,11 +112,11 @@ class DiffusersPort:
 
         The empty prompt is the encoding of "", also where the pipeline itself would put zeros in its place.
         """
-        contexts = [x.states[None].clone() for x in self.text(prompts)]
+        contexts = [x.states[None].to(self._device(), copy=True) for x in self.text(prompts)]
         if not getattr(self.unet.config, "addition_embed_type", None):
             return [Cond(x) for x in contexts]
         pixels = [side * self.pipe.vae_scale_factor for side in self._latent_shape()[1:]]
-        ids = torch.tensor([[*pixels, 0, 0, *pixels]], dtype=torch.float32)
+        ids = torch.tensor([[*pixels, 0, 0, *pixels]], dtype=torch.float32, device=self._device())
         pooled = {p: self._pooled(p) for p in dict.fromkeys(prompts)}
         return [Cond(x, {"text_embeds": pooled[p], "time_ids": ids}) for x, p in zip(contexts, prompts, strict=True)]
 
@@ -124,7 +124,7 @@ class DiffusersPort:
         encoded = self.pipe.encode_prompt(
             prompt=prompt, device=self._device(), num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        return encoded[2].detach().float().cpu()
+        return encoded[2].detach().to(self._device(), torch.float32)
 
     def trainable(self) -> TrainableModel:
         """A float32 copy of the UNet with its adapters merged, on the device that the pipeline computes on.

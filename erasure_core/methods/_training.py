@@ -59,7 +59,7 @@ class Prompts:
         self.keep, self.null = list(spec.keep), self._conds[""]
         for number, states in enumerate(dark):
             name = f"\0dark {number}"  # no word that anybody can type
-            self._conds[name] = self.null.with_context(states[None])
+            self._conds[name] = self.null.with_context(states[None].to(self.null.context))
             pairs.append((name, spec.erase[0].to))
         self.pairs = pairs
 

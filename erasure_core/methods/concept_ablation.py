@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
+from ..devices import moved
 from ..operators.regress import TargetTerm, keep_term, regress
 from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainablePort, Weights
@@ -65,7 +66,7 @@ def run(
                 TO: Cond.cat([prompts[to] for _, to in pairs]),
             }
             t = torch.randint(0, len(model.schedule), (settings.batch,), generator=generator)
-            z = model.schedule.add_noise(pool[chosen.to(pool.device)], model.noise(settings.batch, generator), t)
+            z = model.schedule.add_noise(pool[moved(chosen, pool.device)], model.noise(settings.batch, generator), t)
             return regress(model, terms, z, t, conds)
 
         parameters = model.train(settings.parameters(), settings.seed)

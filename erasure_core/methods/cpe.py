@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
+from ..devices import moved
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer, cosine, generator_for
 from ..operators.trainable import Cond, Layers, LoRA, TrainableModel, TrainablePort
 from ..port import Role
@@ -165,11 +166,11 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
         offsets = concept.new_zeros(0, *concept.shape[1:])  # offset i is of word i modulo their count
 
         def drawn(rows: int, generator: torch.Generator) -> Tensor:
-            return torch.randint(0, rows, (settings.batch,), generator=generator).to(model.device, non_blocking=True)
+            return moved(torch.randint(0, rows, (settings.batch,), generator=generator), model.device)
 
         def erase(_: int, generator: torch.Generator) -> dict[str, Tensor]:
             word, anchor = drawn(len(concept), generator), anchors[drawn(len(anchors), generator)]
-            noise = torch.randn(anchor.shape, generator=generator).to(anchor.device, anchor.dtype, non_blocking=True)
+            noise = moved(torch.randn(anchor.shape, generator=generator), anchor.device, anchor.dtype)
             made = {
                 "erase": losses.erase(concept[word], concept[word], neutral[word]),
                 "anchor": settings.anchor_weight * losses.anchor(anchor + settings.anchor_noise * noise),

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
+from ..devices import moved
 from ..operators.regress import TargetTerm, keep_term, regress
 from ..operators.search import Variable, free, mine
 from ..operators.train_loop import Optimiser, Phase, Trainer
@@ -116,7 +117,7 @@ def circumvent(
         conds = {**prompts.draw(settings.batch, generator), DARK: Cond.cat([pool[i] for i in chosen]), ANCHOR: anchor}
         picked = torch.randint(0, len(latents), (settings.batch,), generator=generator)
         t = torch.randint(0, len(model.schedule), (settings.batch,), generator=generator)
-        x0 = latents[picked.to(latents.device)].to(model.device, model.dtype)
+        x0 = latents[moved(picked, latents.device)]
         return regress(model, terms, model.schedule.add_noise(x0, model.noise(settings.batch, generator), t), t, conds)
 
     return Phase(f"circumvent {number}", model.parameters(), loss, Optimiser(settings.learning_rate))
@@ -161,6 +162,7 @@ def mine_and_erase(
         if latents is None:
             shown = [prompts[word] for word in prompts.words]
             latents = draw_pictures(model, shown, prompts.null, settings.pictures, settings, within(0))
+        latents = latents.to(model.device, model.dtype)
 
         def circumvent_all(number: int) -> None:
             phase = circumvent(model, latents, pool, anchor, prompts, settings, number)

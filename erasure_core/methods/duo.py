@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
+from ..devices import moved
 from ..operators.prefer import draw_times, preference_losses, scaled_by_beta
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, Init, Layers, LoRA, TrainableModel, TrainablePort
@@ -53,7 +54,7 @@ def phase(model: TrainableModel, pairs: ConceptPairs, null: Cond, settings: Sett
     below = max(1, round(settings.latest_time * len(model.schedule)))
 
     def loss(_: int, generator: torch.Generator) -> dict[str, Tensor]:
-        chosen = torch.randint(0, len(unsafe), (settings.batch,), generator=generator)
+        chosen = moved(torch.randint(0, len(unsafe), (settings.batch,), generator=generator), model.device)
         times = draw_times(settings.batch, generator, shared=settings.shared_time, below=below)
         noise = model.noise(settings.batch, generator)
         return preference_losses(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptError, ConceptSpec
+from ..devices import moved
 from ..operators.regress import TargetTerm, keep_term, regress, shifted
 from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
@@ -50,7 +51,7 @@ class Settings(TrainSettings):
 
 def gumbel_one_hot(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     """A one-hot sample [V] whose gradient is that of softmax((logits + g) / temperature), g Gumbel (straight through)."""
-    uniform = torch.rand(logits.shape, generator=generator).clamp(1e-20, 1 - 1e-7).to(logits)
+    uniform = moved(torch.rand(logits.shape, generator=generator).clamp(1e-20, 1 - 1e-7), logits.device, logits.dtype)
     soft = ((logits - (-uniform.log()).log()) / temperature).softmax(-1)
     hard = F.one_hot(soft.argmax(-1), logits.shape[-1]).to(soft)
     return hard - soft.detach() + soft

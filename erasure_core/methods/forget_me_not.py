@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
+from ..devices import moved
 from ..operators.regress import keep_term, regress
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort
@@ -114,11 +115,11 @@ def run(
             chosen = torch.randint(0, len(pool), (settings.batch,), generator=generator)
             number = [i % len(words) for i in chosen.tolist()]
             t = torch.randint(0, len(model.schedule), (settings.batch,), generator=generator)
-            z = model.schedule.add_noise(pool[chosen.to(pool.device)], model.noise(settings.batch, generator), t)
+            z = model.schedule.add_noise(pool[moved(chosen, pool.device)], model.noise(settings.batch, generator), t)
             conds = {**prompts.draw(settings.batch, generator), ERASE: Cond.cat([prompts[words[i]] for i in number])}
             with attention_probabilities(model) as probabilities:
                 model.predict(z, t, conds[ERASE])
-            losses = {"attention": steering_loss(probabilities, columns[number].to(model.device))}
+            losses = {"attention": steering_loss(probabilities, moved(columns[number], model.device))}
             if prompts.keep and settings.keep_weight:
                 losses.update(regress(model, [keep_term(KEEP, settings.keep_weight)], z, t, conds))
             return losses

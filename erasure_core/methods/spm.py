@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..artifact import Delta, Erasure
 from ..concept import ConceptSpec
+from ..devices import moved
 from ..operators.regress import TargetTerm, shifted
 from ..operators.train_loop import Kind, cosine
 from ..operators.trainable import Cond, Layers, LoRA, TrainableModel, TrainablePort, Weights
@@ -57,14 +58,13 @@ def sample_anchors(concept: Tensor, n: int, generator: torch.Generator) -> Tenso
     concept [1, L, D]; norms and cosine are over all entries.
     """
     flat = concept.detach().flatten()
-    found: list[Tensor] = []
-    while len(found) < n:
-        direction = F.normalize(torch.randn(flat.numel(), generator=generator), dim=0).to(flat)
-        refuse = torch.rand((), generator=generator) > 1 - F.cosine_similarity(flat, direction, dim=0).cpu()
-        if not refuse:
-            size = 0.8 + 0.4 * torch.rand((), generator=generator).to(flat)
-            found.append((size * flat.norm() * direction).view(concept.shape[1:]))
-    return torch.stack(found)
+    many = 3 * n + 16  # so many more that enough are kept, without asking the device how many those are
+    drawn = torch.randn(many, flat.numel(), generator=generator), *torch.rand(2, many, generator=generator)
+    directions, chances, sizes = (moved(x, flat.device, flat.dtype) for x in drawn)
+    directions = F.normalize(directions, dim=1)
+    refused = chances > 1 - F.cosine_similarity(flat, directions, dim=1)
+    kept = refused.int().argsort(stable=True)[:n]
+    return ((0.8 + 0.4 * sizes[kept, None]) * flat.norm() * directions[kept]).view(n, *concept.shape[1:])
 
 
 def anchoring_loss(model: TrainableModel, z: Tensor, t: Tensor, anchors: Tensor, like: Cond) -> Tensor:

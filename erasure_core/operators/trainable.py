@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..artifact import Delta
+from ..devices import moved
 from ..port import ModelPort, Prediction, Role, Site
 from ..schedule import Schedule, space_of
 from .memory import PromptMemory
@@ -127,11 +128,6 @@ class Cond:
     def with_context(self, context: Tensor) -> Cond:
         """Other text states, the same extras."""
         return Cond(context, self.extra)
-
-
-def moved(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """``x`` on a device, without waiting for what the device still has to do."""
-    return x.to(device, dtype, non_blocking=x.device.type == "cpu")
 
 
 def _expand(x: Tensor, n: int) -> Tensor:

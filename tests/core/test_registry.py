@@ -5,6 +5,7 @@ Closed-form methods run on the analytic port, trained ones for a few steps on th
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
@@ -20,7 +21,8 @@ from erasure_core import ConceptSpec, Delta, Erasure, Family, ModelPort, all_met
 from erasure_core.analytic import AnalyticPort
 from erasure_core.methods import Aids, MethodSpec, Progress, settings_from
 from erasure_core.operators.checkpoint import Checkpoint
-from erasure_core.operators.train_loop import TrainingFailedError
+from erasure_core.operators.train_loop import Trainer, TrainingFailedError
+from erasure_core.operators.trainable import TrainableModel
 from erasure_core.pairs import ConceptPairs
 
 pytestmark = pytest.mark.core
@@ -282,6 +284,26 @@ def test_cut_off_and_resumed_it_ends_as_if_it_had_not_been(method: MethodSpec, m
         assert same(made, run(make(method), method, {**longer, **other})) and not state.exists()
     state.write_bytes(left[:-3])
     assert same(run(make(method), method, longer, checkpoint=keep), expected), "a broken file is none"
+
+
+@each_trained
+def test_no_step_waits_for_the_device(method: MethodSpec, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device tensors have no contents: whatever reads one, or brings one to the host, fails."""
+    if method.name == "dark_miner":
+        pytest.skip("it looks at what it found between its loops; they are those of search and train_loop")
+
+    class Ended(Exception):
+        pass
+
+    def progress(done: int, total: int) -> None:
+        if done == total:
+            raise Ended
+
+    net = copy.deepcopy(tiny.unet).to("meta")
+    monkeypatch.setattr(tiny, "trainable", lambda: TrainableModel(net, tiny.schedule, tiny.prediction, (4, 4, 4)))
+    monkeypatch.setattr(Trainer, "_read", lambda *_: None)  # once in many steps, on purpose
+    with pytest.raises(Ended):
+        run(tiny, method, progress=progress)
 
 
 @each_trained
