@@ -77,12 +77,13 @@ def invert(
 ) -> Tensor:
     """The noise [n, C, h, w] from which ``draw`` at guidance 1 gives ``pictures`` (DDIM inversion).
 
-    A sampling step takes z at t to z' = a' x0 + s' n with (x0, n) from the network at (z, t). Its inverse is the solution of
+    A sampling step is z' = alpha z + beta p with p the network's prediction at (z, t). Its inverse is the solution of
 
-        z = a (z' - s' n(z, t)) / a' + s n(z, t)
+        z = (z' - beta p(z, t)) / alpha
 
-    by fixed-point iteration from z', which is DDIM inversion after the first round and exact in the limit; ``refine`` is
-    the number of further rounds.
+    by fixed-point iteration from z', which is DDIM inversion after the first round; ``refine`` is the number of further
+    rounds. They go half as far wherever a picture got worse, and each picture keeps the best round: exact where that
+    converges, which more sampler steps make likelier.
     """
     schedule, n = model.schedule, len(pictures)
     z, stops = pictures, schedule.trajectory(steps)
@@ -90,14 +91,19 @@ def invert(
         if progress:
             progress(number, steps)
         t = _times(n, at)
-        a, s = schedule.scales(t, z)
-        a_to, s_to = (torch.ones_like(a), torch.zeros_like(s)) if to is None else schedule.scales(_times(n, to), z)
-        guess = z
+        one, nil = torch.ones_like(z), torch.zeros_like(z)
+        alpha, beta = (schedule.step(p, x, int(t[0]), to, model.space) for p, x in ((nil, one), (one, nil)))
+        guess = best = z
+        rate, lowest = one[:, :1, :1, :1], torch.full_like(z[:, :1, :1, :1], float("inf"))
         for _ in range(1 + refine):
             out = model.predict(guess, t, cond.to(z).expand(n), memory=memory)
-            _, noise = schedule.split(out, guess, t, model.space)
-            guess = a * (z - s_to * noise) / a_to + s * noise
-        z = guess
+            solved = (z - beta * out) / alpha
+            error = (solved - guess).square().sum((1, 2, 3), keepdim=True)
+            better = error < lowest
+            best, lowest = torch.where(better, solved, best), torch.where(better, error, lowest)
+            rate = torch.where(better, rate, rate / 2)
+            guess = guess + rate * (solved - guess)
+        z = best
     return z
 
 

@@ -99,6 +99,7 @@ def _draw(model: TrainableModel, way: Way, cond: Cond, null: Cond, noise: Tensor
                 strength=way.strength, mask=mask, guidance=way.guidance)  # fmt: skip
 
 
+@torch.no_grad()
 def apply_change(model: TrainableModel, change: Mapping[str, Delta]) -> None:
     """Let the model's student weights have ``change`` on top."""
     if change:

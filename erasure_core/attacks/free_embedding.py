@@ -30,7 +30,9 @@ _LOOKS = 10
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int = setting(1000, "Search steps for each start. More find more, and take longer.", low=1, high=100000, step=50)
+    steps: int = setting(
+        1000, "Search steps for each start. More find more, and take longer.", low=1, high=100000, step=50
+    )
     learning_rate: float = setting(1e-2, "Size of a search step.", low=1e-6, high=10.0, step=1e-3)
     batch: int = setting(4, "Pictures per search step.", low=1, high=64, step=1)
     pictures: int = setting(25, "Pictures of the concept that are learned from.", low=1, high=1000, step=1)

@@ -40,7 +40,9 @@ _BATCH = 64
 class Settings:
     tokens: int = setting(16, "Words of the prompt that is searched for.", low=1, high=75, step=1)
     strength: float = setting(3.0, "How far the aim leans to the concept (eta).", low=0.0, high=100.0, step=0.5)
-    generations: int = setting(3000, "Rounds of the search. More find more, and take longer.", low=1, high=100000, step=100)
+    generations: int = setting(
+        3000, "Rounds of the search. More find more, and take longer.", low=1, high=100000, step=100
+    )
     population: int = setting(200, "Prompts in a round; half of them survive.", low=4, high=10000, step=10)
     crossover: float = setting(0.5, "Share of the survivors that mate.", low=0.0, high=1.0, step=0.05)
     mutation: float = setting(0.25, "Share of the children of which one word is changed.", low=0.0, high=1.0, step=0.05)

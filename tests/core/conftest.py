@@ -139,7 +139,7 @@ class TypingPort(TinyPort):
 
     def words_of(self) -> Words:
         def decode(ids: Sequence[int]) -> str:
-            return " ".join(self.WORDS[i] for i in ids)
+            return " ".join(self.WORDS[i] for i in ids if i > 3)
 
         return Words.typeable(self.encoder, self.tokenize, decode, 0, 1, len(self.WORDS))
 
