@@ -88,19 +88,21 @@ def patched(unet: UNet, erasure: Erasure | None) -> Iterator[UNet]:
 
 
 @contextmanager
-def reading(unet: UNet, memory: SavedMemory | None, strength: float = 1.0) -> Iterator[UNet]:
-    """The network whose cross-attention reads a prompt memory behind every prompt, the empty one included."""
+def reading(unet: UNet, memories: Sequence[tuple[SavedMemory, float]]) -> Iterator[UNet]:
+    """The network whose cross-attention reads prompt memories, each at its strength, behind every prompt, also ""."""
     hooks = []
 
-    def append(rows: Tensor, length: int) -> Callable[[nn.Module, Any], Any]:
-        return lambda _module, args: (extended(args[0], [(rows, length, quarters_of(strength))]), *args[1:])
+    def append(parts: list[tuple[Tensor, int, int]]) -> Callable[[nn.Module, Any], Any]:
+        return lambda _module, args: (extended(args[0], parts), *args[1:])
 
     try:
-        for site in sites_of(unet) if memory is not None else ():
-            if memory.placement.covers(site.name):
-                rows = memory.key if site.role is Role.TEXT_KEY else memory.value
-                module = unet.get_submodule(site.name)
-                hooks.append(module.register_forward_pre_hook(append(rows, memory.length)))
+        for site in sites_of(unet):
+            parts = [
+                (memory.key if site.role is Role.TEXT_KEY else memory.value, memory.length, quarters_of(strength))
+                for memory, strength in memories
+                if memory.placement.covers(site.name)
+            ]
+            hooks.append(unet.get_submodule(site.name).register_forward_pre_hook(append(parts)))
         yield unet
     finally:
         for hook in hooks:
@@ -178,8 +180,7 @@ class EmojiCanvas:
         cfg: float = 4.0,
         negative: str = "",
         delta: Erasure | None = None,
-        memory: SavedMemory | None = None,
-        memory_strength: float = 1.0,
+        memories: Sequence[tuple[SavedMemory, float]] = (),
         batch: int = 32,
         bf16: bool = False,
         progress: Callable[[int], object] | None = None,
@@ -188,7 +189,7 @@ class EmojiCanvas:
 
         Args:
             delta: an erasure to draw with; the weights are as before afterwards, also after an error.
-            memory: a prompt memory to draw with, at a strength of whole quarters.
+            memories: prompt memories to draw with and their strengths, whole quarters.
             bf16: bfloat16 autocast: other pictures than float32's, though alike.
             progress: called with the number of pictures that were just finished.
         """
@@ -197,8 +198,8 @@ class EmojiCanvas:
         side = 16
         pictures = [torch.empty(0, 3, 8 * side, 8 * side)]
         uncond = self.encode([negative])
-        reader = reading(self.unet, memory, memory_strength)
-        with patched(self.unet, delta), reader, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+        with patched(self.unet, delta), reading(self.unet, memories), autocast:
             for start in range(0, len(prompts), batch):
                 end = min(start + batch, len(prompts))
                 noise = noise_of(seeds[start:end], self.unet.config.channels, side)

@@ -268,11 +268,11 @@ def test_the_canvas_draws_with_a_memory_as_training_saw_it() -> None:
             model.reads = memory.module()
             assert torch.equal(model.predict(z, t, Cond(text)), expected)
             assert torch.allclose(model.reference(z, t, Cond(text)), plain, atol=1e-5), "the reference reads none"
-    with reading(canvas.unet, memory):
+    with reading(canvas.unet, [(memory, 1.0)]):
         assert torch.allclose(canvas.unet(z, t, text), expected, atol=1e-5)
-    with reading(canvas.unet, memory, 0.0):
+    with reading(canvas.unet, [(memory, 0.0)]):
         assert torch.equal(canvas.unet(z, t, text), plain)
     assert torch.equal(canvas.unet(z, t, text), plain)
-    with reading(canvas.unet, memory, 0.25):
+    with reading(canvas.unet, [(memory, 0.25)]):
         quarter = canvas.unet(z, t, text)
     assert 0 < float((quarter - plain).norm()) < float((expected - plain).norm())
