@@ -187,7 +187,7 @@ def rows_of(text: TextStates, rule: Rows) -> Tensor:
     chunks = _chunk_bounds(text.kinds)
     with_content = [c for c in chunks if (text.kinds[c[0] : c[1]] == TokenKind.CONTENT).any()]
     start, end = (with_content or chunks[:1])[-1]
-    states, kinds = text.states[start:end].cpu().double(), text.kinds[start:end].cpu()
+    states, kinds = text.states[start:end].cpu(), text.kinds[start:end].cpu()
     content = (kinds == TokenKind.CONTENT).nonzero().flatten()
     eos = (kinds == TokenKind.EOS).nonzero().flatten()
     pad = (kinds == TokenKind.PAD).nonzero().flatten()
@@ -195,13 +195,15 @@ def rows_of(text: TextStates, rule: Rows) -> Tensor:
     if len(content):
         last_row = content[-1:]
     if rule is Rows.LAST:
-        return states[last_row]
-    if rule is Rows.SUMMARY:
+        chosen = states[last_row]
+    elif rule is Rows.SUMMARY:
         spread = torch.linspace(0, max(0, len(pad) - 1), min(_SUMMARY_PADDING, len(pad))).round().long()
-        return states[torch.cat([last_row, eos[:1], pad[spread]])]
-    if rule is Rows.LAST_TO_END:
-        return states[int(last_row[0]) :]
-    return states[1:] if kinds[0] == TokenKind.BOS else states
+        chosen = states[torch.cat([last_row, eos[:1], pad[spread]])]
+    elif rule is Rows.LAST_TO_END:
+        chosen = states[int(last_row[0]) :]
+    else:
+        chosen = states[1:] if kinds[0] == TokenKind.BOS else states
+    return chosen.double()
 
 
 def paired_rows(source: TextStates, target: TextStates, rule: Rows) -> tuple[Tensor, Tensor]:

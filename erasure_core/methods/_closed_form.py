@@ -82,11 +82,14 @@ def build(
 ) -> Erasure:
     """Turn context maps into the Erasure: one for all sites (its ``down`` factor is shared), or one per site.
 
-    ``sites`` are those to edit (default: all). The fingerprint covers all, so it is the same for every method.
+    Maps are truncated to ``settings["energy"]``. ``sites`` are those to edit (default: all). The fingerprint covers all,
+    so it is the same for every method.
     """
     every = text_sites(port)
     edited = {site.name for site in (every if sites is None else sites)}
     seen, changed = Fingerprint(), {}
+    if isinstance(edit, ContextMap):
+        edit = edit.truncated(settings["energy"])
     shared: Tensor | None = None
     for i, site in enumerate(every):
         progress(i, len(every))
@@ -95,11 +98,15 @@ def build(
         if site.name not in edited:
             continue
         if isinstance(edit, ContextMap):
-            shared = edit.right.to(weight.dtype) if shared is None else shared
+            shared = _down(edit, weight) if shared is None else shared
             changed[site.name] = edit.delta(weight, shared)
         else:
-            own = edit(site, weight)
-            changed[site.name] = own.delta(weight, own.right.to(weight.dtype))
+            own = edit(site, weight).truncated(settings["energy"])
+            changed[site.name] = own.delta(weight, _down(own, weight))
     progress(len(every), len(every))
     plain = {k: v.value if isinstance(v, StrEnum) else v for k, v in settings.items()}
     return Erasure(Header(method, plain, spec, port.family, seen.hexdigest(), __version__), changed)
+
+
+def _down(edit: ContextMap, weight: Tensor) -> Tensor | None:
+    return None if edit.right is None else edit.right.to(weight.dtype)

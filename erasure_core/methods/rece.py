@@ -9,7 +9,7 @@ erases it too, round after round:
 with W_i^o the original and W_i the current weights, then a UCE edit of c' anchored to the current weights.
 
 Every edit is W (I + G), so with A0 = sum_i W_i^o^T W_i^o only D x D algebra is left: for T = I + G, A = T^T A0 T and
-M = T^T A0.
+M = T^T A0. Rows that are held enter as their sum of squares, P^T P.
 
 Departures: solved by Cholesky in float64 (the authors' float32 inverse of near-singular matrices loses three digits);
 lambda and the ridge are relative (to trace(A)/D and to the concept rows' mean square); derived rows are sent to the
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import TEMPLATES, ConceptSpec, EditRows, Rows, edit_rows
-from ..operators.linear_edit import ContextMap, mean_square, solve
+from ..operators.linear_edit import ContextMap, factor, mean_square, solve, solve_factored
 from ..port import ModelPort
 from ._closed_form import Templates, build, energy_setting, rows_setting, templates_setting, text_sites
 from .registry import Aids, MethodSpec, Progress, setting
@@ -76,24 +76,18 @@ class Settings:
     energy: float = energy_setting()
 
 
-def derive(
-    rows: Tensor, guide: Tensor, gram: Tensor, edit: ContextMap, damping: float, derivation: Derivation
-) -> Tensor:
+def derive(rows: Tensor, guide: Tensor, heard: Tensor, a: Tensor, damping: float, derivation: Derivation) -> Tensor:
     """The rows [n, D] that bring ``rows`` back through the edited weights.
 
     Args:
         guide: [n, D], the replacement's rows; used by STANDARD only.
-        gram: A0 = sum_i W_i^o^T W_i^o, [D, D] float64.
-        edit: the current edit, W_i = W_i^o (I + G).
+        heard: A0 T, the transpose of M, [D, D] float64.
+        a: A = T^T A0 T, [D, D] float64.
         damping: lambda, in units of trace(A)/D.
     """
-    heard = gram @ edit.left
-    cross = heard @ edit.right  # A0 G; with T = I + G, M = T^T A0 and A = T^T A0 T
-    m = gram + cross.T
-    a = m + cross + edit.right.T @ (edit.left.T @ heard @ edit.right)
     unit = float(a.diagonal().mean())
     at_zero, at_input, times_a = damping * unit, 0.0, 1.0  # left = times_a A + at_zero I, right = M c + ...
-    right = m @ rows.T
+    right = rows @ heard
     match derivation:
         case Derivation.REGZERO:
             pass
@@ -104,15 +98,16 @@ def derive(
         case Derivation.SURROGATE_BOTH:
             at_input, times_a = at_zero, 1 + damping
         case Derivation.STANDARD:
-            right = right + at_zero * guide.T
-    right = right + at_input * rows.T + (times_a - 1) * (a @ rows.T)
-    left = a.mul_(times_a)
+            right += at_zero * guide
+    if at_input:
+        right += at_input * rows
+    if times_a != 1:
+        right += (times_a - 1) * (rows @ a)
     # A alone is singular where all layers together have fewer outputs than the text is wide.
-    left.diagonal().add_(at_zero + 1e-12 * unit)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(left)).T
+    return torch.cholesky_solve(right.T, factor(times_a * a, at_zero + 1e-12 * unit)).T
 
 
-def add_gram(gram: Tensor, weight: Tensor, block: int = 256) -> None:
+def add_gram(gram: Tensor, weight: Tensor, block: int = 128) -> None:
     """Add W^T W to the upper triangle of ``gram`` (whole blocks; what lies below the diagonal is not meant to be read).
 
     Products are made in the weight's own float32, in which those of half-precision weights are exact, and summed over
@@ -122,16 +117,31 @@ def add_gram(gram: Tensor, weight: Tensor, block: int = 256) -> None:
         gram[start : start + block, start:] += (weight[:, start : start + block].T @ weight[:, start:]).cpu()
 
 
+def rotated(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """At most D rows that ask for the same edit: it depends on C^T C and C*^T C only, which an orthogonal matrix from
+    the left does not change."""
+    if len(source) <= source.shape[1]:
+        return source, target
+    q, r = torch.linalg.qr(source)
+    return r, q.T @ target
+
+
 def context_map(rows: EditRows, gram: Tensor, settings: Settings, progress: Progress) -> ContextMap:
     """UCE, then ``rounds`` times derive and erase."""
     ridge = settings.ridge * mean_square(rows.source)
-    edit = solve(rows.source, rows.target, rows.keep, ridge=ridge, keep_weight=settings.keep_weight)
-    held = torch.cat([rows.keep, rows.target, rows.source])  # what is done stays done
+    source, target = rows.source, rows.target
+    if settings.derivation is not Derivation.STANDARD:  # that mixes the rows of both
+        source, target = rotated(source, target)
+    held = rows.keep.T @ rows.keep + rows.target.T @ rows.target + source.T @ source
+    edit = solve(source, target, rows.keep, ridge=ridge, keep_weight=settings.keep_weight)
     for done in range(settings.rounds):
         progress(done, settings.rounds)
-        derived = derive(rows.source, rows.target, gram, edit, settings.damping, settings.derivation)
-        edit = edit.then(solve(derived, rows.target, held, ridge=ridge, keep_weight=settings.keep_weight))
-        held = torch.cat([held, derived])  # else the next round undoes this one
+        heard = edit.after(gram)
+        derived = derive(source, target, heard, edit.after(heard.T), settings.damping, settings.derivation)
+        own = derived.T @ derived
+        factored = factor(own + settings.keep_weight * held, ridge)
+        edit = edit.then(solve_factored(target - derived, derived, factored))
+        held += own  # what is done stays done, else the next round undoes this one
     return edit
 
 

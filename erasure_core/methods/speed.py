@@ -23,10 +23,11 @@ from enum import StrEnum
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..artifact import Erasure
 from ..concept import TEMPLATES, ConceptError, ConceptSpec, EditRows, Rows, edit_rows
-from ..operators.linear_edit import ContextMap, compress, mean_square, solve
+from ..operators.linear_edit import ContextMap, factor, mean_square, solve_factored, solve_vector
 from ..port import ModelPort, Role, Site
 from ._closed_form import Templates, build, energy_setting, rows_setting, templates_setting, text_sites
 from .registry import Aids, MethodSpec, Progress, setting
@@ -75,29 +76,35 @@ def weakest_input(weight: Tensor, generator: torch.Generator) -> Tensor:
     """The unit input direction [D] that ``weight`` [d_out, D] answers least: its smallest right-singular vector."""
     d_out, width = weight.shape
     x = torch.randn(width, dtype=torch.float64, generator=generator)
-    w = weight.cpu().double()
+    w = weight.cpu()
     if d_out < width:  # any vector of the null space
         return _silent_input(w, x)
-    gram = w.T @ w
-    gram.diagonal().add_(1e-10 * float(gram.diagonal().mean()))
-    factor = torch.linalg.cholesky(gram)
-    for _ in range(30):  # inverse iteration
-        x = torch.cholesky_solve(x[:, None], factor)[:, 0]
+    gram = (w.T @ w).double()
+    # Sums in float32 may leave it indefinite by as much; directions that weak are as good as each other.
+    factored = factor(gram, 2 * torch.finfo(w.dtype).eps * float(gram.diagonal().sum()))
+    tried = []
+    for _ in range(8):  # inverse iteration
+        x = solve_vector(factored, x)
         x = x / x.norm()
-    return x
+        tried.append(x)
+    basis = torch.linalg.qr(torch.stack(tried, dim=1)).Q
+    x = basis @ torch.linalg.eigh(basis.T @ gram @ basis).eigenvectors[:, 0]  # the best mixture of all of them
+    return x / x.norm()
 
 
 def _silent_input(w: Tensor, x: Tensor) -> Tensor:
     """A unit vector with W y = 0 for a wide W: entries of ``x`` for the surplus columns, the others solved for."""
     d_out = w.shape[0]
-    factors, pivots, failed = torch.linalg.lu_factor_ex(w[:, :d_out].float())
-    y = torch.cat([torch.zeros_like(x[:d_out]), x[d_out:]])
-    for _ in range(4 * (not int(failed))):  # factors of half the precision, corrected
-        y[:d_out] -= torch.linalg.lu_solve(factors, pivots, (w @ y).float()[:, None])[:, 0]
-    y = y / y.norm()
-    if torch.isfinite(y).all() and float((w @ y).norm()) <= 1e-9 * float(w.norm()):
-        return y
-    q, _ = torch.linalg.qr(w.T)  # these columns are dependent
+    factors, pivots, failed = torch.linalg.lu_factor_ex(w[:, :d_out].T)  # the order in which LAPACK reads them
+    if not int(failed):
+        rest = x[d_out:].to(w)
+        first = torch.linalg.lu_solve(factors, pivots, (w[:, d_out:] @ rest)[:, None], adjoint=True)[:, 0]
+        y = torch.cat([-first, rest])
+        y = y / y.norm()
+        if torch.isfinite(y).all():
+            y = y.double()
+            return y / y.norm()
+    q, _ = torch.linalg.qr(w.double().T)  # these columns are dependent
     x = x - q @ (q.T @ x)
     return x / x.norm()
 
@@ -107,13 +114,15 @@ def influential(moved: Tensor) -> Tensor:
     return moved > moved.mean() if len(moved) > 1 else torch.ones_like(moved, dtype=torch.bool)
 
 
-def carried(rows: Tensor, threshold: float) -> Tensor:
-    """Orthonormal basis [k, p] of the directions in which ``rows`` [m, k] carry more than ``threshold`` of their mean
-    squared norm; P projects on its complement."""
-    if not len(rows):
-        return rows.T
+def carried(mix: Tensor, span: Tensor, threshold: float) -> Tensor:
+    """Orthonormal basis [k, p] of the directions in which the rows ``mix @ span`` (mix [m, a], span [a, k]) carry more than
+    ``threshold`` of their mean squared norm; P projects on its complement."""
+    if not len(mix):
+        return span.T[:, :0]
+    basis, r = torch.linalg.qr(span.T)
+    rows = mix @ r.T
     values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
-    return vectors[:, values > max(threshold, 1e-14) * mean_square(rows)]
+    return basis @ vectors[:, values > max(threshold, 1e-14) * mean_square(rows)]
 
 
 def centres(rows: Tensor, k: int, steps: int = 20) -> Tensor:
@@ -134,97 +143,91 @@ def empty_rows(empty: Tensor, how: EmptyPrompt) -> Tensor:
     return vh[s > 1e-9 * s[0]]
 
 
-def solve_constrained(source: Tensor, target: Tensor, used: Tensor, fixed: Tensor, ridge: float) -> ContextMap:
-    """The G of dW = W G above, for the projector P = I - U U^T with U = ``used`` [D, p].
-
-    Everything happens inside the null space: with S = C1^T P, K = P K2 and H = (S^T S / n + r I)^-1 the bracket is a
-    Schur complement, and
-
-        G = (C* - C1) S [H - H K (K^T H K)^-1 K^T H] / n.
-
-    With fewer rows than columns, H comes from the n x n system of the Woodbury identity.
-    """
-    n, width = source.shape
-    s = source - (source @ used) @ used.T  # [n, D]
-    k = fixed.T - used @ (used.T @ fixed.T)  # [D, f]
-    if k.numel():  # only the span of K matters
-        u, sizes, _ = torch.linalg.svd(k, full_matrices=False)
-        k = u[:, sizes > 1e-9 * max(1.0, float(sizes.max()))]
-    if used.shape[1] + k.shape[1] >= width:  # no direction is free
-        return ContextMap.zero(width)
-    if n < width:
-        inner = s @ s.T / n
-        inner.diagonal().add_(ridge)
-        factor = torch.linalg.cholesky(inner)
-        hs = torch.cholesky_solve(s, factor).T
-        hk = (k - hs @ (s @ k) / n) / ridge
-    else:
-        gram = s.T @ s / n
-        gram.diagonal().add_(ridge)
-        factor = torch.linalg.cholesky(gram)
-        hs, hk = torch.cholesky_solve(s.T, factor), torch.cholesky_solve(k, factor)
-    if k.shape[1]:
-        hs = hs - hk @ torch.linalg.solve(k.T @ hk, hk.T @ s.T)
-    return compress((target - source).T / n, hs.T)
+def spanned(fixed: Tensor, used: Tensor) -> Tensor:
+    """Orthonormal basis [k, q] of the span of ``used`` [k, p], orthonormal itself, and of the rows ``fixed`` [f, k]."""
+    rest = fixed.T - used @ (used.T @ fixed.T)
+    u, sizes, _ = torch.linalg.svd(rest, full_matrices=False)
+    return torch.cat([used, u[:, sizes > 1e-9 * max(1.0, float(sizes.max()))]], dim=1)
 
 
 class LayerEdits:
-    """The edit of one layer after the other: filter and augmentation depend on its weight, the rest is shared.
+    """The edit of one layer after the other: filter and augmentation depend on its weight, all else is shared.
 
-    All retained rows lie in the span of the kept rows and of one direction a layer, so their second moment is
-    decomposed there instead of in all D directions.
+    With l = 0 the edit is the least-squares one among all that do nothing on F, an orthonormal basis of what the retained
+    rows use and of the empty prompt. For B = C1^T C1 + n r I and the edit without constraint G0 = (C* - C1)^T C1 B^-1 it is
+
+        G = G0 [I - F (F^T B^-1 F)^-1 F^T B^-1]
+
+    Every F lies in the span of the kept rows, of the empty prompt's and of one direction a layer. So what takes D x D
+    algebra is done once, on a basis V [D, v] of that span, and a layer adds one column to it.
     """
 
     def __init__(self, rows: EditRows, empty: Tensor, settings: Settings) -> None:
-        self.rows, self.empty, self.settings = rows, empty, settings
+        self.settings, self.width = settings, rows.source.shape[1]
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.unit = mean_square(rows.source)
-        # The edit without constraint, W E with E = (C* - C1) C1^T (C1 C1^T + n I)^-1, and what it does to kept rows.
-        self.pull = solve(rows.source, rows.target, rows.keep[:0], ridge=len(rows.source) * self.unit)
-        self.shift = self._pulled(rows.keep.T)  # [D, m]
-        few = len(rows.keep) < rows.keep.shape[1]
-        self.span = torch.linalg.qr(rows.keep.T).Q if few else torch.eye(rows.keep.shape[1], dtype=rows.keep.dtype)
-        self.coordinates = rows.keep @ self.span
-
-    def _pulled(self, columns: Tensor) -> Tensor:
-        return self.pull.left @ (self.pull.right @ columns)
+        count, unit = len(rows.source), mean_square(rows.source)
+        gram, change = rows.source.T @ rows.source, rows.target - rows.source
+        # The filter's edit, W E with E = (C* - C1) C1^T (C1 C1^T + n I)^-1, and what it does to kept rows.
+        self.pull = solve_factored(change, rows.source, factor(gram, count * unit))
+        few = self.pull.right is not None
+        self.shift = (self.pull.left, self.pull.right @ rows.keep.T) if few else (self.pull.times(rows.keep.T),)
+        self.factored = factor(gram, settings.retain_scale * count * unit)  # B
+        free = solve_factored(change, rows.source, self.factored)  # G0
+        self.left, self.read = (None, free.left) if free.right is None else (free.left, free.right)
+        both = torch.cat([rows.keep, empty])
+        self.span = torch.linalg.qr(both.T).Q if len(both) < self.width else torch.eye(self.width, dtype=both.dtype)
+        self.kept, self.empty = rows.keep @ self.span, empty @ self.span
+        self.solved = torch.cholesky_solve(self.span, self.factored)  # B^-1 V
 
     @staticmethod
-    def _outputs(weight: Tensor, columns: Tensor) -> Tensor:
-        return (weight @ columns.to(weight)).T.cpu().double()
+    def _outputs(weight: Tensor, *columns: Tensor) -> Tensor:
+        """The weight's answers, as rows, to the product of ``columns``."""
+        for part in columns:
+            weight = weight @ part.to(weight)
+        return weight.T.cpu().double()
 
     def __call__(self, site: Site, weight: Tensor) -> ContextMap:
-        settings, span, retained = self.settings, self.span, self.coordinates
-        moved = self._outputs(weight, self.shift)
+        settings, span, solved, rows = self.settings, self.span, self.solved, self.kept
+        moved = self._outputs(weight, *self.shift)
         if settings.filter:
             chosen = influential(moved.norm(dim=1))
-            moved, retained = moved[chosen], retained[chosen]
+            moved, rows = moved[chosen], rows[chosen]
+        mix = torch.eye(len(rows), dtype=rows.dtype)  # retained rows as mixtures of ``rows``
         if settings.augment:
             direction = weakest_input(weight, self.generator)
             # A normal vector's share of one direction is a normal number.
-            noise = torch.randn(len(retained) * settings.augment, dtype=span.dtype, generator=self.generator)
-            span, retained, along = self._with(direction, retained)
-            copies = retained.repeat_interleave(settings.augment, 0) + noise[:, None] * along
+            noise = torch.randn(len(rows) * settings.augment, dtype=rows.dtype, generator=self.generator)
+            span, solved, along = self._with(direction)
+            rows = torch.cat([pad(rows, (0, span.shape[1] - rows.shape[1])), along[None]])
+            copies = torch.cat([mix.repeat_interleave(settings.augment, 0), noise[:, None]], dim=1)
             if settings.filter:
-                moved = moved.repeat_interleave(settings.augment, 0) + noise[:, None] * self._outputs(
-                    weight, self._pulled(direction[:, None])
-                )
-                copies = copies[influential(moved.norm(dim=1))]
-            retained = torch.cat([retained, copies])
-        used = span @ carried(retained, settings.threshold)
-        ridge = settings.retain_scale * self.unit
-        return solve_constrained(self.rows.source, self.rows.target, used, self.empty, ridge).truncated(settings.energy)
+                moved = torch.cat([moved, self._outputs(weight, self.pull.times(direction[:, None]))])
+                lengths = ((copies @ (moved @ moved.T)) * copies).sum(1).clamp_min(0).sqrt()
+                copies = copies[influential(lengths)]
+            mix = torch.cat([pad(mix, (0, 1)), copies])
+        used = carried(mix, rows, settings.threshold)
+        fixed = spanned(pad(self.empty, (0, span.shape[1] - self.empty.shape[1])), used)
+        return self._constrained(span, solved, fixed)
 
-    def _with(self, direction: Tensor, retained: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The span with ``direction`` in it, ``retained`` in its coordinates, and the direction's own coordinates."""
+    def _with(self, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """V with ``direction`` in its span, B^-1 V, and the direction's coordinates."""
         inside = self.span.T @ direction
         beyond = direction - self.span @ inside
         beyond = beyond - self.span @ (self.span.T @ beyond)
         size = beyond.norm()
         if size < 1e-9:
-            return self.span, retained, inside
-        span = torch.cat([self.span, (beyond / size)[:, None]], dim=1)
-        return span, torch.nn.functional.pad(retained, (0, 1)), torch.cat([inside, size[None]])
+            return self.span, self.solved, inside
+        new = beyond / size
+        solved = torch.cat([self.solved, solve_vector(self.factored, new)[:, None]], dim=1)
+        return torch.cat([self.span, new[:, None]], dim=1), solved, torch.cat([inside, size[None]])
+
+    def _constrained(self, span: Tensor, solved: Tensor, fixed: Tensor) -> ContextMap:
+        """G for F = V ``fixed``, V = ``span``, B^-1 V = ``solved``."""
+        if fixed.shape[1] >= self.width:  # no direction is free
+            return ContextMap.zero(self.width)
+        f, bf = span @ fixed, solved @ fixed
+        right = self.read - torch.cholesky_solve((self.read @ f).T, torch.linalg.cholesky(f.T @ bf)).T @ bf.T
+        return ContextMap(right, None) if self.left is None else ContextMap(self.left, right)
 
 
 def run(port: ModelPort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:

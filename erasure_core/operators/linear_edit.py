@@ -20,71 +20,122 @@ since a weight may answer to just the directions in which G is small."""
 
 @dataclass(frozen=True)
 class ContextMap:
-    """A right-multiplication ``G = left @ right``, left [D, r], right [r, D], float64."""
+    """A right-multiplication ``G = left @ right``, left [D, r], right [r, D], float64.
+
+    ``right is None`` marks a dense G in ``left``, [D, D]: cheaper where the edit has nearly full rank.
+    """
 
     left: Tensor
-    right: Tensor
+    right: Tensor | None
 
     @property
     def rank(self) -> int:
+        """Columns of ``left``: the rank, or more than it as long as the map is not :meth:`truncated`."""
         return self.left.shape[1]
 
     def dense(self) -> Tensor:
-        return self.left @ self.right
+        return self.left if self.right is None else self.left @ self.right
+
+    def times(self, columns: Tensor) -> Tensor:
+        """G @ columns, [D, k]."""
+        return self.left @ (columns if self.right is None else self.right @ columns)
+
+    def after(self, matrix: Tensor) -> Tensor:
+        """matrix (I + G): [k, D] that reads the text is edited like a weight."""
+        read = matrix @ self.left
+        return matrix + (read if self.right is None else read @ self.right)
 
     def apply_to_rows(self, rows: Tensor) -> Tensor:
         """rows [n, D] -> rows (I + G)^T, what the edited layer effectively reads."""
-        return rows + (rows @ self.right.T) @ self.left.T
+        return rows + self.times(rows.T).T
 
     def then(self, other: ContextMap) -> ContextMap:
         """(I + self)(I + other) = I + G, for an edit ``other`` solved on weights that already carry ``self``."""
-        left = torch.cat([self.left, other.left + self.left @ (self.right @ other.left)], dim=1)
-        return compress(left, torch.cat([self.right, other.right]))
+        if self.right is None or other.right is None:
+            return ContextMap(other.after(self.dense()) + other.dense(), None)
+        left = torch.cat([self.left, other.left + self.times(other.left)], dim=1)
+        return ContextMap(left, torch.cat([self.right, other.right]))
 
-    def delta(self, weight: Tensor, down: Tensor) -> Delta:
+    def delta(self, weight: Tensor, down: Tensor | None) -> Delta:
         """The change of one weight [d_out, D]; ``down`` is ``self.right`` in the weight's dtype, shared by all sites."""
         return Delta((weight @ self.left.to(weight)).cpu(), down)
 
     def truncated(self, energy: float) -> ContextMap:
-        """The smallest rank that holds ``energy`` of the squared singular values; 1 changes nothing.
-
-        Needs the factors as :func:`compress` leaves them, with the root of each singular value in both.
-        """
-        if energy >= 1 or not self.rank:
-            return self
-        share = self.right.norm(dim=1) ** 4
-        share = share.cumsum(0) / share.sum()
-        rank = min(self.rank, int((share < energy).sum()) + 1)
-        return ContextMap(self.left[:, :rank], self.right[:rank])
+        """The fewest factors that hold ``energy`` of the squared singular values; 1 drops only rounding."""
+        return compress(self.left, self.right, energy)
 
     @classmethod
     def zero(cls, width: int) -> ContextMap:
         return cls(torch.zeros(width, 0, dtype=torch.float64), torch.zeros(0, width, dtype=torch.float64))
 
 
-def compress(left: Tensor, right: Tensor) -> ContextMap:
+def compress(left: Tensor, right: Tensor | None, energy: float = 1.0) -> ContextMap:
     """left [D, n] @ right [n, D] in its numerical rank, each singular value's root in both factors, largest first.
 
-    The eigenvectors V of G^T G give G = (G V) V^T whatever their own rounding, since V is orthogonal: half the work of
-    an SVD.
+    ``core`` has the rows of G in an orthonormal basis. The eigenvectors U of core core^T give core = U (U^T core)
+    whatever their own rounding, since U is orthogonal: half the work of an SVD. Where less than all is wanted, few rows
+    are tried first: a random range (Halko, Martinsson and Tropp, arXiv:0909.4061) whose share is known exactly.
     """
-    if right.shape[0] < right.shape[1]:
-        basis, mixing = torch.linalg.qr(right.T)
-        core = left @ mixing.T  # G = core basis^T
+    basis = None
+    if right is None:
+        core = left
+    elif left.shape[1] < left.shape[0]:
+        basis, mixing = torch.linalg.qr(left)
+        core = mixing @ right
     else:
-        basis, core = None, left @ right
-    _, v = torch.linalg.eigh(core.T @ core)
-    spread = core @ v
-    sizes, order = spread.norm(dim=0).sort(descending=True)
-    kept = order[sizes > RANK_TOLERANCE * sizes.max()] if sizes.numel() else order
-    root = spread.norm(dim=0)[kept].sqrt()
-    v = v[:, kept] if basis is None else basis @ v[:, kept]
-    return ContextMap(spread[:, kept] / root, root[:, None] * v.T)
+        core = left @ right
+    total = float(core.square().sum())
+    tried = 128
+    while energy < 1 and 3 * tried < len(core):
+        few = _range(core, tried)
+        part = few.T @ core
+        if float(part.square().sum()) >= energy * total:
+            basis, core = few if basis is None else basis @ few, part
+            break
+        tried *= 2
+    _, u = torch.linalg.eigh(core @ core.T)
+    spread = u.T @ core
+    sizes, order = spread.norm(dim=1).sort(descending=True)
+    rank = int((sizes > RANK_TOLERANCE * sizes.max()).sum()) if sizes.numel() else 0
+    if energy < 1 and rank:
+        rank = min(rank, int((sizes.square().cumsum(0) < energy * total).sum()) + 1)
+    kept, root = order[:rank], sizes[:rank].sqrt()
+    u = u[:, kept] if basis is None else basis @ u[:, kept]
+    return ContextMap(u * root, spread[kept] / root[:, None])
+
+
+def _range(matrix: Tensor, size: int) -> Tensor:
+    """An orthonormal basis [a, size] of nearly the largest singular directions of ``matrix`` [a, D]. Searched in float32:
+    another basis would be as good, and what it holds is measured."""
+    rough, generator = matrix.float(), torch.Generator().manual_seed(0)
+    found = torch.linalg.qr(rough @ torch.randn(rough.shape[1], size, generator=generator)).Q
+    return torch.linalg.qr((rough @ (rough.T @ found)).to(matrix)).Q
 
 
 def mean_square(rows: Tensor) -> float:
     """trace(C^T C) / n: the unit in which ridges are stated, so that one default holds for every text width."""
     return float(rows.square().sum() / max(1, len(rows)))
+
+
+def factor(gram: Tensor, ridge: float) -> Tensor:
+    """The Cholesky factor of gram + ridge I, [D, D]."""
+    left = gram.clone()
+    left.diagonal().add_(ridge)
+    return torch.linalg.cholesky(left)
+
+
+def solve_vector(factored: Tensor, x: Tensor) -> Tensor:
+    """B^-1 x [D] for the Cholesky factor of B. ``torch.cholesky_solve`` copies the factor, which takes longer than this."""
+    half = torch.linalg.solve_triangular(factored, x[:, None], upper=False)
+    return torch.linalg.solve_triangular(factored.T, half, upper=True)[:, 0]
+
+
+def solve_factored(change: Tensor, source: Tensor, factored: Tensor) -> ContextMap:
+    """G = change^T source B^-1 for rows [n, D] and the Cholesky factor of B, [D, D]."""
+    n, width = source.shape
+    if 4 * n < width:
+        return ContextMap(change.T, torch.cholesky_solve(source.T, factored).T)
+    return ContextMap(torch.cholesky_solve(source.T @ change, factored).T, None)
 
 
 def solve(
@@ -113,15 +164,9 @@ def solve(
     if not erase_weight:
         return ContextMap.zero(width)
     stacked = torch.cat([erase_weight**0.5 * source, keep_weight**0.5 * keep])
-    if len(stacked) < width:
-        gram = stacked @ stacked.T
-        gram.diagonal().add_(ridge)
-        selected = torch.zeros(len(stacked), n, dtype=source.dtype, device=source.device)
-        selected[:n].fill_diagonal_(1.0)
-        solved = torch.cholesky_solve(selected, torch.linalg.cholesky(gram))  # [n + m, n]
-        down = (stacked.T @ solved).T / erase_weight**0.5
-    else:
-        gram = stacked.T @ stacked
-        gram.diagonal().add_(ridge)
-        down = torch.cholesky_solve(source.T, torch.linalg.cholesky(gram)).T
-    return compress(erase_weight * (target - source).T, down)
+    if len(stacked) >= width:
+        return solve_factored(erase_weight * (target - source), source, factor(stacked.T @ stacked, ridge))
+    selected = torch.zeros(len(stacked), n, dtype=source.dtype, device=source.device)
+    selected[:n].fill_diagonal_(1.0)
+    solved = torch.cholesky_solve(selected, factor(stacked @ stacked.T, ridge))  # [n + m, n]
+    return ContextMap(erase_weight**0.5 * (target - source).T, solved.T @ stacked)

@@ -36,7 +36,7 @@ def least_squares(w0: Tensor, c: Tensor, to: Tensor, p: Tensor, ridge: float, e:
 @pytest.mark.parametrize(("ridge", "e", "k"), [(0.5, 1.0, 1.0), (1e-3, 2.5, 0.1), (1e-2, 0.3, 7.0)])
 def test_solves_the_printed_objective(n: int, m: int, ridge: float, e: float, k: float) -> None:
     c, to, p, w0 = normal(n, D, seed=1), normal(n, D, seed=2), normal(m, D, seed=3), normal(10, D, seed=4)
-    edit = solve(c, to, p, ridge=ridge, erase_weight=e, keep_weight=k)
+    edit = solve(c, to, p, ridge=ridge, erase_weight=e, keep_weight=k).truncated(1.0)
     expected = least_squares(w0, c, to, p, ridge, e, k)
     delta = edit.delta(w0, edit.right).dense()
     assert relative(delta, expected - w0) < 1e-8
@@ -57,7 +57,7 @@ def test_both_branches_agree(n: int, m: int) -> None:
 
 def test_a_weak_ridge_sends_every_row_to_its_target_and_holds_the_kept() -> None:
     c, to, p, w = normal(4, D, seed=1), normal(4, D, seed=2), normal(6, D, seed=3), normal(10, D, seed=4)
-    edited = w + solve(c, to, p, ridge=1e-10).delta(w, solve(c, to, p, ridge=1e-10).right).dense()
+    edited = solve(c, to, p, ridge=1e-10).after(w)
     assert relative(c @ edited.T, to @ w.T) < 1e-6
     assert relative(p @ edited.T, p @ w.T) < 1e-6
     other = normal(1, D, seed=9)
@@ -83,7 +83,7 @@ def test_the_minimum_is_one() -> None:
 
 def test_targets_equal_to_sources_change_nothing() -> None:
     c, p = normal(4, D, seed=1), normal(3, D, seed=2)
-    assert solve(c, c, p, ridge=0.1).rank == 0
+    assert solve(c, c, p, ridge=0.1).truncated(1.0).rank == 0
 
 
 @pytest.mark.parametrize("m", [2, 60])
@@ -130,3 +130,32 @@ def test_mean_square_is_the_trace_over_the_rows() -> None:
     rows = normal(5, D, seed=1)
     assert mean_square(rows) == pytest.approx(float(torch.trace(rows.T @ rows)) / 5, rel=1e-12)
     assert mean_square(rows * 3) == pytest.approx(9 * mean_square(rows), rel=1e-12)
+
+
+def test_dense_maps_act_like_factored_ones() -> None:
+    one = compress(normal(D, 3, seed=1), normal(3, D, seed=2))
+    two = compress(normal(D, 5, seed=3), normal(5, D, seed=4))
+    solid_one, solid_two = ContextMap(one.dense(), None), ContextMap(two.dense(), None)
+    rows, expected = normal(7, D, seed=5), one.then(two).dense()
+    for first in (one, solid_one):
+        for second in (two, solid_two):
+            assert relative(first.then(second).dense(), expected) < 1e-12
+    assert relative(solid_one.after(rows), one.after(rows)) < 1e-12
+    assert relative(solid_one.apply_to_rows(rows), one.apply_to_rows(rows)) < 1e-12
+    assert solid_one.truncated(1.0).rank == 3
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize(("width", "decay"), [(24, 0.7), (500, 0.93), (500, 0.999)])
+def test_truncation_holds_its_share_in_about_the_fewest_factors(energy: float, width: int, decay: float) -> None:
+    """Whether all singular values are looked at, or a random range of 128, or that was not enough."""
+    u, v = torch.linalg.qr(normal(width, width, seed=1)).Q, torch.linalg.qr(normal(width, width, seed=2)).Q
+    s = decay ** torch.arange(width, dtype=torch.float64)
+    whole = u @ torch.diag(s) @ v
+    small = ContextMap(whole, None).truncated(energy)
+    shares = s.square().cumsum(0) / s.square().sum()
+    kept = 1 - (whole - small.dense()).square().sum() / whole.square().sum()
+    assert kept > energy - 1e-12
+    if energy < 1:
+        fewest = int((shares < energy).sum()) + 1
+        assert fewest <= small.rank <= fewest + 2

@@ -39,8 +39,8 @@ def printed(w: Tensor, c1: Tensor, anchors: Tensor, p: Tensor, k2: Tensor, r: fl
     return w @ (cross - moment) @ p @ (eye - m @ k2 @ inner @ k2.T @ p) @ m
 
 
-def ingredients(port: AnalyticPort):
-    rows = edit_rows(port, SPEC, rule=Rows.SUMMARY, templates=("{}", "a {}", "a picture of {}"))
+def ingredients(port: AnalyticPort, spec: ConceptSpec = SPEC, rule: Rows = Rows.SUMMARY):
+    rows = edit_rows(port, spec, rule=rule, templates=("{}", "a {}", "a picture of {}"))
     return rows, port.text([""])[0].states, float(rows.source.square().sum()) / len(rows.source)
 
 
@@ -69,6 +69,23 @@ def test_every_weight_is_the_printed_one(roomy, r: float, threshold: float, para
             relative(result.deltas[site.name].dense(), printed(w, rows.source.T, rows.target.T, p, empty.T, r * unit))
             < 1e-8
         )
+
+
+MANY = ConceptSpec.parse("red apple\nfurry cat\nold boat\nglass house", "pear\ndog\ncar\ntree", "bird, fish")
+
+
+@pytest.mark.parametrize(
+    ("spec", "rule", "count"), [(SPEC, Rows.LAST, 9), (SPEC, Rows.SUMMARY, 54), (MANY, Rows.SUMMARY, 72)]
+)
+def test_few_rows_and_more_rows_than_columns(roomy, spec: ConceptSpec, rule: Rows, count: int) -> None:
+    result = erase(roomy, spec, "speed", {**PLAIN, "rows": rule.value})
+    rows, empty, unit = ingredients(roomy, spec, rule)
+    assert len(rows.source) == count
+    p = projector(rows.keep, 1e-4)
+    for name, delta in result.deltas.items():
+        w = next(roomy.weight(s) for s in roomy.sites() if s.name == name)
+        expected = printed(w, rows.source.T, rows.target.T, p, empty.T, 1e-3 * unit)
+        assert relative(delta.dense(), expected) < 1e-8
 
 
 def influence_filter(retained: Tensor, w: Tensor, rows, unit: float) -> Tensor:
@@ -116,13 +133,22 @@ def test_with_augmentation_and_filter(seed: int) -> None:
     assert relative(result.deltas[site.name].dense(), expected) < 1e-7
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("d_out", "d_in"), [(20, 40), (60, 40)])
-def test_the_weakest_input_is_the_last_singular_direction(d_out: int, d_in: int) -> None:
-    w = torch.randn(d_out, d_in, dtype=torch.float64)
+def test_the_weakest_input_is_the_last_singular_direction(d_out: int, d_in: int, dtype: torch.dtype) -> None:
+    w = torch.randn(d_out, d_in, dtype=dtype)
     found = weakest_input(w, torch.Generator().manual_seed(0))
     smallest = float(torch.linalg.svdvals(w).min()) if d_out >= d_in else 0.0
     assert float(found.norm()) == pytest.approx(1)
-    assert float((w @ found).norm()) == pytest.approx(smallest, abs=1e-5)
+    assert float((w.double() @ found).norm()) == pytest.approx(smallest, abs=1e-5)
+
+
+def test_the_weakest_input_of_a_layer_with_dependent_columns() -> None:
+    w = torch.randn(20, 40, dtype=torch.float64)
+    w[:, 5] = w[:, 6] = 0
+    found = weakest_input(w, torch.Generator().manual_seed(0))
+    assert float(found.norm()) == pytest.approx(1)
+    assert float((w @ found).norm()) < 1e-9
 
 
 def outputs_moved(port: AnalyticPort, result, states: Tensor) -> float:
