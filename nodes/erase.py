@@ -43,6 +43,12 @@ def aids_of(port: ComfyPort, spec: ConceptSpec, watcher: Watcher, decode: Decode
         raise ValueError(
             f"pairs: made with {pairs.family}, but this model is {port.family}. Make them again with this one"
         )
+    if pairs is not None and pairs.unsafe.shape[1:] != port.latent_shape:
+        height, width = (8 * x for x in pairs.unsafe.shape[2:])
+        raise ValueError(
+            f"pairs: their pictures are {width} x {height}, but the model was made for {8 * port.latent_shape[2]} x "
+            f"{8 * port.latent_shape[1]}. Make them again with width and height 0"
+        )
     name = spec.erase[0].name
     if judge is not None and vae is None:
         raise ValueError("vae: the judge looks at pictures. Connect the VAE as well")

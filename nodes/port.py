@@ -68,6 +68,7 @@ class ComfyPort:
         self._demand, self._opened = demand or Demand(), opened
         self.family = family_of(model)
         self.prediction = prediction_of(model)
+        self.latent_shape = latent_shape(model, self.family.name)
         self._patches = {k: v for k, v in model.get_key_patches(PREFIX).items() if _TEXT_SITE.match(k)}
 
     def sites(self) -> Sequence[Site]:
@@ -116,7 +117,7 @@ class ComfyPort:
             return {}
         tokens = {name: [[(w[0], 1.0) for w in s] for s in x] for name, x in self._clip.tokenize(prompt).items()}
         _, pooled = self._clip.encode_from_tokens(tokens, return_pooled=True)
-        _, height, width = latent_shape(self._model, self.family.name)
+        _, height, width = self.latent_shape
         y = self._model.model.encode_adm(
             pooled_output=pooled.float().cpu(), width=8 * width, height=8 * height, device=torch.device("cpu")
         )

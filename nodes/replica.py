@@ -21,8 +21,9 @@ from ..erasure_core.operators.trainable import Cond, FullWeights, Layers, LoRA, 
 from ..erasure_core.schedule import Schedule
 
 PREFIX = "diffusion_model."
-_SIDES = {"sd15": 64, "sd20": 64, "sdxl": 128, "sdxl-refiner": 128, "emojicanvas": 16}
-"""Sides of the latents that each family was trained on."""
+_SIDES = {"sd15": 512, "sd20": 512}
+_LARGE = 1024
+"""Pixels of the pictures that a family was trained on: these, SDXL and what came later."""
 _TEXT_LENGTH = 77
 _MARGIN = 1.15
 """What allocators and short-lived tensors take on top of the estimate."""
@@ -133,11 +134,16 @@ def schedule_of(model) -> Schedule:
     return Schedule(1 / scale, sigmas.double() / scale, sampling.timestep(sigmas).double())
 
 
-def latent_shape(model, family: str) -> tuple[int, int, int]:
-    """[C, h, w] of the pictures that the family was trained on: smaller ones would teach another model."""
-    side = _SIDES.get(family, 64)
+def native_side(model, family: str) -> int:
+    """The side in pixels of the pictures that a model was made for: smaller ones would teach another model."""
     if family == "sd20" and prediction_of(model) is Prediction.V:
-        side = 96
+        return 768
+    return getattr(model.model.model_config, "erasure_side", None) or _SIDES.get(family, _LARGE)
+
+
+def latent_shape(model, family: str) -> tuple[int, int, int]:
+    """[C, h, w] of these pictures."""
+    side = native_side(model, family) // 8
     return model.model.latent_format.latent_channels, side, side
 
 

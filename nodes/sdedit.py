@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import comfy.model_management as mm
-import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -18,12 +17,11 @@ from ..erasure_core import ConceptPairs
 from ..erasure_core.metrics.judges import look_through
 from ..erasure_core.pairs import MAX_PAIRS, MAX_REDRAWS, Draw, pair_noise, pair_up
 from .port import family_of, ordinary_tensors
+from .replica import native_side
 from .training import decoder
 from .types import CATEGORY, Judge, Pairs
 
 _SAMPLER, _SCHEDULER = "euler", "normal"
-_SIDES = {"sd15": 512, "sd20": 512}
-_LARGE = 1024  # SDXL and what came later
 _AT_ONCE = 4
 _SHOWN = 32
 
@@ -203,7 +201,7 @@ class MakeSDEditPair(io.ComfyNode):
             raise ValueError("concept: write what the judge should look for")
         count = count if images is None else len(images)
         check_numbers(count, strength)
-        side = native_side(model)
+        side = native_side(model, family_of(model).name)
         size = (width // 8 * 8 or side, height // 8 * 8 or side)
         decode = decoder(model, vae)
         look = None
@@ -251,14 +249,6 @@ def check_numbers(count: int | None, strength: float | None) -> None:
         raise ValueError(f"count: {count} pairs; 1 to {MAX_PAIRS} can be made at once")
     if strength is not None and not 0 <= strength <= 1:
         raise ValueError(f"strength: {strength} must lie between 0 and 1")
-
-
-def native_side(model) -> int:
-    """The side in pixels of the pictures that a model was made for."""
-    family, config = family_of(model).name, model.model.model_config
-    if family == "sd20" and isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.V_PREDICTION):
-        return 768
-    return getattr(config, "erasure_side", None) or _SIDES.get(family, _LARGE)
 
 
 def fitted(images: Tensor, size: tuple[int, int]) -> Tensor:
