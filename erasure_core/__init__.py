@@ -5,6 +5,7 @@ from .artifact import Delta, Erasure, Header, WrongModelError
 from .concept import Concept, ConceptError, ConceptSpec, Rows
 from .formats import FileError, Layout, load, read_header, save
 from .fusion import merge
+from .gating import gate_strengths, gated
 from .methods import Aids, MethodSpec, all_methods
 from .pairs import ConceptPairs
 from .port import Family, ModelPort, Prediction, Role, Site, TextStates, TokenKind
@@ -34,6 +35,8 @@ __all__ = [
     "__version__",
     "all_methods",
     "erase",
+    "gate_strengths",
+    "gated",
     "load",
     "merge",
     "read_header",

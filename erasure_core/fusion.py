@@ -63,10 +63,11 @@ def merge(port: ModelPort, erasures: Sequence[Erasure]) -> Erasure:
         version=__version__,
         strength=1.0,
     )
-    return Erasure(header, {n: _fuse(n, erasures, projections) if n in text else _add(n, erasures) for n in names})
+    return Erasure(header, {n: _fuse(n, erasures, projections) if n in text else added(n, erasures) for n in names})
 
 
-def _add(name: str, erasures: Sequence[Erasure]) -> Delta:
+def added(name: str, erasures: Sequence[Erasure]) -> Delta:
+    """The sum of what they change at one site, as factors where they have some."""
     parts = [e.deltas[name] for e in erasures if name in e.deltas]
     downs = [d.down for d in parts if d.down is not None]
     if len(downs) < len(parts):
@@ -80,10 +81,3 @@ def _fuse(name: str, erasures: Sequence[Erasure], projections: Sequence[Tensor])
         return Delta(torch.stack([d.dense() @ p.to(d.up) for d, p in parts]).sum(0))
     downs = [d.down @ p.to(d.up) for d, p in parts if d.down is not None]
     return Delta(torch.cat([d.up for d, _ in parts], dim=1), torch.cat(downs))
-
-
-def _sum(deltas: Sequence[Delta]) -> Delta:
-    factors = [d.down for d in deltas if d.down is not None]
-    if len(factors) < len(deltas):
-        return Delta(torch.stack([d.dense() for d in deltas]).sum(0))
-    return Delta(torch.cat([d.up for d in deltas], dim=1), torch.cat(factors))

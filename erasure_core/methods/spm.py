@@ -6,7 +6,8 @@
 Anchors are Gaussian conditionings of the prompt's shape and about its norm, the likelier the less they point its way. LoRA of
 rank 1, alpha 1, AdamW 1e-4, cosine with 3 restarts and 500 steps of warm-up, 3000 steps, z sampled with the adapter on.
 
-Facilitated transport: at inference each adapter counts as much as its prompt resembles the concept, ``W + m up down``.
+Facilitated transport: at inference each adapter counts as much as its prompt resembles the concept, ``W + m up down``
+(gating.py).
 
 Departures: the gate m is one scalar on the product (the authors scale both factors, which gives m^2, and mix the factors of
 several adapters); every anchor is evaluated (about half of theirs are the empty prompt in fact); linear layers only (theirs
@@ -16,14 +17,14 @@ the flattened one, which BOS and padding dominate; kept words are held at the sa
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..artifact import Delta, Erasure
+from ..artifact import Erasure
 from ..concept import ConceptSpec
 from ..devices import moved
 from ..operators.regress import TargetTerm, shifted
@@ -76,12 +77,14 @@ def anchoring_loss(model: TrainableModel, z: Tensor, t: Tensor, anchors: Tensor,
     return F.mse_loss(model.predict(many, times, cond), model.reference(many, times, cond, Weights.FROZEN))
 
 
-def gate(prompt: Tensor, concept: Tensor, prompt_tokens: Collection[int], concept_tokens: Collection[int]) -> float:
+def gate(
+    prompt: Tensor, concept: Tensor, prompt_tokens: Collection[object], concept_tokens: Collection[object]
+) -> float:
     """m = max( cos(prompt, concept), |tokens shared| / |tokens of the concept| ), within [0, 1].
 
     Args:
         prompt, concept: states of one shape, flattened as the paper does, or the pooled rows of :func:`content`.
-        prompt_tokens, concept_tokens: ids without special tokens.
+        prompt_tokens, concept_tokens: without special tokens; ids as in the paper, or words.
     """
     cosine_ = float(F.cosine_similarity(prompt.flatten().double(), concept.flatten().double(), dim=0))
     wanted = set(concept_tokens)
@@ -93,16 +96,6 @@ def content(text: TextStates) -> Tensor:
     """The mean of a prompt's content rows [D], centred on its BOS row: a similarity that unrelated prompts don't share."""
     rows = text.states[text.kinds == TokenKind.CONTENT]
     return (rows if len(rows) else text.states[1:]).mean(0) - text.states[0]
-
-
-def transport(adapters: Iterable[tuple[Mapping[str, Delta], float]]) -> dict[str, Tensor]:
-    """The dense change of several gated adapters: sum_i m_i up_i down_i, each product on its own."""
-    total: dict[str, Tensor] = {}
-    for deltas, m in adapters:
-        for name, delta in deltas.items():
-            change = m * delta.dense()
-            total[name] = total[name] + change if name in total else change
-    return total
 
 
 def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
