@@ -1,0 +1,351 @@
+"""Learn, Apply, Save and Load Safe Prompt Memory."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import folder_paths
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+
+from ..erasure_core import Aids, ConceptError, ConceptSpec, FileError
+from ..erasure_core import Erasure as CoreErasure
+from ..erasure_core.formats import check_file_name
+from ..erasure_core.methods import kpop
+from ..erasure_core.operators.memory import Mode, Placement, SavedMemory, load_memory, save_memory
+from ..erasure_core.operators.trainable import Layers, LoRA
+from ..erasure_core.suppress import Settings as SuppressSettings
+from ..erasure_core.suppress import suppress
+from .erase import check_words_are_read
+from .erasures import resolve
+from .patching import apply_erasure
+from .port import ComfyPort, ordinary_tensors
+from .reading import apply_memory
+from .replica import Demand
+from .training import Watcher, decoder, demand_of, prompts_to_show
+from .types import CATEGORY, Erasure, Memory
+
+_NONE = "(no prompt memory saved yet)"
+_BLOCKS = {"all blocks": Placement.ALL, "middle and output blocks": Placement.MIDOUT, "middle block": Placement.MID}
+_READERS = {"both": False, "prompt only": True}
+
+
+def _choice(what: str, value: str, choices) -> None:
+    """ComfyUI 0.3.75 does not look at what API calls send for a choice."""
+    if value not in choices:
+        raise ValueError(f"{what}: {value!r} is not one of {', '.join(choices)}")
+
+
+def _demand(settings: SuppressSettings | kpop.Settings) -> Demand:
+    """What is held while learning; suppress mode trains no weights, and reads each picture with and without its prompt."""
+    if isinstance(settings, SuppressSettings):
+        return Demand(LoRA(Layers.TEXT, 1), pictures=4 * settings.batch)
+    return demand_of(settings)
+
+
+class LearnSafePromptMemory(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ErasureLearnSafePromptMemory",
+            display_name="Learn Safe Prompt Memory",
+            category=CATEGORY,
+            description="Learns a few rows that cross-attention reads beside every prompt. Suppress: the rows alone push "
+            "something away, the weights stay. Key: the weights hide it, and the rows are the private key that brings it "
+            "back. Takes minutes; pictures show how it goes.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model, with the LoRAs that it will be used with."),
+                io.Clip.Input("clip", tooltip="The CLIP that encodes your prompts; the concept is read through it."),
+                io.String.Input(
+                    "concept",
+                    multiline=True,
+                    default="",
+                    placeholder="cigarette, cigar, smoking",
+                    tooltip="What must not appear. One concept a line, other words for it behind commas.",
+                ),
+                io.String.Input(
+                    "replace_with",
+                    multiline=True,
+                    default="",
+                    placeholder="(nothing)",
+                    tooltip="What is drawn instead. Empty: nothing in particular. One line for all concepts, or one each.",
+                ),
+                io.String.Input(
+                    "keep",
+                    multiline=True,
+                    default="",
+                    placeholder="dog, tiger, horse",
+                    tooltip="What must look as before. Every prompt reads the rows, so name many things here, above all those "
+                    "that are similar. Empty: everyday words.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=[m.value for m in Mode],
+                    default=Mode.SUPPRESS.value,
+                    tooltip="suppress: apply the memory and the concept goes; take it off and it is back. key: the erasure "
+                    "hides the concept from everybody, and who has the memory gets it back.",
+                ),
+                io.Int.Input(
+                    "rows",
+                    default=SuppressSettings.rows,
+                    min=1,
+                    max=64,
+                    tooltip="Size of the memory. More can do more, and every attention reads them.",
+                ),
+                io.Combo.Input(
+                    "placement",
+                    options=list(_BLOCKS),
+                    default=next(iter(_BLOCKS)),
+                    tooltip="Which blocks of the network read the rows. All is firmest; the middle block alone hardly changes "
+                    "other pictures.",
+                ),
+                io.Int.Input(
+                    "iterations",
+                    default=SuppressSettings.iterations,
+                    min=1,
+                    max=100000,
+                    step=10,
+                    tooltip="Training steps. More suppress (or hide) more firmly and take longer.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=SuppressSettings.learning_rate,
+                    min=1e-8,
+                    max=1.0,
+                    step=1e-3,
+                    round=1e-8,
+                    tooltip="Size of the memory's training step. Lower it if the losses jump.",
+                ),
+                io.Float.Input(
+                    "weights_rate",
+                    default=kpop.Settings.learning_rate,
+                    min=1e-8,
+                    max=1.0,
+                    step=1e-5,
+                    round=1e-8,
+                    tooltip="Key mode only: size of the weights' training step.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**53,
+                    tooltip="The same seed gives the same memory.",
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Draws the pictures that are shown meanwhile. Without it they are coarse colours.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="Without the concept: with the memory applied (suppress), or with the erasure (key).",
+                ),
+                Memory.Output(
+                    display_name="memory", tooltip="For Apply and Save Prompt Memory. In key mode it is the secret."
+                ),
+                Erasure.Output(
+                    display_name="erasure",
+                    tooltip="Key mode: the public change, for Apply and Save Erasure. Suppress mode changes no weight, so "
+                    "it is empty.",
+                ),
+                io.String.Output(display_name="report", tooltip="What was done, in words."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, concept, replace_with, keep):
+        if concept is None or replace_with is None or keep is None:  # linked: known only when the graph runs
+            return True
+        try:
+            ConceptSpec.parse(concept, replace_with, keep)
+        except ConceptError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls, model, clip, concept, replace_with, keep, mode, rows, placement, iterations, learning_rate, weights_rate,
+        seed, vae=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        spec = ConceptSpec.parse(concept, replace_with, keep)
+        _choice("mode", mode, [m.value for m in Mode])
+        _choice("placement", placement, _BLOCKS)
+        common = {"iterations": iterations, "rows": rows, "placement": _BLOCKS[placement], "seed": seed}
+        suppressing = Mode(mode) is Mode.SUPPRESS
+        settings = (
+            SuppressSettings(**common, learning_rate=learning_rate)
+            if suppressing
+            else kpop.Settings(**common, memory_rate=learning_rate, learning_rate=weights_rate)
+        )
+        watcher = Watcher(prompts_to_show(spec), decoder(model, vae))
+        with ordinary_tensors():
+            port = ComfyPort(model, clip, demand=_demand(settings), opened=watcher.opened)
+            check_words_are_read(port, spec)
+            watcher.encode(port.conditions)
+            aids = Aids(watch=watcher.watch)
+            if isinstance(settings, SuppressSettings):
+                memory = suppress(port, spec, settings, watcher.progress, aids)
+                erasure, patched = CoreErasure(memory.header, {}), apply_memory(model, memory, 1.0)
+            else:
+                hidden = kpop.hide(port, spec, settings, watcher.progress, aids)
+                memory, erasure = hidden.key, hidden.erasure
+                patched = apply_erasure(model, erasure, 1.0)
+        report = f"{memory.summary()}\n{watcher.report()}"
+        shown = ui.PreviewText(report).as_dict()
+        if watcher.picture is not None:
+            picture = torch.from_numpy(np.array(watcher.picture)).float()[None] / 255
+            shown |= ui.PreviewImage(picture, cls=cls).as_dict()
+        return io.NodeOutput(patched, memory, erasure, report, ui=shown)
+
+
+class ApplySafePromptMemory(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ErasureApplySafePromptMemory",
+            display_name="Apply Safe Prompt Memory",
+            category=CATEGORY,
+            description="Lets the model read a learned memory beside every prompt: one that suppresses a concept, or the key "
+            "that restores what an erasure hides. Several of these nodes add up. Put it behind region and attention nodes.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to patch, of the family that the memory was learned on."),
+                Memory.Input("memory", tooltip="From Learn Safe Prompt Memory or Load Prompt Memory."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=4.0,
+                    step=0.25,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip="How often the rows are there, in quarters: 0 is the untouched model, 1 as learned, 2 twice as "
+                    "often. Fractions make the attention to the text a little slower.",
+                ),
+                io.Combo.Input(
+                    "rows",
+                    options=list(_READERS),
+                    default=next(iter(_READERS)),
+                    tooltip="Which prompts read it. Both is how it was learned, and free. Prompt only leaves the negative "
+                    "prompt alone, and takes a second pass of the network in each step: up to twice the time, where prompt and "
+                    "negative prompt were computed together before.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model that reads the memory.")],
+        )
+
+    @classmethod
+    def execute(cls, model, memory, strength, rows) -> io.NodeOutput:
+        _choice("rows", rows, _READERS)
+        with ordinary_tensors():
+            return io.NodeOutput(apply_memory(model, memory, strength, conditional_only=_READERS[rows]))
+
+
+@lru_cache(maxsize=4096)
+def _is_memory(path: str, modified: float, size: int) -> bool:
+    try:
+        load_memory(path)
+    except (FileError, OSError):
+        return False
+    return True
+
+
+def saved_memories() -> list[str]:
+    """``erasure/file`` of every prompt memory in models/erasure, newest first."""
+    found: list[tuple[float, str]] = []
+    for name in folder_paths.get_filename_list("erasure"):
+        path = folder_paths.get_full_path("erasure", name)
+        if path is None or not name.endswith(".safetensors"):
+            continue
+        stat = os.stat(path)
+        if _is_memory(path, stat.st_mtime, stat.st_size):
+            found.append((stat.st_mtime, f"erasure/{name}"))
+    return [name for _, name in sorted(found, reverse=True)]
+
+
+class SavePromptMemory(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ErasureSavePromptMemory",
+            display_name="Save Prompt Memory",
+            category=CATEGORY,
+            description="Writes a memory as one small file in models/erasure. A memory of key mode is the secret that restores "
+            "the concept: keep its file apart from the erasure that you share.",
+            is_output_node=True,
+            inputs=[
+                Memory.Input("memory", tooltip="From Learn Safe Prompt Memory."),
+                io.String.Input("name", default="no-cigarette-memory", tooltip="File name, without folders."),
+                io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of the same name."),
+            ],
+            outputs=[io.String.Output(display_name="file", tooltip="folder/file, as Load Prompt Memory lists it.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, name):
+        if name is None:
+            return True
+        try:
+            check_file_name(name)
+        except FileError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, memory, name, overwrite) -> io.NodeOutput:
+        file = check_file_name(name) + ".safetensors"
+        root = Path(folder_paths.get_folder_paths("erasure")[0])
+        root.mkdir(parents=True, exist_ok=True)
+        if (root / file).exists() and not overwrite:
+            raise FileError(f"name: {file} is already in models/erasure. Choose another name or switch overwrite on")
+        save_memory(memory, root / file)
+        shown = f"saved models/erasure/{file} ({(root / file).stat().st_size / 1e3:.0f} KB)"
+        return io.NodeOutput(f"erasure/{file}", ui=ui.PreviewText(shown))
+
+
+class LoadPromptMemory(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ErasureLoadPromptMemory",
+            display_name="Load Prompt Memory",
+            category=CATEGORY,
+            description="Reads a memory that you or somebody else saved, and says what it does. Connect it to Apply Safe "
+            "Prompt Memory.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=saved_memories() or [_NONE],
+                    tooltip="Prompt memories in models/erasure, newest first. Press R to refresh the list.",
+                )
+            ],
+            outputs=[
+                Memory.Output(display_name="memory", tooltip="For Apply Safe Prompt Memory."),
+                io.String.Output(display_name="report", tooltip="What the file says of itself."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file):
+        if file is None:
+            return True
+        try:
+            resolve(file)
+        except FileError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        stat = os.stat(resolve(file))
+        return f"{stat.st_mtime_ns}:{stat.st_size}"
+
+    @classmethod
+    def execute(cls, file) -> io.NodeOutput:
+        with ordinary_tensors():
+            memory: SavedMemory = load_memory(resolve(file))
+        return io.NodeOutput(memory, memory.summary(), ui=ui.PreviewText(memory.summary()))

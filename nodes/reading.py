@@ -1,0 +1,95 @@
+"""Prompt memories on a clone of the user's model: one attention patch that appends the rows of all of them.
+
+One patch, not one each: how often the text was repeated (ComfyUI's way to make prompts equally long) shows only in the
+context before any rows are behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.patcher_extension
+import torch
+from torch import Tensor
+
+from ..erasure_core.operators.memory import SavedMemory, extended, quarters_of
+from .port import family_of
+
+_KEY = "erasure_prompt_memory"
+_BLOCKS = {"input": "input_blocks.", "middle": "middle_block.", "output": "output_blocks."}
+
+
+@dataclass(frozen=True)
+class Use:
+    """A memory as one node applies it; ``quarters`` / 4 is its strength."""
+
+    memory: SavedMemory
+    quarters: int
+    conditional_only: bool
+
+
+def apply_memory(model, memory: SavedMemory, strength: float, *, conditional_only: bool = False):
+    """A clone of ``model`` whose cross-attention reads ``memory`` too; at strength 0 a clone without any patch.
+
+    Raises:
+        WrongModelError: it was learned on another family.
+        ValueError: a strength that is no whole quarter.
+    """
+    memory.check_fits(family_of(model))
+    quarters = quarters_of(strength)
+    patched = model.clone()
+    if quarters == 0:
+        return patched
+    # A clone has its own copy of the options; lists in it are replaced, not changed.
+    patches = patched.model_options["transformer_options"].setdefault("patches", {})
+    before = patches.get("attn2_patch", [])
+    uses = (*(use for p in before for use in getattr(p, "uses", ())), Use(memory, quarters, conditional_only))
+    patches["attn2_patch"] = [*(p for p in before if not hasattr(p, "uses")), _patch(uses)]
+    wrapper = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
+    if conditional_only and not patched.get_wrappers(wrapper, _KEY):
+        patched.add_wrapper_with_key(wrapper, _KEY, _conditional_alone)
+    return patched
+
+
+def _patch(uses: tuple[Use, ...]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """A plain function: ComfyUI copies callable objects, and their tensors, with every clone."""
+    cached: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+
+    def patch(n: Tensor, context: Tensor, value: Tensor, extra: dict) -> tuple[Tensor, Tensor, Tensor]:
+        """n [B, L, C], context and value [B, T, D] -> the same with the rows behind T."""
+        where = context.device, context.dtype
+        if where not in cached:
+            with torch.inference_mode(False):
+                cached[where] = [(u.memory.key.to(*where), u.memory.value.to(*where)) for u in uses]
+        block = _BLOCKS.get((extra.get("block") or ("",))[0], "")
+        read = [
+            (rows, use.memory.length, use.quarters)
+            for rows, use in zip(cached[where], uses, strict=True)
+            if use.memory.placement.covers(block) and (not use.conditional_only or _conditional(extra))
+        ]
+        keys, values = (extended(x, [(r[i], *how) for r, *how in read]) for i, x in enumerate((context, value)))
+        return n, keys, values
+
+    patch.uses = uses  # type: ignore[attr-defined]
+    return patch
+
+
+def _conditional(extra: dict) -> bool:
+    """Whether this pass is that of the prompt (index 0) alone."""
+    rows = set(extra["cond_or_uncond"])
+    if 0 in rows and len(rows) > 1:
+        raise ValueError(
+            "memory: another node computes prompt and negative prompt in one pass, so 'prompt only' can't work. Choose 'both'"
+        )
+    return rows == {0}
+
+
+def _conditional_alone(executor, model, conds, x, sigma, options):
+    """The prompt in one pass, everything else in another: rows can't be left out for a part of a batch."""
+    if all(c is None for c in conds[1:]) or conds[0] is None:
+        return executor(model, conds, x, sigma, options)
+    first = executor(model, [conds[0], *(None for _ in conds[1:])], x, sigma, options)
+    rest = executor(model, [None, *conds[1:]], x, sigma, options)
+    return [first[0], *rest[1:]]
