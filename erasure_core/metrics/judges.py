@@ -75,7 +75,7 @@ def look_through(judge: Judge, decode: Callable[[Tensor], Tensor], concept: str)
     Raises:
         ValueError: at once, if the judge doesn't know the concept.
     """
-    judge.probability(torch.zeros(0, 3, 8, 8), concept)
+    judge.probability(torch.zeros(1, 3, 64, 64), concept)
     return lambda latents: judge.probability(decode(latents), concept)
 
 
