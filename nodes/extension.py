@@ -7,12 +7,40 @@ from comfy_api.latest import ComfyExtension, io
 from .demo import LoadDemo
 from .erase import ApplyErasure, EraseConcept
 from .erasures import LoadErasure, MergeErasures, SaveErasure
+from .judges import JudgeCLIP, JudgeExamples, JudgePictures
+from .memory import ApplySafePromptMemory, LearnSafePromptMemory, LoadPromptMemory, SavePromptMemory
 from .methods import method_nodes
+from .mine import LoadDarkEmbeddings, MineDarkEmbeddings, SaveDarkEmbeddings
+from .onnx_judge import JudgeONNX
+from .pairs import LoadPairs, SavePairs
+from .sdedit import MakeSDEditPair
 
 
 class ConceptErasureExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadDemo, EraseConcept, ApplyErasure, SaveErasure, LoadErasure, MergeErasures, *method_nodes()]
+        return [
+            LoadDemo,
+            EraseConcept,
+            ApplyErasure,
+            SaveErasure,
+            LoadErasure,
+            MergeErasures,
+            MineDarkEmbeddings,
+            SaveDarkEmbeddings,
+            LoadDarkEmbeddings,
+            MakeSDEditPair,
+            SavePairs,
+            LoadPairs,
+            JudgeCLIP,
+            JudgeExamples,
+            JudgeONNX,
+            JudgePictures,
+            LearnSafePromptMemory,
+            ApplySafePromptMemory,
+            SavePromptMemory,
+            LoadPromptMemory,
+            *method_nodes(),
+        ]
 
 
 async def comfy_entrypoint() -> ConceptErasureExtension:
