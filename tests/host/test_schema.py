@@ -30,6 +30,10 @@ NODES = (
     "ErasureJudgeExamples",
     "ErasureJudgeONNX",
     "ErasureJudgePictures",
+    "ErasureLearnSafePromptMemory",
+    "ErasureApplySafePromptMemory",
+    "ErasureSavePromptMemory",
+    "ErasureLoadPromptMemory",
     *(f"ErasureMethod{name.upper()}" for name in all_methods()),
 )
 """Ids are in people's workflows: they are never renamed."""
