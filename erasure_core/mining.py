@@ -100,7 +100,7 @@ def mine(
         words: search pseudo-words that any prompt can contain, instead of free conditionings.
 
     Raises:
-        ValueError: pictures of another size, or none that the judge recognises.
+        ValueError: pictures of another size, hardly any that the judge recognises, or a search that diverged.
     """
     chosen, tick = settings or Settings(), progress or (lambda done, total: None)
     total = (chosen.count + 1) * chosen.steps
@@ -121,6 +121,8 @@ def mine(
                 )
             for number in range(chosen.count):
                 value = _search(model, examples, variable, chosen, number, tick, searching)
+                if not torch.isfinite(value).all():
+                    raise ValueError("learning_rate: the search ended in values that are not numbers. Lower it")
                 cond = variable.read(value)
                 tick((number + 2) * chosen.steps - 1, total)
                 latents = _pictures_of(model, cond, null, chosen)
@@ -158,7 +160,8 @@ def _draw(
         kept = torch.empty(0)
         for attempt in range(_DRAWS):
             again = replace(settings, seed=settings.seed + attempt)
-            drawn = draw_pictures(model, conds, null, settings.pictures, again, progress)
+            drawn = draw_pictures(model, conds, null, settings.pictures, again,
+                lambda done, of, before=attempt: progress(before * of + done, _DRAWS * of))  # fmt: skip
             good = drawn[accept(drawn).to(drawn.device)]
             kept = good if not attempt else torch.cat([kept, good])
             if len(kept) >= settings.pictures:

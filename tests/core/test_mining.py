@@ -14,6 +14,7 @@ from erasure_core.emojicanvas.text import TextConfig, TextEncoder, tokenize
 from erasure_core.methods import Aids
 from erasure_core.mining import PseudoWords, Settings, mine
 from erasure_core.operators.search import TokenSlot
+from erasure_core.operators.train_loop import generator_for
 from erasure_core.operators.trainable import Cond
 
 pytestmark = pytest.mark.core
@@ -37,8 +38,6 @@ def test_the_best_find_comes_first(tiny) -> None:
     with tiny.trainable() as model:
         null = tiny.conditions([""])[0]
         assert torch.equal(dark.states[:, 0], null.context[:, 0].expand(3, -1)), "BOS stays"
-        from erasure_core.operators.train_loop import generator_for
-
         again = model.denoise_until(Cond(dark.states[:1]).expand(2), null, guidance=2.0, progress=1.0, steps=2,
             generator=generator_for(7, "look", 0))  # fmt: skip
     assert torch.equal(again, found.pictures[0]), "its pictures are drawn with it"
@@ -69,7 +68,9 @@ def test_pictures_come_from_the_base_and_pass_the_judge(tiny) -> None:
         asked.append(z)
         return torch.arange(len(z)) % 2 * 1.0
 
-    found = mine(tiny, SPEC, SMALL, base=tiny, look=every_other)
+    ticks: list[tuple[int, int]] = []
+    found = mine(tiny, SPEC, SMALL, lambda *x: ticks.append(x), base=tiny, look=every_other)
+    assert ticks == sorted(ticks)
     assert found.examples.shape == (4, 4, 4, 4)
     assert torch.equal(found.examples, torch.cat([asked[0][1::2], asked[1][1::2]]))
     assert not torch.equal(asked[0], asked[1]), "drawn again, not twice the same"
@@ -80,6 +81,11 @@ def test_pictures_come_from_the_base_and_pass_the_judge(tiny) -> None:
 def test_a_model_that_draws_none_is_told_so(tiny, base: bool, advice: str) -> None:
     with pytest.raises(ValueError, match=f"of 16 pictures that it drew for bomb, grenade, .* in 0. .*{advice}"):
         mine(tiny, SPEC, SMALL, base=tiny if base else None, look=lambda z: torch.zeros(len(z)))
+
+
+def test_a_search_that_diverges_says_so(tiny) -> None:
+    with pytest.raises(ValueError, match=r"learning_rate: .* Lower it"):
+        mine(tiny, SPEC, SMALL, pictures=torch.full((2, 4, 4, 4), torch.nan))
 
 
 def test_pictures_of_another_size_are_refused(tiny) -> None:
