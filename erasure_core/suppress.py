@@ -36,7 +36,7 @@ from .vocabulary import VOCABULARY
 class Settings:
     """Defaults were measured on EmojiCanvas, on prompts and seeds that no result is reported on."""
 
-    iterations: int = setting(200, "Training steps. More suppress more firmly.", low=1, high=100000, step=10)
+    iterations: int = setting(300, "Training steps. More suppress more firmly.", low=1, high=100000, step=10)
     learning_rate: float = setting(1e-2, "Size of a training step.", low=1e-8, high=1.0, step=1e-3)
     rows: int = setting(8, "Size of the memory: rows beside the text.", low=1, high=1000, step=1)
     placement: Placement = setting(Placement.ALL, "Which blocks read the memory.")
@@ -44,7 +44,7 @@ class Settings:
     pictures: int = setting(12, "Pictures of the concept that training looks at.", low=1, high=1000, step=1)
     kept_pictures: int = setting(28, "Pictures of kept words that training looks at.", low=1, high=1000, step=1)
     negative_guidance: float = setting(1.0, "How far from the concept it pushes.", low=0.0, high=20.0, step=0.5)
-    keep_weight: float = setting(1.0, "How hard everything else is held.", low=0.0, high=1e6, step=0.1)
+    keep_weight: float = setting(3.0, "How hard everything else is held.", low=0.0, high=1e6, step=0.1)
     guidance: float = setting(3.0, "Guidance of the pictures that training looks at.", low=0.0, high=30.0, step=0.5)
     sample_steps: int = setting(10, "Sampler steps of these pictures.", low=2, high=1000, step=1)
     seed: int = setting(0, "The same seed gives the same memory.", low=0, high=2**53, step=1)
@@ -52,16 +52,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Stop:
-    """All pictures at one time ``t`` on their way: latents and the network's own predictions, each [N, C, h, w]."""
+    """All pictures at one time ``t`` on their way: latents and what to predict there, each [N, C, h, w]."""
 
     t: int
     z: Tensor
-    own: Tensor
-    """For the prompt of each picture."""
     null: Tensor
     """For the empty prompt."""
     target: Tensor
-    """What the memory should make of ``own``: T for pictures of the concept, ``own`` for kept ones."""
+    """What the memory should make of each picture's prompt: T for the concept, for kept words what it was."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def draw(
             if scene.to is not None:
                 to = none[i] if scene.to is null else model.reference(z[i : i + 1], torch.tensor([at]), scene.to)[0]
                 target[i] = to - settings.negative_guidance * (own[i] - none[i])
-        stops.append(Stop(at, z, own, none, target))
+        stops.append(Stop(at, z, none, target))
         z = model.schedule.step(none + settings.guidance * (own - none), z, at, after, model.space)
     return stops
 
@@ -112,11 +110,11 @@ def losses(
     keep_weight: float,
 ) -> dict[str, Tensor]:
     """The terms of L over the ``chosen`` pictures, those of the concept first, each a mean over elements."""
-    z, n = stop.z[chosen], sum(scenes[i].to is not None for i in chosen)
+    n = sum(scenes[i].to is not None for i in chosen)
+    z, target, held = (torch.stack([x[i] for i in chosen]) for x in (stop.z, stop.target, stop.null))
     cond = Cond.cat([*(scenes[i].cond for i in chosen), *([null] * len(chosen))])
     t = torch.full((len(cond),), stop.t)
     own, none = model.predict(z.repeat(2, 1, 1, 1), t, cond, memory=memory).chunk(2)
-    target, held = stop.target[chosen], stop.null[chosen]
     return {
         "away": F.mse_loss(own[:n], target[:n]),
         "empty": keep_weight * F.mse_loss(none[:n], held[:n]),
