@@ -147,11 +147,12 @@ def mixing(port_class: type, known: list[Any]) -> type:
     """``port_class``, but with text made from ``known``: a mixture and a little noise of its own for each prompt."""
     import torch
 
-    stacked = torch.stack([t.states for t in known])
+    stacked, made = torch.stack([t.states for t in known]), {}
 
     class Mixing(port_class):
         def text(self, prompts):
-            return [self._mixed(prompt) for prompt in prompts]
+            made.update({p: self._mixed(p) for p in prompts if p not in made})  # kept, as ComfyPort keeps what it encodes
+            return [made[p] for p in prompts]
 
         def _mixed(self, prompt):
             generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
@@ -186,8 +187,21 @@ def sampling(
     return best | {"loading": loading, "ratio": best["patched"] / best["base"]}
 
 
-def bench(family: str, counts: Sequence[int], sample: bool, rounds: int) -> dict[str, Any]:
-    """All figures of one family."""
+def loops(port: Any, count: int, rows: Any, ridge: float, part: int) -> dict[str, dict[str, float]]:
+    """The published loops on every ``part``-th matrix, their times multiplied."""
+    sites, out = port.sites(), {}
+    some = {site.name: port.weight(site) for site in sites[::part]}
+    for name, loop in (("as published", published_loop), ("as matrices", published_matrices)):
+        got = measure(lambda loop=loop: loop(some, rows.source, rows.target, rows.keep, ridge), 1)
+        got.seconds *= len(sites) / len(some)
+        got.cpu_seconds *= len(sites) / len(some)
+        out[f"{name}, {count}"] = got.figures() | {"matrices timed": len(some)}
+        print(f"UCE {name}, {count}: {got.seconds:.2f} s, {got.memory / 1e6:.0f} MB", flush=True)
+    return out
+
+
+def bench(family: str, counts: Sequence[int], published: bool, sample: bool, rounds: int) -> dict[str, Any]:
+    """All figures of one family, those of the published loops and of sampling only where asked for."""
     import comfy.sd
     import torch
 
@@ -234,21 +248,9 @@ def bench(family: str, counts: Sequence[int], sample: bool, rounds: int) -> dict
                     print(f"{family}: {method}, {count}: {got.seconds:.3f} s, {got.memory / 1e6:.0f} MB", flush=True)
                     if (method, count) == ("uce", 1):
                         example = got.result[0]
-                weights = {site.name: port.weight(site) for site in port.sites()}
-                ridge = 1e-3 * linear_edit.mean_square(rows.source)
-                some = dict(list(weights.items())[:: PART[family]])
-                for name, loop in (("as published", published_loop), ("as matrices", published_matrices)):
-                    got = measure(
-                        lambda loop=loop, some=some, rows=rows, ridge=ridge: loop(
-                            some, rows.source, rows.target, rows.keep, ridge
-                        ),
-                        1,
-                    )
-                    got.seconds *= len(weights) / len(some)
-                    got.cpu_seconds *= len(weights) / len(some)
-                    out["published"][f"{name}, {count}"] = got.figures() | {"matrices timed": len(some)}
-                    print(f"{family}: UCE {name}, {count}: {got.seconds:.2f} s, {got.memory / 1e6:.0f} MB", flush=True)
-                del weights, some, got
+                if published:
+                    ridge = 1e-3 * linear_edit.mean_square(rows.source)
+                    out["published"] |= loops(port, count, rows, ridge, PART[family])
                 if family in MIXED:
                     port_class = mixing(port_module.ComfyPort, port.text(words(1).split("\n") + list(KEEP)))
                     port = port_class(model, clip)
@@ -283,7 +285,7 @@ def table(results: dict[str, Any]) -> str:
             ratio = f"{entries[1]['seconds'] / entries[0]['seconds']:.1f}" if all(entries) else ""
             memory = max(e["memory"] for e in entries if e) / 1e6
             lines.append(f"| {method.upper()} | {times[0]} | {times[1]} | {ratio} | {memory:.0f} MB |")
-        for name in ("as published", "as matrices"):
+        for name in ("as published", "as matrices") if published else ():
             cells, memory = [], 0.0
             for n in COUNTS:
                 entry = published.get(f"{name}, {n}")
@@ -299,6 +301,11 @@ def table(results: dict[str, Any]) -> str:
             lines += [
                 f"One denoising step takes {s['base']:.2f} s without and {s['patched']:.2f} s with the erasure "
                 f"(ratio {s['ratio']:.3f}); putting it into the weights takes {s['loading']:.2f} s, once.",
+                "",
+            ]
+        if figures["load"] > 0.5:
+            lines += [
+                f"The machine was busy (load {figures['load']:.1f} before the start): times are upper bounds.",
                 "",
             ]
         lines += [f"- {'met' if met else '**missed**'}: {aim}" for aim, met in figures["aims"].items()] + [""]
@@ -319,6 +326,7 @@ def main() -> None:
     parser.add_argument("families", nargs="+", choices=UNETS)
     parser.add_argument("--counts", nargs="+", type=int, choices=COUNTS, default=list(COUNTS), help="of concepts")
     parser.add_argument("--no-sampling", action="store_true", help="leave out the denoising steps")
+    parser.add_argument("--no-published", action="store_true", help="leave out the published loops")
     parser.add_argument("--rounds", type=int, default=3, help="the best of how many runs")
     parser.add_argument("--delete", action="store_true", help="delete the checkpoint afterwards")
     options = parser.parse_args()
@@ -331,7 +339,8 @@ def main() -> None:
     threads, load = torch.get_num_threads(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
     results["machine"] = f"{os.cpu_count()} CPU cores, {threads} threads, torch {torch.__version__}; no GPU."
     for family in options.families:
-        figures = json.loads(json.dumps(bench(family, options.counts, not options.no_sampling, options.rounds)))
+        parts = not options.no_published, not options.no_sampling
+        figures = json.loads(json.dumps(bench(family, options.counts, *parts, options.rounds)))
         figures |= {"aims": verdicts(family, figures), "load": load}
         results["families"][family] = figures
         file.parent.mkdir(parents=True, exist_ok=True)
