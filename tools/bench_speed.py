@@ -151,7 +151,8 @@ def mixing(port_class: type, known: list[Any]) -> type:
 
     class Mixing(port_class):
         def text(self, prompts):
-            made.update({p: self._mixed(p) for p in prompts if p not in made})  # kept, as ComfyPort keeps what it encodes
+            # Kept, as ComfyPort keeps what it has encoded.
+            made.update({p: self._mixed(p) for p in prompts if p not in made})
             return [made[p] for p in prompts]
 
         def _mixed(self, prompt):
