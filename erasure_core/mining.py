@@ -24,7 +24,8 @@ from .operators.train_loop import generator_for
 from .operators.trainable import Cond, TrainableModel, TrainablePort
 
 _DRAWS = 4
-"""Pictures are drawn at most so many times as often as asked for, until enough of them show the concept."""
+"""So many times as many pictures as asked for are drawn at most, until enough of them show the concept. Where a whole round
+shows none, no more are drawn."""
 
 
 @dataclass(frozen=True)
@@ -157,26 +158,24 @@ def _draw(
     with port.trainable() as model:
         if accept is None:
             return draw_pictures(model, conds, null, settings.pictures, settings, progress)
-        kept = torch.empty(0)
+        kept: list[Tensor] = []
         for attempt in range(_DRAWS):
             again = replace(settings, seed=settings.seed + attempt)
             drawn = draw_pictures(model, conds, null, settings.pictures, again,
                 lambda done, of, before=attempt: progress(before * of + done, _DRAWS * of))  # fmt: skip
             good = drawn[accept(drawn).to(drawn.device)]
-            kept = good if not attempt else torch.cat([kept, good])
-            if len(kept) >= settings.pictures:
-                return kept[: settings.pictures]
+            kept += good
+            if len(kept) >= settings.pictures or not len(good):
+                break
     if len(kept) < min(4, settings.pictures):
-        raise ValueError(
-            f"{who}: of {_DRAWS * settings.pictures} pictures that it drew for {', '.join(words)}, the judge recognised the "
-            f"concept in {len(kept)}. "
-            + (
-                "Connect the model before the erasure as base_model, or images"
-                if who == "model"
-                else "Give images of it"
-            )
+        other = (
+            "Connect the model before the erasure as base_model, or images" if who == "model" else "Give images of it"
         )
-    return kept
+        raise ValueError(
+            f"{who}: of {(attempt + 1) * settings.pictures} pictures that it drew for {', '.join(words)}, the judge recognised "
+            f"the concept in {len(kept)}. {other}"
+        )
+    return torch.stack(kept[: settings.pictures])
 
 
 def _search(
