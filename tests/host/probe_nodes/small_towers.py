@@ -37,9 +37,7 @@ class TinyVision:
         generator = torch.Generator().manual_seed(1)
         made = {k: torch.randn(v.shape, generator=generator) * 0.2 for k, v in vision.model.state_dict().items()}
         made |= {
-            k: torch.ones_like(v)
-            for k, v in made.items()
-            if k.endswith("weight") and ("norm" in k or "layrnorm" in k)
+            k: torch.ones_like(v) for k, v in made.items() if k.endswith("weight") and ("norm" in k or "layrnorm" in k)
         }
         vision.load_sd(made)
         return (vision,)
@@ -64,7 +62,9 @@ class AgreeingText:
             read.double(), torch.cat([seen, seen]).double(), driver="gelsd"
         ).solution.mT.float()
         # In full precision: sixteen texts that a small tower hardly tells apart leave large numbers here.
-        clip.cond_stage_model.clip_l.transformer.text_projection.weight = torch.nn.Parameter(projection, requires_grad=False)
+        clip.cond_stage_model.clip_l.transformer.text_projection.weight = torch.nn.Parameter(
+            projection, requires_grad=False
+        )
         return (clip,)
 
 
