@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..concept import ConceptSpec
-from ..operators.search import denoising_loss
-from ..operators.train_loop import Optimiser, Phase, cosine, generator_for
+from ..operators.search import denoising_loss, search
+from ..operators.train_loop import cosine
+from ..operators.trainable import Cond, TrainableModel
 from .drawing import Eye, Progress, part, pictures_of
 from .registry import AttackSpec, Knowledge, setting
 from .target import AttackTarget, Found, Way
@@ -33,7 +34,9 @@ class Settings:
     steps: int = setting(
         1000, "Search steps for each start. More find more, and take longer.", low=1, high=100000, step=50
     )
-    learning_rate: float = setting(1e-2, "Size of a search step.", low=1e-6, high=10.0, step=1e-3)
+    learning_rate: float = setting(
+        0.02, "Size of a search step, in deviations of the states that it starts from.", low=1e-6, high=10.0, step=1e-3
+    )
     batch: int = setting(4, "Pictures per search step.", low=1, high=64, step=1)
     pictures: int = setting(25, "Pictures of the concept that are learned from.", low=1, high=1000, step=1)
     starts: int = setting(1, "Prompts whose states a search starts from.", low=1, high=100, step=1)
@@ -43,38 +46,48 @@ class Settings:
 def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: Progress) -> Found:
     """One conditioning for each start."""
     prompts = target.prompts[: settings.starts]
-    total, parts = len(prompts) * settings.steps, torch.arange(settings.batch)
+    total = len(prompts) * settings.steps
     pool = pictures_of(
         target, target.prompts, settings.pictures, settings.seed, "free embedding", lambda *_: progress(0, total)
     )
-    ways, losses = [], []
+    ways: list[Way] = []
+    losses: list[float] = []
     with target.erased.trainable() as model:
-        null = target.erased.conditions([""])[0]
         for number, (prompt, start) in enumerate(zip(prompts, target.erased.conditions(prompts), strict=True)):
             step = part(progress, number, len(prompts))
-            value = start.context.detach().to(model.device, model.dtype).clone().requires_grad_()
+            states, path = best_states(model, target, pool, start, settings, number, step)
+            losses += path
+            ways.append(Way(f"free embedding from {prompt!r}", states=states.cpu()))
+    progress(total, total)
+    return Found(tuple(ways), tuple(losses))
 
-            def loss(_: int, generator: torch.Generator, value: Tensor = value) -> dict[str, Tensor]:
-                t = (
-                    (parts + torch.rand(settings.batch, generator=generator)) / settings.batch * len(model.schedule)
-                ).long()
-                cond, batch = null.with_context(value), settings.batch
-                return {"fit": denoising_loss(model, pool, cond, generator, batch=batch, memory=target.memory, t=t)}
 
-            phase = Phase(f"free {number}", [value], loss, Optimiser(settings.learning_rate), cosine(settings.steps))
-            eye = Eye(target, model, settings.seed, f"free look {number}") if target.look else None
-            best, best_score = value.detach().clone(), -1.0
-            for i in range(settings.steps):
-                step(i, settings.steps)
-                made = phase.step(i, generator_for(settings.seed, phase.name, i))
-                losses.append(made[f"{phase.name}/fit"])
-                if (i + 1) % max(1, settings.steps // _LOOKS) == 0 or i + 1 == settings.steps:
-                    score = eye(null.with_context(value.detach())) if eye else 0.0
-                    if eye is None or score > best_score:
-                        best, best_score = value.detach().clone(), score
-            step(settings.steps, settings.steps)
-            ways.append(Way(f"free embedding from {prompt!r}", states=best[0].cpu()))
-    return Found(tuple(ways), tuple(torch.stack(losses).tolist()))
+def best_states(
+    model: TrainableModel, target: AttackTarget, pool: Tensor, start: Cond, settings: Settings, number: int, progress: Progress
+) -> tuple[Tensor, tuple[float, ...]]:  # fmt: skip
+    """The states [L, D] that a judge likes best (without one: the last), and the objective along the way."""
+    parts, eye = torch.arange(settings.batch), None
+    best: dict[float, Tensor] = {}
+    if target.look is not None:
+        eye = Eye(target, model, settings.seed, f"free look {number}")
+
+    def objective(value: Tensor, generator: torch.Generator) -> Tensor:
+        t = (parts + torch.rand(settings.batch, generator=generator)) / settings.batch * len(model.schedule)
+        cond = start.with_context(value)
+        return denoising_loss(model, pool, cond, generator, batch=settings.batch, memory=target.memory, t=t.long())
+
+    def seen(value: Tensor, _done: int, _loss: float) -> None:
+        if eye is not None:
+            score = eye(start.with_context(value))
+            if not best or score > max(best):
+                best[score] = value.clone()
+
+    found = search(
+        start.context.to(model.device, model.dtype), objective, steps=settings.steps,
+        lr=settings.learning_rate * float(start.context.std()), rate=cosine(settings.steps), seed=settings.seed,
+        name=f"free {number}", every=max(1, settings.steps // _LOOKS), progress=progress, seen=seen,
+    )  # fmt: skip
+    return (best[max(best)] if best else found.value)[0], found.losses
 
 
 SPEC = AttackSpec(

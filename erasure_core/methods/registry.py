@@ -93,7 +93,16 @@ def all_methods() -> Mapping[str, MethodSpec]:
     return found
 
 
-def settings_from(spec: MethodSpec, values: Mapping[str, Any]) -> Any:
+class Configured(Protocol):
+    """Whatever has settings made by :func:`setting`: methods, attacks."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def settings(self) -> type: ...
+
+
+def settings_from(spec: Configured, values: Mapping[str, Any]) -> Any:
     """Settings of ``spec`` with some values replaced, types and ranges checked. A choice may be given by its text.
 
     Raises:
