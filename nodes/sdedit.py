@@ -100,8 +100,8 @@ class MakeSDEditPair(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model that the concept will be erased from."),
-                io.Clip.Input("clip", tooltip="Its CLIP."),
-                io.Vae.Input("vae", tooltip="Its VAE."),
+                io.Clip.Input("clip", tooltip="The CLIP that belongs to the model."),
+                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
                 io.String.Input(
                     "unsafe_prompt",
                     multiline=True,
