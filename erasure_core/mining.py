@@ -161,8 +161,7 @@ def _draw(
         kept: list[Tensor] = []
         for attempt in range(_DRAWS):
             again = replace(settings, seed=settings.seed + attempt)
-            drawn = draw_pictures(model, conds, null, settings.pictures, again,
-                lambda done, of, before=attempt: progress(before * of + done, _DRAWS * of))  # fmt: skip
+            drawn = draw_pictures(model, conds, null, settings.pictures, again, _part(progress, attempt))
             good = drawn[accept(drawn).to(drawn.device)]
             kept += good
             if len(kept) >= settings.pictures or not len(good):
@@ -176,6 +175,11 @@ def _draw(
             f"the concept in {len(kept)}. {other}"
         )
     return torch.stack(kept[: settings.pictures])
+
+
+def _part(progress: Progress, attempt: int) -> Progress:
+    """The progress of one of ``_DRAWS`` equal parts."""
+    return lambda done, of: progress(attempt * of + done, _DRAWS * of)
 
 
 def _search(
