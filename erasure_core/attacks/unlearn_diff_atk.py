@@ -12,7 +12,7 @@ The words that count are the likeliest of each row, looked at behind every time 
 
 Departures: bisection on all rows at once, until the sum is right (the authors stop by the width of mu's interval, which
 leaves sums off by up to V times that); the order of the times is shuffled by the seed; only words that a person can type;
-success needs a judge, and without one the last words are handed over.
+success needs a judge, whose favourite words count where none succeed; without one the last words are handed over.
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ def search_words(
     phase = Phase(f"words {number}", [u], loss, optimiser, after=project)
     eye = Eye(target, model, settings.seed, f"words look {number}") if target.look else None
     losses: list[Tensor] = []
+    best, highest = words.vocabulary[: frame.free], -1.0
     total = settings.times * settings.steps
     for at[0] in times:
         for _ in range(settings.steps):
@@ -108,10 +109,13 @@ def search_words(
             losses.append(made[f"{phase.name}/fit"])
         found = words.vocabulary[u.detach().argmax(1).cpu()]
         cond = null.with_context(words.states(frame.ids(found[None])))
-        if eye is not None and eye(cond) >= target.threshold:
+        score = eye(cond) if eye is not None else 0.0
+        if eye is None or score > highest:
+            best, highest = found, score
+        if eye is not None and score >= target.threshold:
             break
     progress(total, total)
-    return found, losses, eye.asked if eye else 0
+    return best, losses, eye.asked if eye else 0
 
 
 def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: Progress) -> Found:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..operators.search import EmbeddingEncoder, TokenSlot
 
@@ -71,9 +71,11 @@ class Words:
 
     @cached_property
     def table(self) -> Tensor:
-        """Word embeddings [V, D] of the vocabulary."""
+        """Word embeddings [V, D] of the vocabulary, on the encoder's device; ids are kept on the CPU."""
+        first = next(self.encoder.parameters(), None) if isinstance(self.encoder, nn.Module) else None
+        ids = self.wide(self.vocabulary[None])
         with torch.no_grad():
-            return self.encoder.embed(self.wide(self.vocabulary[None]))[0].detach()
+            return self.encoder.embed(ids if first is None else ids.to(first.device))[0].detach()
 
     def wide(self, ids: Tensor) -> Tensor:
         """The same id for every tokenizer."""
