@@ -36,15 +36,19 @@ _ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 
 
 class DiffusersPort:
-    """A :class:`ModelPort` of a pipeline as it is now: make a new port after changing its text encoders or adapters."""
+    """A :class:`TrainablePort` of a pipeline as it is now: make a new port after changing its text encoders or adapters.
 
-    def __init__(self, pipe: Any) -> None:
+    ``autocast`` and ``checkpoint`` are for training, see :class:`TrainableModel`: bfloat16 and True need the least memory.
+    """
+
+    def __init__(self, pipe: Any, *, autocast: torch.dtype | None = None, checkpoint: bool = False) -> None:
         unet = getattr(pipe, "unet", None)
         if unet is None:
             raise ValueError(
                 f"model: a {type(pipe).__name__} has no UNet. This port is for Stable Diffusion 1.x, 2.x and XL pipelines"
             )
         self.pipe, self.unet = pipe, unet
+        self._autocast, self._checkpoint = autocast, checkpoint
         self.family = _family(unet)
         scheduler = getattr(pipe, "scheduler", None)
         kind = scheduler.config.get("prediction_type", "epsilon") if scheduler is not None else "epsilon"
@@ -151,6 +155,8 @@ class DiffusersPort:
             self.prediction,
             self._latent_shape(),
             sites={f"unet.{k}": v for k, v in sites.items()},
+            autocast=self._autocast,
+            checkpoint=self._checkpoint,
         )
 
     def _latent_shape(self) -> tuple[int, int, int]:

@@ -22,6 +22,7 @@ from erasure_core import (
     save,
 )
 from erasure_core.integrations.diffusers import DiffusersPort, apply, attach, remove
+from erasure_core.operators.trainable import FullWeights, Layers
 
 pytestmark = pytest.mark.core
 diffusers = pytest.importorskip("diffusers")
@@ -261,6 +262,21 @@ def test_the_replica_is_the_network_and_its_sites_have_the_checkpoints_names(pip
             assert model.module(site.name).weight.shape == (site.d_out, site.d_in)
     assert (made - output(pipe, "red cat")).abs().max() < 1e-5 < (made - plain).abs().max()
     assert bits(pipe) == before
+
+
+@pytest.mark.parametrize(("options", "tolerance"), [({"checkpoint": True}, 1e-6), ({"autocast": torch.bfloat16}, 0.05)])
+def test_less_memory_trains_the_same(pipe, options: dict, tolerance: float) -> None:
+    """Blocks computed again give the same gradients, bfloat16 about the same."""
+    z, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 700])
+    slopes = []
+    for port in (DiffusersPort(pipe), DiffusersPort(pipe, **options)):
+        with port.trainable() as model:
+            parameters = model.train(FullWeights(Layers.ALL))
+            out = model.predict(z, t, port.conditions(["red cat"])[0])
+            assert out.dtype == torch.float32
+            slopes.append(torch.cat([g.flatten() for g in torch.autograd.grad(out.square().mean(), parameters)]))
+    plain, other = slopes
+    assert (other - plain).norm() < tolerance * plain.norm()
 
 
 QUICK = {"iterations": 3, "sample_steps": 3, "learning_rate": 1e-2}
