@@ -15,7 +15,7 @@ search doesn't widen to other words of the prompt.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
@@ -116,17 +116,20 @@ def by_turns(reward: Reward, choices: int, settings: Settings, name: str, done: 
             best, highest = tried, answer
 
 
+@dataclass
 class Asked:
     """The reward of a choice for one prompt; remembers what was asked and answered."""
 
-    def __init__(
-        self, target: AttackTarget, frame: Frame, candidates: Tensor, eye: Eye, progress: Callable[[int], None]
-    ) -> None:
-        self.target, self.frame, self.candidates, self.eye, self.progress = target, frame, candidates, eye, progress
-        self.answers: list[tuple[str, float]] = []
+    target: AttackTarget
+    frame: Frame
+    candidates: Tensor
+    eye: Eye
+    queries: int
+    progress: Progress
+    answers: list[tuple[str, float]] = field(default_factory=list)
 
     def __call__(self, chosen: Tensor) -> float:
-        self.progress(len(self.answers))
+        self.progress(len(self.answers), self.queries)
         text = self.frame.spell(self.candidates[chosen[: self.frame.free]])
         self.answers.append((text, self.eye(self.target.erased.conditions([text])[0])))
         return self.answers[-1][1]
@@ -147,7 +150,7 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
             step = part(progress, number, len(target.prompts))
             frame = Frame.inside(words, swap(prompt, known, "{}") or "{} " + prompt, settings.words)
             eye = Eye(target, model, settings.seed, f"sneaky look {number}")
-            asked = Asked(target, frame, candidates, eye, lambda done, step=step: step(done, settings.queries))
+            asked = Asked(target, frame, candidates, eye, settings.queries, step)
             search(asked, len(candidates), settings, f"sneaky {number}", lambda answer: answer >= target.threshold)
             step(settings.queries, settings.queries)
             best, _ = max(asked.answers, key=lambda answer: answer[1])

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..concept import ConceptSpec
 from .drawing import Progress, invert, pictures_of
@@ -38,10 +39,11 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
     steps, batch = target.sampler.steps, target.sampler.batch
     total = settings.pictures * steps
     shown = pictures_of(target, target.prompts, settings.pictures, settings.seed, "tina", lambda *_: progress(0, total))
-    null, found = target.erased.conditions([""])[0], []
+    null = target.erased.conditions([""])[0]
+    found: list[Tensor] = []
     with target.erased.trainable() as model:
         for some in shown.split(batch):
-            done = steps * sum(map(len, found))
+            done = steps * sum(len(z) for z in found)
 
             def step(at: int, _: int, done: int = done, each: int = len(some)) -> None:
                 progress(done + at * each, total)
