@@ -169,15 +169,17 @@ class LayerEdits:
         gram, change = rows.source.T @ rows.source, rows.target - rows.source
         # The filter's edit, W E with E = (C* - C1) C1^T (C1 C1^T + n I)^-1, and what it does to kept rows.
         self.pull = solve_factored(change, rows.source, factor(gram, count * unit))
-        few = self.pull.right is not None
-        self.shift = (self.pull.left, self.pull.right @ rows.keep.T) if few else (self.pull.times(rows.keep.T),)
+        left, right = self.pull.left, self.pull.right
+        self.shift = (left @ rows.keep.T,) if right is None else (left, right @ rows.keep.T)
         self.factored = factor(gram, settings.retain_scale * count * unit)  # B
         free = solve_factored(change, rows.source, self.factored)  # G0
-        self.left, self.read = (None, free.left) if free.right is None else (free.left, free.right)
+        self.left = None if free.right is None else free.left
+        self.read = free.left if free.right is None else free.right
         both = torch.cat([rows.keep, empty])
-        self.span = torch.linalg.qr(both.T).Q if len(both) < self.width else torch.eye(self.width, dtype=both.dtype)
-        self.kept, self.empty = rows.keep @ self.span, empty @ self.span
-        self.solved = torch.cholesky_solve(self.span, self.factored)  # B^-1 V
+        span = torch.linalg.qr(both.T).Q if len(both) < self.width else torch.eye(self.width, dtype=both.dtype)
+        self.kept, self.empty = rows.keep @ span, empty @ span
+        # V, B^-1 V, and what is read of V: each a matrix whose columns a layer's coordinates mix.
+        self.frame = span, torch.cholesky_solve(span, self.factored), self.read @ span
 
     @staticmethod
     def _outputs(weight: Tensor, *columns: Tensor) -> Tensor:
@@ -187,7 +189,7 @@ class LayerEdits:
         return weight.T.cpu().double()
 
     def __call__(self, site: Site, weight: Tensor) -> ContextMap:
-        settings, span, solved, rows = self.settings, self.span, self.solved, self.kept
+        settings, frame, rows = self.settings, self.frame, self.kept
         moved = self._outputs(weight, *self.shift)
         if settings.filter:
             chosen = influential(moved.norm(dim=1))
@@ -197,8 +199,8 @@ class LayerEdits:
             direction = weakest_input(weight, self.generator)
             # A normal vector's share of one direction is a normal number.
             noise = torch.randn(len(rows) * settings.augment, dtype=rows.dtype, generator=self.generator)
-            span, solved, along = self._with(direction)
-            rows = torch.cat([pad(rows, (0, span.shape[1] - rows.shape[1])), along[None]])
+            frame, along = self._with(direction)
+            rows = torch.cat([pad(rows, (0, len(along) - rows.shape[1])), along[None]])
             copies = torch.cat([mix.repeat_interleave(settings.augment, 0), noise[:, None]], dim=1)
             if settings.filter:
                 moved = torch.cat([moved, self._outputs(weight, self.pull.times(direction[:, None]))])
@@ -206,27 +208,30 @@ class LayerEdits:
                 copies = copies[influential(lengths)]
             mix = torch.cat([pad(mix, (0, 1)), copies])
         used = carried(mix, rows, settings.threshold)
-        fixed = spanned(pad(self.empty, (0, span.shape[1] - self.empty.shape[1])), used)
-        return self._constrained(span, solved, fixed)
+        empty = pad(self.empty, (0, rows.shape[1] - self.empty.shape[1]))
+        return self._constrained(frame, spanned(empty, used))
 
-    def _with(self, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """V with ``direction`` in its span, B^-1 V, and the direction's coordinates."""
-        inside = self.span.T @ direction
-        beyond = direction - self.span @ inside
-        beyond = beyond - self.span @ (self.span.T @ beyond)
+    def _with(self, direction: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The frame with ``direction`` in the span of V, and the direction's coordinates."""
+        span = self.frame[0]
+        inside = span.T @ direction
+        beyond = direction - span @ inside
+        beyond = beyond - span @ (span.T @ beyond)
         size = beyond.norm()
         if size < 1e-9:
-            return self.span, self.solved, inside
+            return self.frame, inside
         new = beyond / size
-        solved = torch.cat([self.solved, solve_vector(self.factored, new)[:, None]], dim=1)
-        return torch.cat([self.span, new[:, None]], dim=1), solved, torch.cat([inside, size[None]])
+        columns = new, solve_vector(self.factored, new), self.read @ new
+        frame = tuple(torch.cat([m, c[:, None]], dim=1) for m, c in zip(self.frame, columns, strict=True))
+        return frame, torch.cat([inside, size[None]])
 
-    def _constrained(self, span: Tensor, solved: Tensor, fixed: Tensor) -> ContextMap:
-        """G for F = V ``fixed``, V = ``span``, B^-1 V = ``solved``."""
+    def _constrained(self, frame: tuple[Tensor, ...], fixed: Tensor) -> ContextMap:
+        """G for F = V ``fixed``."""
         if fixed.shape[1] >= self.width:  # no direction is free
             return ContextMap.zero(self.width)
-        f, bf = span @ fixed, solved @ fixed
-        right = self.read - torch.cholesky_solve((self.read @ f).T, torch.linalg.cholesky(f.T @ bf)).T @ bf.T
+        f, bf, read = (m @ fixed for m in frame)
+        taken = torch.cholesky_solve(read.T, torch.linalg.cholesky(f.T @ bf))
+        right = torch.addmm(self.read, taken.T, bf.T, alpha=-1)
         return ContextMap(right, None) if self.left is None else ContextMap(self.left, right)
 
 

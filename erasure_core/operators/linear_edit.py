@@ -84,12 +84,12 @@ def compress(left: Tensor, right: Tensor | None, energy: float = 1.0) -> Context
         core = mixing @ right
     else:
         core = left @ right
-    total = float(core.square().sum())
+    total = float(core.norm()) ** 2
     tried = 128
     while energy < 1 and 3 * tried < len(core):
         few = _range(core, tried)
         part = few.T @ core
-        if float(part.square().sum()) >= energy * total:
+        if float(part.norm()) ** 2 >= energy * total:
             basis, core = few if basis is None else basis @ few, part
             break
         tried *= 2
