@@ -189,12 +189,11 @@ def footprint(
     """Run one pass on the meta device, where tensors have shapes but no contents, and add up what autograd keeps."""
     meta = torch.device("meta")
     net = _network(model, meta)
-    frozen = {p.data_ptr() if p.device != meta else id(p) for p in net.parameters()}
     sizes = {name: p.numel() * 4 for name, p in net.named_parameters()}
     matrices = sum(size for name, size in sizes.items() if net.get_parameter(name).ndim > 1)
     with TrainableModel(net, schedule, prediction, shape) as trained:
         parameters = trained.train(demand.what)
-        own = {id(p) for p in parameters}
+        weights = {_storage(p) for p in [*net.parameters(), *parameters]}
         inside: list[nn.Module] = []
         kept: dict[nn.Module | None, dict[int, int]] = {None: {}}
         entering = 0
@@ -213,8 +212,8 @@ def footprint(
             handles += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
 
         def pack(x: Tensor) -> Tensor:
-            if id(x) not in own and id(x) not in frozen:
-                kept[inside[-1] if inside else None][x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+            if _storage(x) not in weights:
+                kept[inside[-1] if inside else None][_storage(x)] = x.untyped_storage().nbytes()
             return x
 
         adm = getattr(net, "num_classes", None) is not None
@@ -235,6 +234,11 @@ def footprint(
         matrices, sum(sizes.values()) - matrices, amount * (4 + demand.copies),
         n * (outside + sum(blocks)), n * (outside + entering + max(blocks, default=0)),
     )  # fmt: skip
+
+
+def _storage(x: Tensor) -> int:
+    """Which memory a tensor looks at; on the meta device there is no address."""
+    return x.untyped_storage()._cdata
 
 
 def _fit(need: Footprint, half: bool, device: torch.device) -> bool:
