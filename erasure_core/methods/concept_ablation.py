@@ -28,7 +28,7 @@ from .registry import Aids, MethodSpec, Progress, setting
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
-    iterations: int = setting(400, "Training steps.", low=1, high=100000, step=10)
+    iterations: int = setting(400, "Training steps. More erase more firmly.", low=1, high=100000, step=10)
     pictures: int = setting(64, "Anchor pictures drawn before training.", low=1, high=10000, step=8)
 
 

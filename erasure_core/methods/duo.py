@@ -29,7 +29,7 @@ from .registry import Aids, MethodSpec, Progress, setting
 
 @dataclass(frozen=True)
 class Settings:
-    iterations: int = setting(1000, "Training steps.", low=1, high=100000, step=10)
+    iterations: int = setting(1000, "Training steps. More erase more firmly.", low=1, high=100000, step=10)
     beta: float = setting(500.0, "How gently the pictures are unlearned: lower goes further and disturbs more.",
         low=1.0, high=10000.0, step=50.0)  # fmt: skip
     base_learning_rate: float = setting(

@@ -33,7 +33,7 @@ from .registry import Aids, MethodSpec, Progress, setting
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
-    iterations: int = setting(35, "Training steps.", low=1, high=100000, step=5)
+    iterations: int = setting(35, "Training steps. More erase more firmly.", low=1, high=100000, step=5)
     learning_rate: float = setting(2e-6, "Size of a training step.", low=1e-8, high=1.0, step=1e-6)
     pictures: int = setting(8, "Pictures of the concept drawn before training.", low=1, high=10000, step=1)
     end_tokens: bool = setting(False, "Steer away from the end of the prompt too, which carries its summary.")

@@ -37,7 +37,7 @@ from .registry import Aids, MethodSpec, Progress, setting
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
-    iterations: int = setting(3000, "Training steps.", low=1, high=100000, step=10)
+    iterations: int = setting(3000, "Training steps. More erase more firmly.", low=1, high=100000, step=10)
     learning_rate: float = setting(1e-4, "Size of a training step.", low=1e-8, high=1.0, step=1e-5)
     layers: Layers = setting(Layers.ALL, "Which layers are changed.")
     rank: int = setting(1, "Rank of the change.", low=1, high=512, step=1)
