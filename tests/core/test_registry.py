@@ -29,7 +29,7 @@ pytestmark = pytest.mark.core
 ALL = list(all_methods().values())
 SPEC = ConceptSpec.parse("red apple, apple\nfurry cat", "pear", "dog, green tree")
 QUICK = {
-    "iterations": 2, "sample_steps": 2, "rounds": 2, "mine_steps": 2, "pictures": 2, "looks": 1, "anchors": 1, "nearest": 4,
+    "iterations": 2, "sample_steps": 2, "rounds": 1, "mine_steps": 2, "pictures": 2, "looks": 1, "anchors": 1, "nearest": 4,
     "vocabulary": "house, tree, river, stone, bread", "learning_rate": 1e-3, "stages": 2, "attack_steps": 2,
 }  # fmt: skip
 """What makes a training short; a method takes those that it has."""
@@ -126,7 +126,8 @@ def test_a_choice_by_its_text_is_the_choice(method: MethodSpec, make) -> None:
             for member in type(field.default):
                 assert getattr(settings_from(method, {field.name: member.value}), field.name) is member
                 assert settings_from(method, {field.name: member}) == settings_from(method, {field.name: member.value})
-                assert finite(run(make(method), method, {field.name: str(member.value)}))
+                if member is not field.default:  # which all other tests run
+                    assert finite(run(make(method), method, {field.name: str(member.value)}))
 
 
 @each
@@ -258,7 +259,7 @@ def test_cut_off_and_resumed_it_ends_as_if_it_had_not_been(method: MethodSpec, m
     """Bit for bit, from any of its iterations or rounds; a state of other settings is not taken up."""
     state = tmp_path / "state.safetensors"
     keep = Checkpoint(state, seconds=0.0)
-    longer = {} if method.name == "cpe" else {"iterations": 4}
+    longer = {} if method.name in ("cpe", "dark_miner") else {"iterations": 4}
     calls: list[int] = []
     expected = run(make(method), method, longer, progress=lambda done, _: calls.append(done))
 
