@@ -10,7 +10,8 @@ push exactly that conditioning to an anchor.
 Unverified (METHODS 2.3, 10): the authors' code is unpublished. The equations come from a third party; the form of the
 embedding (here a full conditioning, or pseudo-words), every number, and the preservation term (here the
 empty prompt and the user's kept words at the same latents) are ours. Departures: the words of the concept, and embeddings
-that were mined before, are in the pool from the start.
+that were mined before, are in the pool from the start; a round mines a population of embeddings in one batch, and goes on
+while the best of them still works; half of what a step erases is of the last round.
 
 Verifying looks at pictures drawn from c. What looks is pluggable: any judge, or :func:`difference_look`, the paper's s(c)
 over a picture encoder E. Without anything that looks, every round is made.
@@ -41,7 +42,10 @@ ANCHOR, DARK = "anchor", "dark"
 
 @dataclass(frozen=True)
 class Settings:
-    rounds: int = setting(10, "At most this many embeddings are mined and erased.", low=1, high=1000, step=1)
+    rounds: int = setting(10, "At most this many rounds of searching and erasing are made.", low=1, high=1000, step=1)
+    population: int = setting(
+        8, "Embeddings searched side by side in a round: more close more ways back, at the same time.", low=1, high=64, step=1
+    )
     threshold: float = setting(
         0.2, "Mining stops once the pictures of what it finds score no more than this.", low=-1.0, high=1.0, step=0.01
     )
@@ -63,7 +67,7 @@ class Settings:
         4.0, "Guidance of these pictures and of those that verifying looks at.", low=0.0, high=30.0, step=0.5
     )
     sample_steps: int = setting(20, "Sampler steps of these pictures.", low=2, high=1000, step=1)
-    looks: int = setting(4, "Pictures that each verification looks at.", low=1, high=256, step=1)
+    looks: int = setting(2, "Pictures of each find that a verification looks at.", low=1, high=256, step=1)
     seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
 
 
@@ -94,26 +98,29 @@ def difference_look(encode: Callable[[Tensor], Tensor], examples: Tensor, refere
     return look
 
 
-def score(model: TrainableModel, cond: Cond, null: Cond, look: Look, settings: Settings) -> float:
-    """The mean that ``look`` gives to pictures drawn from a conditioning by the student."""
+def score(model: TrainableModel, finds: list[Cond], null: Cond, look: Look, settings: Settings) -> float:
+    """What ``look`` gives to pictures that the student draws from the best of several conditionings, in the mean."""
     z = model.denoise_until(
-        cond.expand(settings.looks), null, guidance=settings.guidance, progress=1.0, steps=settings.sample_steps,
-        generator=torch.Generator().manual_seed(settings.seed),
+        Cond.cat([cond.expand(settings.looks) for cond in finds]), null, guidance=settings.guidance, progress=1.0,
+        steps=settings.sample_steps, generator=torch.Generator().manual_seed(settings.seed),
     )  # fmt: skip
-    return float(look(z).mean())
+    return float(look(z).view(len(finds), settings.looks).mean(1).max())
 
 
 def circumvent(
     model: TrainableModel, latents: Tensor, pool: list[Cond], anchor: Cond, prompts: Prompts, settings: Settings, number: int
 ) -> Phase:  # fmt: skip
     """The training of one round: every conditioning of the pool to the anchor, the kept prompts unchanged."""
+    fresh = min(settings.population, len(pool)) if number else len(pool)
     terms = [TargetTerm("erase", DARK, {ANCHOR: 1.0})]
     if settings.keep_weight:
         terms.append(keep_term(NULL, settings.keep_weight))
         terms += [keep_term(KEEP, settings.keep_weight)] if prompts.keep else []
 
     def loss(_: int, generator: torch.Generator) -> dict[str, Tensor]:
-        chosen = torch.randint(0, len(pool), (settings.batch,), generator=generator).tolist()
+        chosen = torch.randint(0, len(pool), (settings.batch,), generator=generator)
+        newest = torch.randint(len(pool) - fresh, len(pool), (settings.batch,), generator=generator)
+        chosen = torch.where(torch.arange(settings.batch) < settings.batch // 2, newest, chosen).tolist()
         conds = {**prompts.draw(settings.batch, generator), DARK: Cond.cat([pool[i] for i in chosen]), ANCHOR: anchor}
         picked = torch.randint(0, len(latents), (settings.batch,), generator=generator)
         t = torch.randint(0, len(model.schedule), (settings.batch,), generator=generator)
@@ -180,15 +187,16 @@ def mine_and_erase(
         for number in range(max(1, first), settings.rounds + 1):
             value = mine(
                 model, latents, searched, steps=settings.mine_steps, rate=settings.mine_rate, batch=settings.batch,
-                seed=settings.seed, name=f"mine {number}", progress=within(number),
+                seed=settings.seed, name=f"mine {number}", progress=within(number), population=settings.population,
             ).value  # fmt: skip
-            mined = searched.read(value)
+            with torch.no_grad():
+                mined = [searched.read(x) for x in value]
             if aids.look is not None:
                 scores.append(score(model, mined, prompts.null, aids.look, settings))
                 if scores[-1] <= settings.threshold:
                     break
-            pool.append(mined)
-            found.append(mined)
+            pool += mined
+            found += mined
             circumvent_all(number)
         progress(settings.rounds + 1, settings.rounds + 1)
         if keep is not None:

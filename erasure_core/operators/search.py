@@ -208,6 +208,7 @@ def mine(
     name: str,
     progress: Progress | None = None,
     seen: Seen | None = None,
+    population: int = 0,
 ) -> Found:
     """The value that best explains clean latents [k, C, h, w] on the student: Dark Miner's L_M, textual inversion's loss.
 
@@ -216,13 +217,25 @@ def mine(
 
     Args:
         seed, name: which search it is; the start and the noise are drawn from them.
+        population: that many values from starts of their own are searched side by side, each for one latent of a step,
+            so together they cost what one does (``batch`` counts no more). The value found is then [population, ...].
     """
-    start = variable.start(generator_for(seed, name, -1)).to(model.device, model.dtype)
+    generator = generator_for(seed, name, -1)
+    if population:
+        start = torch.stack([variable.start(generator) for _ in range(population)]).to(model.device, model.dtype)
+        batch = population
+    else:
+        start = variable.start(generator).to(model.device, model.dtype)
     latents, parts = latents.to(model.device, model.dtype), torch.arange(batch)
 
     def objective(value: Tensor, generator: torch.Generator) -> Tensor:
         t = ((parts + torch.rand(batch, generator=generator)) / batch * len(model.schedule)).long()
-        return denoising_loss(model, latents, variable.read(value), generator, batch=batch, t=t)
+        if not population:
+            return denoising_loss(model, latents, variable.read(value), generator, batch=batch, t=t)
+        cond = Cond.cat([variable.read(x) for x in value])
+        t = t[torch.randperm(batch, generator=generator)]  # or one and the same always had the cleanest latents
+        # Each has one latent of the mean: its gradient must not shrink with their number.
+        return population * denoising_loss(model, latents, cond, generator, batch=batch, t=t)
 
     return search(
         start,

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.core
 SPEC = ConceptSpec.parse("bomb", "", "dog")
 SMALL = {
     "rounds": 2,
+    "population": 2,
     "mine_steps": 4,
     "iterations": 3,
     "rank": 2,
@@ -178,7 +179,7 @@ def test_verifying_looks_at_pictures_of_the_conditioning(tiny) -> None:
         expected = model.denoise_until(
             cond.expand(3), null, guidance=2.0, progress=1.0, steps=3, generator=torch.Generator().manual_seed(4)
         )
-        assert dark_miner.score(model, cond, null, look, settings) == pytest.approx(0.3)
+        assert dark_miner.score(model, [cond], null, look, settings) == pytest.approx(0.3)
     assert torch.equal(seen[0], expected)
 
 
@@ -243,6 +244,7 @@ def test_circumventing_is_the_papers_loss(tiny64) -> None:
         losses = phase.loss(0, torch.Generator().manual_seed(8))
         g = torch.Generator().manual_seed(8)
         chosen = torch.randint(0, 2, (3,), generator=g).tolist()
+        chosen[0] = int(torch.randint(0, 2, (3,), generator=g)[0])  # half of a step is of the last round
         prompts.draw(3, g)
         picked, t = torch.randint(0, 2, (3,), generator=g), torch.randint(0, 1000, (3,), generator=g)
         z = tiny64.schedule.add_noise(latents[picked], model.noise(3, g), t)
@@ -263,11 +265,12 @@ def test_dark_miner_runs_until_nothing_is_found(tiny) -> None:
 
     latents = torch.randn(3, 4, 4, 4)
     done = mined(0.9, 0.1)
-    assert done.exhausted and done.scores == pytest.approx((0.9, 0.1)) and len(done.pool) == 1
+    assert done.exhausted and done.scores == pytest.approx((0.9, 0.1)) and len(done.pool) == 2
     assert done.pool[0].shape == (6, 16)
     assert all(d.rank == 2 and d.dense().any() for d in done.erasure.deltas.values())
     out = mined(0.9, 0.8)
-    assert not out.exhausted and len(out.pool) == 2 and not torch.equal(*out.pool), "the rounds ended first"
+    assert not out.exhausted and len(out.pool) == 4, "the rounds ended first"
+    assert len({found.flatten()[20].item() for found in out.pool}) == 4, "each search is another one"
     none = mined(0.1)
     assert none.exhausted and not none.pool, "the words alone were enough"
     again = mined(0.9, 0.1)
@@ -275,5 +278,5 @@ def test_dark_miner_runs_until_nothing_is_found(tiny) -> None:
     more = mined(0.1, dark=(torch.randn(6, 16),))
     assert any(not torch.equal(d.dense(), none.erasure.deltas[n].dense()) for n, d in more.erasure.deltas.items())
     blind = dark_miner.mine_and_erase(tiny, SPEC, dark_miner.Settings(**SMALL, pictures=2), quiet, Aids())
-    assert len(blind.pool) == 2 and not blind.scores and not blind.exhausted, "nobody looks: every round is made"
+    assert len(blind.pool) == 4 and not blind.scores and not blind.exhausted, "nobody looks: every round is made"
     assert tiny.untouched()
