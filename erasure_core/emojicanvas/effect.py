@@ -145,7 +145,7 @@ class Bench:
 
     def measure_row(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> None:
         """Erase, draw, judge, and keep the row."""
-        row = self._row(EmojiCanvasPort(self.studio.model), erasing, self.asked(erasing), method, settings)
+        row = self._row(EmojiCanvasPort(self.studio.model, bf16=self.plan.sampler.bf16), erasing, self.asked(erasing), method, settings)
         path = self._path(erasing, method, settings)
         path.with_suffix(".tmp").write_text(json.dumps(row, indent=1), encoding="utf-8")
         path.with_suffix(".tmp").replace(path)

@@ -213,14 +213,16 @@ class EmojiCanvas:
 class EmojiCanvasPort:
     """EmojiCanvas as a :class:`~erasure_core.port.ModelPort`, with an ``erasure`` as if it were merged into the weights.
 
+    ``bf16``: trainings compute in bfloat16, five times as fast on a CPU that can.
+
     Raises:
         WrongModelError: the erasure was made for another family.
     """
 
     prediction = Prediction.EPS
 
-    def __init__(self, model: EmojiCanvas, erasure: Erasure | None = None) -> None:
-        self.model, self.erasure = model, erasure
+    def __init__(self, model: EmojiCanvas, erasure: Erasure | None = None, *, bf16: bool = False) -> None:
+        self.model, self.erasure, self.bf16 = model, erasure, bf16
         config = model.unet.config
         self.family = Family(NAME, config.context_dim, config.num_res_blocks, len(config.channel_mult))
         if erasure is not None:
@@ -254,7 +256,8 @@ class EmojiCanvasPort:
         with patched(self.model.unet, self.erasure) as unet:
             replica = copy.deepcopy(unet)
         schedule = Schedule.from_alphas_cumprod(alphas_cumprod())
-        return TrainableModel(replica, schedule, self.prediction, (replica.config.channels, 16, 16))
+        shape = (replica.config.channels, 16, 16)
+        return TrainableModel(replica, schedule, self.prediction, shape, autocast=torch.bfloat16 if self.bf16 else None)
 
 
 if __name__ == "__main__":
