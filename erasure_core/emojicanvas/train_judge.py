@@ -32,6 +32,8 @@ from .weights import JUDGE
 _PIXEL = [s.name for s in STYLES].index("pixel")
 # A batch, in percent: what the diffusion model learns from, further sets, further names, icons, other emoji, decoded.
 _MIX = {"painted": 18, "further": 27, "also": 5, "icons": 9, "others": 17, "decoded": 24}
+# Bending blurs everything but pixel art, so sharp pictures would be called that: at last they are left as they are.
+_SETTLE = 150
 
 
 @dataclass
@@ -69,11 +71,11 @@ def _recolour(x: Tensor, angle: Tensor, saturation: Tensor) -> Tensor:
     return grey + colour * angle.cos().view(-1, 1, 1, 1) + across * angle.sin().view(-1, 1, 1, 1)
 
 
-def _augment(x: Tensor, styles: Tensor, generator: torch.Generator) -> Tensor:
+def _augment(x: Tensor, styles: Tensor, generator: torch.Generator, bent: float) -> Tensor:
     """Mirror, move, turn, stretch and ripple; change colours, brightness, sharpness and grain a little.
 
     A dozen sets draw each object, so shapes must vary. Ripples of a few pixels are what a small diffusion model makes
-    of a straight edge. Pixel art is only mirrored and moved, or it would be none.
+    of a straight edge. A share ``bent`` is resampled; pixel art is only mirrored and moved, or it would be none.
     """
     n = len(x)
 
@@ -81,7 +83,7 @@ def _augment(x: Tensor, styles: Tensor, generator: torch.Generator) -> Tensor:
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
     x = torch.where(uniform(0, 1, 1, 1, 1) < 0.5, x.flip(3), x)
-    bend = ((styles != _PIXEL) & (uniform(0, 1) < 0.8)).float()
+    bend = ((styles != _PIXEL) & (uniform(0, 1) < bent)).float()
     angle, shear = uniform(-0.35, 0.35) * bend, uniform(-0.2, 0.2) * bend
     wide, high = (1 + uniform(-0.2, 0.3) * bend for _ in range(2))
     across, down = torch.randint(-6, 7, (2, n), generator=generator) / 32
@@ -185,8 +187,9 @@ def train(cache: Path, steps: int, *, leave_out: str = drawings.HELD_OUT_SET, ba
     optimisers = [Muon(matrices, lr=0.02, weight_decay=0.05), torch.optim.AdamW(others, lr=3e-3, weight_decay=0.01)]
     base = [o.param_groups[0]["lr"] for o in optimisers]
     began = time.time()
-    for step in range(1, steps + 1):
-        factor = min(1.0, step / 50, max(0.01, (1 - step / steps) / 0.7))
+    for step in range(1, steps + _SETTLE + 1):
+        settling = step > steps
+        factor = 0.1 if settling else min(1.0, step / 50, max(0.01, (1 - step / steps) / 0.7))
         for o, lr in zip(optimisers, base, strict=True):
             o.param_groups[0]["lr"] = lr * factor
         drawn = {
@@ -195,7 +198,7 @@ def train(cache: Path, steps: int, *, leave_out: str = drawings.HELD_OUT_SET, ba
         x = torch.cat([pools[name].floats(rows) for name, rows in drawn.items()])
         y_object = torch.cat([pools[name].objects[rows] for name, rows in drawn.items()])
         y_style = torch.cat([pools[name].styles[rows] for name, rows in drawn.items()])
-        x = _augment(x, y_style, generator)
+        x = _augment(x, y_style, generator, bent=0.0 if settling else 0.8)
         order = torch.randperm(len(x), generator=generator)[: batch // 6]
         x[order], y_object[order], y_style[order] = _break(x[order], y_object[order], y_style[order], generator)
         judge.train()
@@ -208,12 +211,13 @@ def train(cache: Path, steps: int, *, leave_out: str = drawings.HELD_OUT_SET, ba
         loss.backward()
         for o in optimisers:
             o.step()
-        if step % 200 == 0 and step < steps:
+        if step % 200 == 0:
             line = {"step": step, "seconds": round(time.time() - began), "loss": round(loss.item(), 4)}
             _log(cache, line | score(judge, held, held_others))
     figures = score(judge, held, held_others)
-    judge.save(out, notes={"steps": steps, "held_out_set": leave_out, **figures})
-    _log(cache, {"step": steps, "seconds": round(time.time() - began), "final": True, "set": leave_out, **figures})
+    judge.save(out, notes={"steps": steps + _SETTLE, "held_out_set": leave_out, **figures})
+    line = {"step": steps + _SETTLE, "seconds": round(time.time() - began), "final": True, "set": leave_out}
+    _log(cache, line | figures)
     print("\n".join(_mistakes(judge, held, cache / "judge.png")))
 
 
