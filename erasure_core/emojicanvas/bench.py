@@ -2,6 +2,7 @@
 
     python -m erasure_core.emojicanvas.bench base         # is the model good? docs/results/base.{json,png}
     python -m erasure_core.emojicanvas.bench effect --method uce rece   # docs/results/effect.{json,md}
+    python -m erasure_core.emojicanvas.bench robust --method uce --attack concept_inversion    # docs/results/robust.{json,md}
     python -m erasure_core.emojicanvas.bench tune --method uce --set ridge=0.01     # one line, on the tuning split
 
 ``effect`` and ``tune`` take every registered method. Pictures of the unchanged model are drawn once and kept in the
@@ -22,12 +23,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..attacks import all_attacks
 from ..methods import all_methods
 from ..metrics.rates import Rate, pooled, rate
 from .bench_settings import parse_settings, settings_for
 from .concepts import OBJECTS, STYLES, prompt
 from .effect import RESULTS, Bench, Plan, effect, flags, tune
 from .judge import Judge
+from .robust import robust
 from .splits import SCORING, STYLE_OBJECTS, TUNING, Shot
 from .studio import Sampler, Studio, to_bytes
 from .weights import BUNDLE, JUDGE
@@ -93,13 +96,21 @@ def base(studio: Studio, seeds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("base", "effect", "tune"))
+    parser.add_argument("what", choices=("base", "effect", "robust", "tune"))
     parser.add_argument(
         "--method", nargs="+", default=list(all_methods()), choices=list(all_methods()), help="default: all"
     )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="a setting, or METHOD.NAME=VALUE"
     )
+    parser.add_argument(
+        "--attack",
+        nargs="+",
+        default=["free_embedding", "concept_inversion"],
+        choices=list(all_attacks()),
+        help="for robust",
+    )
+    parser.add_argument("--only", nargs="+", default=[], help="for robust: some of the erased concepts")
     parser.add_argument("--seeds", type=int, help="pictures a word (base 8, effect 10, tune 6)")
     parser.add_argument("--rounds", type=int, help="pictures a kept object (effect 2, tune 1)")
     parser.add_argument("--replace-with", default="", help="what erased things become; nothing by default")
@@ -139,6 +150,9 @@ def main() -> None:
         base(plan.studio(), a.seeds or 8)
         return
     chosen = {m: settings_for(m, parse_settings(m, a.set)) for m in a.method}
+    if a.what == "robust":
+        robust(Bench(plan), chosen, a.attack, a.only)
+        return
     (effect if a.what == "effect" else tune)(Bench(plan), chosen, a.fresh, a.jobs)
 
 

@@ -35,6 +35,7 @@ TESTBED: dict[str, Mapping[str, Any]] = {
     "eap": {**_QUICK, "iterations": 40, "learning_rate": 1e-3, "space": "eps"},
     "kpop": {**_QUICK, "iterations": 60, "learning_rate": 1e-3, "memory_rate": 1e-2},
     "duo": {"iterations": 120, "beta": 100.0, "base_learning_rate": 1e-3, "base_prior_weight": 10.0},
+    "cpe": {"stages": 2, "iterations": 200, "attack_steps": 200},
     "dark_miner": {
         "sample_steps": 12,
         "batch": 8,
@@ -45,6 +46,14 @@ TESTBED: dict[str, Mapping[str, Any]] = {
         "learning_rate": 2e-3,
     },
 }
+
+ATTACKS: dict[str, Mapping[str, Any]] = {
+    "concept_inversion": {"steps": 3000},
+    "free_embedding": {"steps": 400},
+    "unlearn_diff_atk": {"times": 10, "steps": 20},
+    "p4d": {"steps": 400},
+}
+"""Budgets of attacks on the testbed, where they are not the papers'."""
 
 
 def plain(settings: Any) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class Bench:
 
     def measure_row(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> None:
         """Erase, draw, judge, and keep the row."""
-        row = self._row(EmojiCanvasPort(self.studio.model, bf16=self.plan.sampler.bf16), erasing, self.asked(erasing), method, settings)
+        row = self._row(erasing, self.asked(erasing), method, settings)
         path = self._path(erasing, method, settings)
         path.with_suffix(".tmp").write_text(json.dumps(row, indent=1), encoding="utf-8")
         path.with_suffix(".tmp").replace(path)
@@ -179,14 +179,22 @@ class Bench:
         rows = [self.row(*row) for row in wanted]
         return [row for row in rows if row is not None]
 
-    def _row(self, port: EmojiCanvasPort, erasing: Erasing, asked: Questions, method: str, settings: Mapping) -> dict:
-        erasure, began, peak = None, time.perf_counter(), None
+    def spec(self, erasing: Erasing) -> ConceptSpec:
+        return spec_of(erasing, self.plan.replace_with)
+
+    def erase(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> tuple[Erasure, float, int]:
+        """The erasure, seconds without encoding the text, and the most bytes on top."""
+        port = EmojiCanvasPort(self.studio.model, bf16=self.plan.sampler.bf16)
+        aids = aids_for(method, port, erasing, self.studio.judge)
+        began = time.perf_counter()
+        with PeakMemory() as peak:
+            made = erase(port, self.spec(erasing), method, settings, aids=aids)
+        return made, time.perf_counter() - began, peak.bytes
+
+    def _row(self, erasing: Erasing, asked: Questions, method: str, settings: Mapping) -> dict:
+        erasure, seconds, memory = None, 0.0, 0
         if method != "none":
-            aids = aids_for(method, port, erasing, self.studio.judge)
-            began = time.perf_counter()
-            with PeakMemory() as peak:
-                erasure = erase(port, spec_of(erasing, self.plan.replace_with), method, settings, aids=aids)
-        seconds = time.perf_counter() - began
+            erasure, seconds, memory = self.erase(erasing, method, settings)
         found, moved = measure(self.studio, asked, erasing, erasure)
         return {
             "erased": erasing.label,
@@ -194,7 +202,7 @@ class Bench:
             "method": method,
             "settings": dict(settings),
             "seconds": round(seconds, 2) if erasure else None,
-            "memory_mb": round(peak.bytes / 1e6) if peak else None,
+            "memory_mb": round(memory / 1e6) if erasure else None,
             "kept_distance": round(moved, 4),
             **{k: v.to_json() for k, v in found.items()},
         }

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 import torch
 
 from ..artifact import Erasure
-from ..methods import Aids, kpop
+from ..methods import Aids, kpop, settings_from
 from ..metrics.rates import Rate
 from ..operators.memory import Mode, SavedMemory
 from ..suppress import Settings, suppress
+from .bench_settings import settings_for
 from .effect import figures, spec_of
 from .judge import Judge
 from .model import EmojiCanvas, EmojiCanvasPort
@@ -60,13 +61,17 @@ def score(
 def learn(
     canvas: EmojiCanvas, mode: Mode, erasing: Erasing, **settings: object
 ) -> tuple[SavedMemory, Erasure | None, float]:
-    """(memory, the public erasure of key mode, seconds); ``settings`` are those that differ from the defaults."""
+    """(memory, the public erasure of key mode, seconds); ``settings`` differ from those that the testbed runs with."""
     port, spec, began = EmojiCanvasPort(canvas), spec_of(erasing), time.perf_counter()
     if mode is Mode.SUPPRESS:
-        memory = suppress(port, spec, Settings(**settings), lambda done, total: None, Aids())  # type: ignore[arg-type]
+        memory = suppress(port, spec, Settings(**settings), quiet, Aids())  # type: ignore[arg-type]
         return memory, None, time.perf_counter() - began
-    hidden = kpop.hide(port, spec, kpop.Settings(**settings), lambda done, total: None, Aids())  # type: ignore[arg-type]
+    hidden = kpop.hide(port, spec, settings_from(kpop.SPEC, settings_for("kpop", settings)), quiet, Aids())
     return hidden.key, hidden.erasure, time.perf_counter() - began
+
+
+def quiet(done: int, total: int) -> None:
+    """Shows no progress."""
 
 
 def rows(

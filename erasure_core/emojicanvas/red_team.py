@@ -45,6 +45,8 @@ def canvas_target(
     concept: str,
     prompts: Sequence[str],
     sampler: Sampler = SAMPLER,
+    *,
+    bf16: bool = False,
 ) -> AttackTarget:
     """The model with ``erasure`` (None: the base model itself) and a judge of ``concept``, an object or a style."""
 
@@ -53,7 +55,5 @@ def canvas_target(
         pictures = torch.cat([model.vae.decode(z / SD15_SCALE).float().clamp(-1, 1) for z in latents.split(32)])
         return judge.judge(pictures.contiguous()).probability(concept)
 
-    return AttackTarget(
-        EmojiCanvasPort(model, erasure), EmojiCanvasPort(model), tuple(prompts), words_of(model), look, judge.threshold,
-        sampler=sampler,
-    )  # fmt: skip
+    erased, base = EmojiCanvasPort(model, erasure, bf16=bf16), EmojiCanvasPort(model, bf16=bf16)
+    return AttackTarget(erased, base, tuple(prompts), words_of(model), look, judge.threshold, sampler=sampler)
