@@ -126,7 +126,8 @@ class LearnSafePromptMemory(io.ComfyNode):
                     max=1.0,
                     step=1e-5,
                     round=1e-8,
-                    tooltip="Key mode only: size of the weights' training step.",
+                    tooltip="Key mode only: size of the weights' training step. 1e-5 suits Stable Diffusion with 1000 "
+                    "iterations, 1e-3 EmojiCanvas with 80.",
                 ),
                 io.Int.Input(
                     "seed",
