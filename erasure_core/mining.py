@@ -3,11 +3,16 @@ Inversion, 3.2.)
 
 Pictures of the concept are given, or drawn by the model before the erasure; several searches from fresh starts look for
 what the model under test must read to explain them; each find is drawn and looked at, and the best comes first.
+
+Departure: with the model before the erasure at hand, a search aims at what that one predicts for the concept's words, which
+is the expectation of the noise that the papers aim at. On EmojiCanvas without its dog, 60 such steps brought it back in 16
+of 16 pictures; 150 steps towards the noise in 3 to 14 of 16, by seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +23,7 @@ from .dark import DarkEmbeddings
 from .methods import Progress
 from .methods._training import draw_pictures, erasure_of
 from .methods.registry import Look, setting
-from .operators.search import TokenSlot, Variable, denoising_loss, free, pseudo_words
+from .operators.search import Teacher, TokenSlot, Variable, denoising_loss, free, pseudo_words
 from .operators.search import mine as search_one
 from .operators.train_loop import generator_for
 from .operators.trainable import Cond, TrainableModel, TrainablePort
@@ -31,7 +36,10 @@ shows none, no more are drawn."""
 @dataclass(frozen=True)
 class Settings:
     count: int = setting(3, "How many embeddings are searched for, each from a fresh start.", low=1, high=1000, step=1)
-    steps: int = setting(150, "Steps of each search. More find more, and take longer.", low=1, high=100000, step=10)
+    steps: int = setting(
+        100, "Steps of each search. More find more, and take longer; without the model before the erasure it takes several "
+        "times as many.", low=1, high=100000, step=10,
+    )  # fmt: skip
     learning_rate: float = setting(
         0.02, "Size of a search step, relative to what is searched. Raise it if pictures stay empty, lower it if they "
         "look broken.", low=1e-6, high=10.0, step=1e-3,
@@ -93,7 +101,8 @@ def mine(
         port: the model under test.
         spec: its first concept is mined.
         progress: called as progress(done, total) at every step; may raise to cancel.
-        base: draws the pictures of the concept where none are given; the model under test itself by default.
+        base: the model before the erasure. It draws the pictures of the concept where none are given (otherwise the model
+            under test does), and searches aim at its predictions.
         pictures: clean, scaled latents [k, C, h, w] of the concept.
         look: a judge behind a decoder. It sorts out drawn pictures that don't show the concept, and its mean verdict is a
             find's score. Without it the score is how much better than the empty prompt a find explains the pictures.
@@ -105,76 +114,90 @@ def mine(
     """
     chosen, tick = settings or Settings(), progress or (lambda done, total: None)
     total = (chosen.count + 1) * chosen.steps
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as held:
+        knowing = None if base is None else held.enter_context(base.trainable())
+        model = held.enter_context(port.trainable())
+        asking, null = (base or port).conditions(list(spec.erase[0].words)), port.conditions([""])[0]
         examples = pictures
         if examples is None:
             accept = None if look is None else lambda z: look(z) >= threshold
-            examples = _draw(base or port, spec, chosen, accept, "model" if base is None else "base_model",
+            examples = _draw(knowing or model, asking, null, chosen, accept, "model" if base is None else "base_model",
                 lambda done, of: tick(done * chosen.steps // max(1, of), total))  # fmt: skip
-        null = port.conditions([""])[0]
+        if examples.shape[1:] != torch.Size(model.latent_shape):
+            raise ValueError(
+                f"pictures: latents of shape {tuple(examples.shape[1:])}, this model draws {tuple(model.latent_shape)}. "
+                "Scale the images to the model's size"
+            )
         variable = free(null) if words is None else pseudo_words(words.slot, null)
+        teacher = None if knowing is None else _teacher(knowing, asking, model)
         values, states, drawn, scores = [], [], [], []
-        with port.trainable() as model:
-            if examples.shape[1:] != torch.Size(model.latent_shape):
-                raise ValueError(
-                    f"pictures: latents of shape {tuple(examples.shape[1:])}, this model draws {tuple(model.latent_shape)}. "
-                    "Scale the images to the model's size"
-                )
-            for number in range(chosen.count):
-                value = _search(model, examples, variable, chosen, number, tick, searching)
-                if not torch.isfinite(value).all():
-                    raise ValueError("learning_rate: the search ended in values that are not numbers. Lower it")
-                cond = variable.read(value)
-                tick((number + 2) * chosen.steps - 1, total)
-                latents = _pictures_of(model, cond, null, chosen)
-                scores.append(float(look(latents).mean()) if look else _explained(model, examples, cond, null, chosen))
-                values.append(value.float().cpu())
-                states.append(cond.context[0].float().cpu())
-                drawn.append(latents.float().cpu())
-        tick(total, total)
-        best = torch.tensor(scores).argsort(descending=True, stable=True).tolist()
-        header = erasure_of(port, spec, "mine", chosen, {}).header
-        more = {"form": "words" if words else "free conditioning", "scored by": "judge" if look else "explained share"}
-        made = DarkEmbeddings(
-            replace(header, settings={**header.settings, **more}),
-            torch.stack([states[i] for i in best]),
-            tuple(scores[i] for i in best),
-            {} if words is None else words.split(torch.stack([values[i] for i in best])),
-        )
-        return Finds(made, torch.stack([drawn[i] for i in best]), examples)
+        for number in range(chosen.count):
+            value = _search(model, examples, variable, teacher, chosen, number, tick, searching)
+            if not torch.isfinite(value).all():
+                raise ValueError("learning_rate: the search ended in values that are not numbers. Lower it")
+            cond = variable.read(value)
+            tick((number + 2) * chosen.steps - 1, total)
+            latents = _pictures_of(model, cond, null, chosen)
+            scores.append(float(look(latents).mean()) if look else _explained(model, examples, cond, null, chosen))
+            values.append(value.float().cpu())
+            states.append(cond.context[0].float().cpu())
+            drawn.append(latents.float().cpu())
+    tick(total, total)
+    best = torch.tensor(scores).argsort(descending=True, stable=True).tolist()
+    header = erasure_of(port, spec, "mine", chosen, {}).header
+    how = {
+        "form": "words" if words else "free conditioning",
+        "aim": "noise" if base is None else "the base model's predictions",
+        "scored by": "judge" if look else "explained share",
+    }
+    dark = DarkEmbeddings(
+        replace(header, settings={**header.settings, **how}),
+        torch.stack([states[i] for i in best]),
+        tuple(scores[i] for i in best),
+        {} if words is None else words.split(torch.stack([values[i] for i in best])),
+    )
+    return Finds(dark, torch.stack([drawn[i] for i in best]), examples)
 
 
 def _draw(
-    port: TrainablePort, spec: ConceptSpec, settings: Settings, accept: Callable[[Tensor], Tensor] | None, who: str,
-    progress: Progress,
+    model: TrainableModel, asking: Sequence[Cond], null: Cond, settings: Settings,
+    accept: Callable[[Tensor], Tensor] | None, who: str, progress: Progress,
 ) -> Tensor:  # fmt: skip
     """Pictures of the concept; with ``accept`` only those that show it.
 
     Raises:
         ValueError: hardly any do.
     """
-    words = list(spec.erase[0].words)
-    *conds, null = port.conditions([*words, ""])
-    with port.trainable() as model:
-        if accept is None:
-            return draw_pictures(model, conds, null, settings.pictures, settings, progress)
-        kept: list[Tensor] = []
-        for attempt in range(_DRAWS):
-            again = replace(settings, seed=settings.seed + attempt)
-            drawn = draw_pictures(model, conds, null, settings.pictures, again, _part(progress, attempt))
-            good = drawn[accept(drawn).to(drawn.device)]
-            kept += good
-            if len(kept) >= settings.pictures or not len(good):
-                break
+    if accept is None:
+        return draw_pictures(model, asking, null, settings.pictures, settings, progress)
+    kept: list[Tensor] = []
+    for attempt in range(_DRAWS):
+        again = replace(settings, seed=settings.seed + attempt)
+        drawn = draw_pictures(model, asking, null, settings.pictures, again, _part(progress, attempt))
+        good = drawn[accept(drawn).to(drawn.device)]
+        kept += good
+        if len(kept) >= settings.pictures or not len(good):
+            break
     if len(kept) < min(4, settings.pictures):
         other = (
             "Connect the model before the erasure as base_model, or images" if who == "model" else "Give images of it"
         )
         raise ValueError(
-            f"{who}: of {(attempt + 1) * settings.pictures} pictures that it drew for {', '.join(words)}, the judge recognised "
-            f"the concept in {len(kept)}. {other}"
+            f"{who}: of {(attempt + 1) * settings.pictures} pictures that it drew, the judge recognised the concept in "
+            f"{len(kept)}. {other}"
         )
     return torch.stack(kept[: settings.pictures])
+
+
+def _teacher(knowing: TrainableModel, asking: Sequence[Cond], model: TrainableModel) -> Teacher:
+    """What the model before the erasure predicts for the concept's words, one of them at random for each latent."""
+
+    def teach(z: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+        chosen = torch.randint(0, len(asking), (len(z),), generator=generator).tolist()
+        prediction = knowing.reference(z, t, Cond.cat([asking[i] for i in chosen]))
+        return model.schedule.convert(prediction, z, t, knowing.space, model.space)
+
+    return teach
 
 
 def _part(progress: Progress, attempt: int) -> Progress:
@@ -186,6 +209,7 @@ def _search(
     model: TrainableModel,
     examples: Tensor,
     variable: Variable,
+    teacher: Teacher | None,
     settings: Settings,
     number: int,
     progress: Progress,
@@ -200,7 +224,7 @@ def _search(
 
     return search_one(
         model, examples, variable, steps=settings.steps, rate=settings.learning_rate, batch=settings.batch, seed=settings.seed,
-        name=f"mine {number}", progress=step, seen=seen if searching is not None else None,
+        name=f"mine {number}", progress=step, seen=seen if searching is not None else None, teacher=teacher,
     ).value  # fmt: skip
 
 

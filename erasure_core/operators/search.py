@@ -24,6 +24,8 @@ Projection = Callable[[Tensor], Tensor]
 """Applied to the variable behind every step."""
 Seen = Callable[[Tensor, int, float], object]
 """seen(variable as it is now, steps done, loss)."""
+Teacher = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+"""teacher(z, t, generator) -> what to predict there, in the network's own space."""
 
 
 @dataclass(frozen=True)
@@ -141,18 +143,24 @@ def denoising_loss(
     weights: Weights = Weights.STUDENT,
     memory: PromptMemory | None = None,
     t: Tensor | None = None,
+    teacher: Teacher | None = None,
 ) -> Tensor:
     """E || target - net(x_t, t, c) ||^2 over ``batch`` clean latents drawn from a pool [N, C, h, w], any time (or at ``t``
     [batch]), any noise.
 
     With a free ``cond`` this is textual inversion, Concept Inversion and Dark Miner's mining (L_M).
+
+    Args:
+        teacher: gives the target in place of the noise that was drawn. A network that knows the pictures predicts the
+            expectation of that noise: the same minimum without its variance.
     """
     chosen = torch.randint(0, len(latents), (batch,), generator=generator)
     if t is None:
         t = torch.randint(0, len(model.schedule), (batch,), generator=generator)
     x0, noise = latents[chosen.to(latents.device)].to(model.device, model.dtype), model.noise(batch, generator)
-    prediction = model.predict(model.schedule.add_noise(x0, noise, t), t, cond, weights, memory)
-    return F.mse_loss(prediction, model.schedule.target(model.space, x0, noise, t))
+    z = model.schedule.add_noise(x0, noise, t)
+    target = model.schedule.target(model.space, x0, noise, t) if teacher is None else teacher(z, t, generator)
+    return F.mse_loss(model.predict(z, t, cond, weights, memory), target)
 
 
 @dataclass(frozen=True)
@@ -209,6 +217,7 @@ def mine(
     progress: Progress | None = None,
     seen: Seen | None = None,
     population: int = 0,
+    teacher: Teacher | None = None,
 ) -> Found:
     """The value that best explains clean latents [k, C, h, w] on the student: Dark Miner's L_M, textual inversion's loss.
 
@@ -219,6 +228,7 @@ def mine(
         seed, name: which search it is; the start and the noise are drawn from them.
         population: that many values from starts of their own are searched side by side, each for one latent of a step,
             so together they cost what one does (``batch`` counts no more). The value found is then [population, ...].
+        teacher: see :func:`denoising_loss`. With one, a search needs a fraction of the steps and fails less often.
     """
     generator = generator_for(seed, name, -1)
     if population:
@@ -231,11 +241,11 @@ def mine(
     def objective(value: Tensor, generator: torch.Generator) -> Tensor:
         t = ((parts + torch.rand(batch, generator=generator)) / batch * len(model.schedule)).long()
         if not population:
-            return denoising_loss(model, latents, variable.read(value), generator, batch=batch, t=t)
+            return denoising_loss(model, latents, variable.read(value), generator, batch=batch, t=t, teacher=teacher)
         cond = Cond.cat([variable.read(x) for x in value])
         t = t[torch.randperm(batch, generator=generator)]  # or one and the same always had the cleanest latents
         # Each has one latent of the mean: its gradient must not shrink with their number.
-        return population * denoising_loss(model, latents, cond, generator, batch=batch, t=t)
+        return population * denoising_loss(model, latents, cond, generator, batch=batch, t=t, teacher=teacher)
 
     return search(
         start,

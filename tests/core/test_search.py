@@ -127,6 +127,25 @@ def test_the_denoising_loss_is_textual_inversions(tiny64) -> None:
         assert torch.allclose(made, error.square().sum() / error.numel())
 
 
+def test_a_teacher_takes_the_noises_place(tiny64) -> None:
+    pool, cond = normal(3, 4, 4, 4, seed=1), Cond(normal(1, 6, 16, seed=2))
+    asked: list[tuple[Tensor, Tensor]] = []
+
+    def teacher(z: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+        asked.append((z, t))
+        return 3 * z
+
+    with tiny64.trainable() as model:
+        made = denoising_loss(model, pool, cond, torch.Generator().manual_seed(6), batch=2, teacher=teacher)
+        z, t = asked[0]
+        expected = (tiny64.unet(z, t, cond.context.expand(2, -1, -1)) - 3 * z).square().mean()
+        assert torch.allclose(made, expected)
+        g = torch.Generator().manual_seed(6)
+        chosen = torch.randint(0, 3, (2,), generator=g)
+        assert torch.equal(t, torch.randint(0, 1000, (2,), generator=g))
+        assert torch.equal(z, tiny64.schedule.add_noise(pool[chosen], model.noise(2, g), t)), "the same latents"
+
+
 def test_a_full_conditioning_and_a_memory_can_be_searched(tiny) -> None:
     """What the student predicts for a hidden conditioning is found again: the loss falls, no weight moves."""
     z, t = torch.randn(4, 4, 4, 4), torch.tensor([100, 300, 500, 700])

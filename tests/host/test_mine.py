@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import uuid
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from api_graphs import Graph, Link, Node, latent, report, shown
 from comfy_client import ComfyError, ExecutionFailed, ExecutionInterrupted, PromptRejected
 from comfy_host import ComfyServer
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -115,6 +117,17 @@ def test_mine_erase_mine_again(server: ComfyServer) -> None:
     one, two = (latent(server, run, p) for p in pictures)
     assert not torch.allclose(one, two, atol=1e-3), "erasing the find changes what it draws"
     assert "1 dark embeddings for tulip" in shown(run, said)
+
+
+def test_it_shows_what_it_has_found_so_far(server: ComfyServer) -> None:
+    g = Graph()
+    model, clip, vae = g.demo()
+    mined = mining(g, model, clip, vae, count=1, steps=60, seed=8)
+    g.add("PreviewImage", images=mined[IMAGES])
+    run = server.run(g.api)
+    assert run.previews, "a picture and the loss, while it searches"
+    for preview in run.previews:
+        assert Image.open(io.BytesIO(preview)).width == 512
 
 
 def test_images_are_enough(server: ComfyServer) -> None:
