@@ -1,4 +1,7 @@
-"""The qualities of Erase Concept: a method and settings for people who don't want to choose."""
+"""The qualities of Erase Concept: a method and settings for people who don't want to choose.
+
+Chosen by what they do on the scoring split of the testbed (docs/results/effect.md and robust.md).
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .port import Family
+
 
 @dataclass(frozen=True)
 class Preset:
     method: str
     summary: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    small: Mapping[str, Any] = field(default_factory=dict)
+    """On the demo model, which is some eighty times smaller than SD 1.5: larger and fewer steps."""
+
+    def settings_on(self, family: Family) -> Mapping[str, Any]:
+        return self.small or self.settings if family.name == "emojicanvas" else self.settings
 
 
 PRESETS: dict[str, Preset] = {
-    "fast": Preset("uce", "the named words only, with the least side effects (UCE)."),
-    "balanced": Preset("rece", "also reaches words that you did not name (RECE)."),
+    "fast": Preset("uce", "the named words only, with the least side effects, in a second (UCE)."),
+    "balanced": Preset("rece", "also reaches words that you did not name, in seconds (RECE)."),
+    "thorough": Preset(
+        "dark_miner",
+        "trains, and searches for what still brings the concept back, in minutes (Dark Miner).",
+        {"rounds": 4, "learning_rate": 4e-4},
+        {
+            "rounds": 4,
+            "mine_steps": 60,
+            "mine_rate": 0.03,
+            "iterations": 60,
+            "learning_rate": 2e-3,
+            "batch": 8,
+            "sample_steps": 12,
+        },
+    ),
 }

@@ -12,7 +12,7 @@ from ..erasure_core import Aids, ConceptError, ConceptSpec, all_methods, erase
 from ..erasure_core.methods import settings_from
 from ..erasure_core.presets import PRESETS
 from .patching import apply_erasure
-from .port import ComfyPort, ordinary_tensors
+from .port import ComfyPort, family_of, ordinary_tensors
 from .training import Decode, Watcher, decoder, demand_of, prompts_to_show
 from .types import CATEGORY, Dark, Erasure, Judge, Method, Pairs
 
@@ -153,7 +153,7 @@ class EraseConcept(io.ComfyNode):
         spec = ConceptSpec.parse(concept, replace_with, keep)
         if method is None and quality not in PRESETS:
             raise ValueError(f"quality: {quality!r} is none of {', '.join(PRESETS)}")
-        name, settings = method if method is not None else (PRESETS[quality].method, PRESETS[quality].settings)
+        name, settings = method or (PRESETS[quality].method, PRESETS[quality].settings_on(family_of(model)))
         chosen = all_methods()[name]
         demand = demand_of(settings_from(chosen, settings), chosen.predictions)
         decode = decoder(model, vae)

@@ -18,8 +18,9 @@ from comfy_client import ComfyClient, Json
 from comfy_host import REPO, ComfyServer
 from PIL import Image
 from sheet import Column, draw_sheet, sample, save_picture
+from workflow_parts import BATCH
 
-from workflows import ASKED, BATCH, FOLDER, KEPT, NAMED, NOT_NAMED, OBJECT
+from workflows import ASKED, FOLDER, KEPT, NAMED, NOT_NAMED, OBJECT
 
 WORKFLOW = FOLDER / "erase_object.json"
 SHEET = REPO / "output" / "demo.png"

@@ -29,6 +29,13 @@ from graphs import queued, shipped, switched_on
 
 IMAGES = REPO / "docs" / "images"
 THUMBNAIL = 640
+PARTS = {
+    "compare_methods": ("as it is: a beer", "UCE: a beer", "ESD: a beer"),
+    "mine_erase_mine": ("Found in round 1", "Found in round 2"),
+    "pairs_then_duo": ("unsafe", "safe", "a beer: after"),
+    "prompt_memory_with_key": ("hidden: a beer", "with the key: a beer", "suppressed: a beer"),
+}
+"""Thumbnails: the previews whose titles start so, a row each."""
 IN_README = ("load_shared_erasure", "several_concepts_keep_neighbours")
 ON_CHECKPOINTS = {"erase_on_sd15": "on SD 1.5", "erase_on_sdxl": "on SDXL"}
 # Badges would say on every node that it comes from this pack.
@@ -78,6 +85,13 @@ def thumbnail(name: str, shown: dict[str, list[Image.Image]]) -> Image.Image:
         return mosaic({"before": shown["before"][:2], "after": shown["after"][:2]})
     if name == "load_shared_erasure":
         return mosaic({title: row[:3] for title, row in shown.items()})
+    if name in PARTS:
+        return mosaic(
+            {
+                part: [one for title in shown if title.startswith(part) for one in shown[title]][:3]
+                for part in PARTS[name]
+            }
+        )
     pairs = {title.partition(":")[0]: halves(row) for title, row in shown.items()}
     titles = list(pairs)
     some = titles[:2] + titles[len(titles) // 2 :][:1]  # two erased, one kept
@@ -96,7 +110,18 @@ def single_nodes(info: Json) -> dict[str, Json]:
         "ErasureLoad": {"file": f"loras/{SHARED_FILE}.safetensors"},
     }
     sizes = {"ErasureEraseConcept": (400, 330)}
-    loose = {"MODEL", "CLIP", "ERASURE"}
+    loose = {
+        "MODEL",
+        "CLIP",
+        "VAE",
+        "IMAGE",
+        "CLIP_VISION",
+        "JUDGE",
+        "ERASURE",
+        "CONCEPT_PAIRS",
+        "DARK_EMBEDDINGS",
+        "PROMPT_MEMORY",
+    }
     graphs = {}
     for kind in sorted(i for i in info if i.startswith("Erasure")):
         # Alone on the canvas its sockets stay open, which the builder would refuse.

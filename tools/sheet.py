@@ -11,8 +11,7 @@ from typing import Any
 
 from comfy_client import ComfyClient
 from PIL import Image, ImageDraw, ImageFont
-
-from workflows import DEMO_SAMPLER, SEED
+from workflow_parts import DEMO_SAMPLER, SEED
 
 Json = dict[str, Any]
 TILE = 128

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from comfy_client import Json
-from graph_builder import TITLE, Graph, Node, Output, Subgraph
+from graph_builder import TITLE, Graph, Node, Output
+from trained_workflows import compare_methods, mine_erase_mine, pairs_then_duo, prompt_memory_with_key
+from workflow_parts import BATCH, BLUE, DEMO_SAMPLER, GREEN, GREY, RED, SEED, compare, sample
 
 FOLDER = Path(__file__).resolve().parent.parent / "workflows"
-DEMO_SAMPLER = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
-SEED = 7
-BATCH = 4
 # The object of the demo: what is typed into Erase Concept, and prompts that show what it does.
 OBJECT = {"concept": "bomb, explosive", "keep": "rocket, beer", "quality": "fast"}
 ASKED, NAMED, NOT_NAMED, KEPT = "a bomb", "explosive", "dynamite", ("a rocket", "a beer")
@@ -32,7 +31,6 @@ STYLE = {
     "keep": "pixel art style, pencil sketch style, neon style, frog, rose, car",
     "quality": "fast",
 }
-RED, GREEN, BLUE, GREY = "#a1309b", "#8AA84A", "#3f789e", "#88A"
 
 
 def erase_object(info: Json) -> Graph:
@@ -104,43 +102,6 @@ For your own model, open *erase_on_sd15* or *erase_on_sdxl*.
     return g
 
 
-def _compare(info: Json, sampler: Json, direction: str, factor: float) -> Subgraph:
-    """Sample one prompt with two models at the same seeds and lay the pictures side by side."""
-    inputs = {"before": "MODEL", "after": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING"}
-    g = Subgraph(info, "Before and after", inputs | {"latent": "LATENT", "vae": "VAE", "seed": "INT"})
-    columns: list[tuple[Node, Node]] = []
-    for name in ("before", "after"):
-        ksampler = g.node(
-            "KSampler",
-            (270, 0),
-            title=f"Sample: {name}",
-            model=g.input(name),
-            seed=g.input("seed"),
-            positive=g.input("positive"),
-            negative=g.input("negative"),
-            latent_image=g.input("latent"),
-            **sampler,
-        )
-        columns.append((ksampler, g.node("VAEDecode", samples=ksampler["LATENT"], vae=g.input("vae"))))
-    (s0, d0), (s1, d1) = columns
-    both = g.node(
-        "ImageStitch",
-        (270, 0),
-        image1=d0["IMAGE"],
-        image2=d1["IMAGE"],
-        direction=direction,
-        spacing_width=4,
-        spacing_color="white",
-    )
-    scale = g.node("ImageScaleBy", (270, 0), image=both["IMAGE"], upscale_method="nearest-exact", scale_by=factor)
-    g.output("both", scale["IMAGE"])
-    g.output("after", d1["IMAGE"])
-    g.place(0, 0, s0, s1)
-    g.place(320, 0, d0, d1)
-    g.place(600, 0, both, scale)
-    return g
-
-
 def _table(g: Graph, note: Node, erase_inputs: dict[str, str], columns: dict[str, tuple[str, ...]]) -> Graph:
     """Demo model, one erasure, and a preview of before over after for each prompt, in titled columns."""
     demo = g.node("ErasureLoadDemo", (320, 0))
@@ -153,13 +114,13 @@ def _table(g: Graph, note: Node, erase_inputs: dict[str, str], columns: dict[str
     g.place(370, g.place(370, 0, demo, erase, report) + 50, latent, seed, negative)
     g.group("1  Model and erasure", (demo, erase, report), GREEN)
     g.group("2  For all prompts", (latent, seed, negative), BLUE)
-    compare = _compare(g.info, DEMO_SAMPLER, "down", 2.0)
+    both = compare(g.info, DEMO_SAMPLER, "down", 2.0)
     for column, (title, prompts) in enumerate(columns.items()):
         x, y, members = 745 + column * 700, 0, []
         for words in prompts:
             prompt = g.node("CLIPTextEncode", (200, 88), title="Prompt", clip=demo["CLIP"], text=words)
             pair = g.instance(
-                compare,
+                both,
                 width=200,
                 before=demo["MODEL"],
                 after=erase["MODEL"],
@@ -230,27 +191,6 @@ Double-click *Before and after* to change sampler, steps or CFG for all prompts 
     return _table(g, note, SEVERAL, columns)
 
 
-def _sample(info: Json) -> Subgraph:
-    inputs = {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"}
-    g = Subgraph(info, "Sample and decode", inputs | {"vae": "VAE", "seed": "INT"})
-    sampler = g.node(
-        "KSampler",
-        (270, 0),
-        model=g.input("model"),
-        seed=g.input("seed"),
-        positive=g.input("positive"),
-        negative=g.input("negative"),
-        latent_image=g.input("latent"),
-        **DEMO_SAMPLER,
-    )
-    decode = g.node("VAEDecode", samples=sampler["LATENT"], vae=g.input("vae"))
-    scale = g.node("ImageScaleBy", (270, 0), image=decode["IMAGE"], upscale_method="nearest-exact", scale_by=3.0)
-    g.output("IMAGE", scale["IMAGE"])
-    g.place(0, 0, sampler)
-    g.place(320, 0, decode, scale)
-    return g
-
-
 def load_shared_erasure(info: Json) -> Graph:
     g = Graph(info, "load_shared_erasure")
     note = g.note(
@@ -293,7 +233,7 @@ and **Run** again.
         lora_name=f"{SHARED_FILE}.safetensors",
         strength_model=1.0,
     )
-    sample = _sample(info)
+    drawing = sample(info)
     y = 0
     rows: tuple[tuple[str, tuple[Node, ...], Output, str], ...] = (
         ("1  Make and save", (erase, save), erase["MODEL"], GREEN),
@@ -302,7 +242,7 @@ and **Run** again.
     )
     for title, makers, model, color in rows:
         pictures = g.instance(
-            sample,
+            drawing,
             width=230,
             model=model,
             positive=prompt["CONDITIONING"],
@@ -356,13 +296,13 @@ def _on_checkpoint(
     g.group("1  Model, LoRAs, erasure", (loader, lora, erase, apply, report), GREEN)
     g.place(40, 690, negative, latent, seed)
     g.group("4  For both prompts", (negative, latent, seed), GREY)
-    compare = _compare(g.info, sampler, "right", 1.0)
+    both = compare(g.info, sampler, "right", 1.0)
     y = 0
     titles = (("2  A prompt with the concept", RED), ("3  A prompt that must stay", BLUE))
     for (title, color), words in zip(titles, prompts, strict=True):
         prompt = g.node("CLIPTextEncode", (300, 140), title="Prompt", clip=lora["CLIP"], text=words)
         pair = g.instance(
-            compare,
+            both,
             width=300,
             before=lora["MODEL"],
             after=apply["MODEL"],
@@ -451,6 +391,10 @@ WORKFLOWS: dict[str, Callable[[Json], Graph]] = {
     "erase_style": erase_style,
     "several_concepts_keep_neighbours": several_concepts,
     "load_shared_erasure": load_shared_erasure,
+    "compare_methods": compare_methods,
+    "mine_erase_mine": mine_erase_mine,
+    "pairs_then_duo": pairs_then_duo,
+    "prompt_memory_with_key": prompt_memory_with_key,
     "erase_on_sd15": erase_on_sd15,
     "erase_on_sdxl": erase_on_sdxl,
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..methods import Aids, all_methods, settings_from
 from ..methods.registry import Look
 from ..pairs import ConceptPairs, make_pairs
+from ..presets import PRESETS
 from .concepts import prompt
 from .judge import Judge
 from .model import EmojiCanvasPort
@@ -36,15 +37,7 @@ TESTBED: dict[str, Mapping[str, Any]] = {
     "kpop": {**_QUICK, "iterations": 60, "learning_rate": 1e-3, "memory_rate": 1e-2},
     "duo": {"iterations": 120, "beta": 100.0, "base_learning_rate": 1e-3, "base_prior_weight": 10.0},
     "cpe": {"stages": 2, "iterations": 200, "attack_steps": 200},
-    "dark_miner": {
-        "sample_steps": 12,
-        "batch": 8,
-        "rounds": 4,
-        "mine_steps": 60,
-        "mine_rate": 0.03,
-        "iterations": 60,
-        "learning_rate": 2e-3,
-    },
+    "dark_miner": PRESETS["thorough"].small,
 }
 
 ATTACKS: dict[str, Mapping[str, Any]] = {

@@ -44,7 +44,11 @@ ANCHOR, DARK = "anchor", "dark"
 class Settings:
     rounds: int = setting(10, "At most this many rounds of searching and erasing are made.", low=1, high=1000, step=1)
     population: int = setting(
-        8, "Embeddings searched side by side in a round: more close more ways back, at the same time.", low=1, high=64, step=1
+        8,
+        "Embeddings searched side by side in a round: more close more ways back, at the same time.",
+        low=1,
+        high=64,
+        step=1,
     )
     threshold: float = setting(
         0.2, "Mining stops once the pictures of what it finds score no more than this.", low=-1.0, high=1.0, step=0.01

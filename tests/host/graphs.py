@@ -8,13 +8,22 @@ from collections.abc import Iterator
 from typing import Any
 
 from comfy_cli.workflow_to_api import convert_ui_to_api
-from graph_builder import BYPASS
+from graph_builder import BYPASS, has_control
 
 from workflows import FOLDER
 
 Json = dict[str, Any]
-QUICK = {"KSampler": {2: 2}, "EmptyLatentImage": {0: 128, 1: 128, 2: 2}}
-"""Widgets (by place) that are set for a short run: 2 steps, two pictures of the demo model's size."""
+QUICK: dict[str, dict[str, Any]] = {
+    "KSampler": {"steps": 2},
+    "EmptyLatentImage": {"width": 128, "height": 128, "batch_size": 2},
+    "ErasureMethodESD": {"iterations": 2, "sample_steps": 3},
+    "ErasureMethodCPE": {"stages": 1, "iterations": 2, "attack_steps": 2},
+    "ErasureMethodDUO": {"iterations": 2},
+    "ErasureMakeSDEditPair": {"count": 2},
+    "ErasureMineDarkEmbeddings": {"count": 1, "steps": 3, "looks": 1},
+    "ErasureLearnSafePromptMemory": {"iterations": 2},
+}
+"""Widgets that are set for a short run: two pictures of the demo model's size in 2 steps, trainings of 2 steps."""
 
 
 def shipped(name: str) -> Json:
@@ -28,12 +37,24 @@ def levels(graph: Json) -> Iterator[Json]:
     yield from graph.get("definitions", {}).get("subgraphs", [])
 
 
+def _place(node: Json, widget: str) -> int:
+    """Where the page keeps a widget's value. Behind a seed stands what happens to it after a run."""
+    place = 0
+    for entry in node["inputs"]:
+        name = entry.get("widget", {}).get("name")
+        if name == widget:
+            return place
+        if name is not None:
+            place += 2 if has_control(name, entry["type"], {}) else 1
+    raise KeyError(f"{node['type']} has no widget {widget!r}")
+
+
 def quick(graph: Json) -> Json:
     graph = copy.deepcopy(graph)
     for level in levels(graph):
         for node in level["nodes"]:
-            for place, value in QUICK.get(node["type"], {}).items():
-                node["widgets_values"][place] = value
+            for name, value in QUICK.get(node["type"], {}).items():
+                node["widgets_values"][_place(node, name)] = value
     return graph
 
 

@@ -1,0 +1,245 @@
+"""The graphs of workflows/ that train: mining, pairs, memories, and methods side by side."""
+
+from __future__ import annotations
+
+from comfy_client import Json
+from graph_builder import Graph
+from workflow_parts import BLUE, GREEN, GREY, RED, Drawing
+
+WORD, ALIAS = "beer", "ale"
+CONCEPT = {"concept": f"{WORD}, {ALIAS}", "keep": "bomb, crown, cactus, banana, house, penguin, neon style"}
+METHODS = {
+    "UCE": ("uce", {}),
+    "RECE": ("rece", {}),
+    "SPEED": ("speed", {"empty_prompt": "bos and 3 centres", "threshold": 1e-2, "retain_scale": 3e-4}),
+    "ESD": ("esd", {"iterations": 60, "learning_rate": 1e-3, "batch": 4, "sample_steps": 12}),
+    "CPE": ("cpe", {"stages": 2, "iterations": 200, "attack_steps": 200}),
+}
+
+
+def compare_methods(info: Json) -> Graph:
+    g = Graph(info, "compare_methods")
+    d = Drawing(g)
+    note = g.note(
+        f"""
+# Methods side by side
+
+Press **Run**: half a minute of solving, a minute or two of training, on a CPU.
+
+**Look at** each row, one method a row, the same four seeds everywhere: left *a {WORD}* (named, must go), middle *a
+lager* (not
+named), right *a crown* (must stay).
+
+The first row is the model as it is.
+
+**Then try** your own concept in all **Erase Concept** nodes, or other settings in a **Method** node.
+""",
+        (320, 420),
+    )
+    prompts = {words: d.prompt(words) for words in (f"a {WORD}", "a lager", "a crown")}
+    g.place(0, 0, note)
+    g.place(370, 0, d.demo, *d.shared)
+    g.group("1  Model, size and seed", (d.demo, *d.shared), GREEN)
+    for i, prompt in enumerate(prompts.values()):
+        g.place(1060 + 700 * i, 0, prompt)
+    g.group("2  Prompts", prompts.values(), BLUE)
+    y = 220
+    rows = {"as it is": d.demo["MODEL"]}
+    makers = {}
+    for title, (name, widgets) in METHODS.items():
+        method = g.node(f"ErasureMethod{name.upper()}", (300, 0), **widgets)
+        erase = g.node(
+            "ErasureEraseConcept", (300, 0), model=d.demo["MODEL"], clip=d.demo["CLIP"], vae=d.demo["VAE"],
+            method=method["ERASURE_METHOD"], **CONCEPT,
+        )  # fmt: skip
+        makers[title], rows[title] = (method, erase), erase["MODEL"]
+    for title, model in rows.items():
+        members = []
+        for i, (words, prompt) in enumerate(prompts.items()):
+            drawn, shown = d.preview(f"{title}: {words}", model, prompt["CONDITIONING"])
+            g.place(1060 + 700 * i, y, drawn)
+            g.place(1300 + 700 * i, y, shown)
+            members += [drawn, shown]
+        for x, maker in zip((370, 700), makers.get(title, ()), strict=False):
+            g.place(x, y, maker)
+            members.append(maker)
+        g.group(title, members, GREY if title == "as it is" else RED)
+        y += max(node.height for node in members) + 110
+    return g
+
+
+def mine_erase_mine(info: Json) -> Graph:
+    g = Graph(info, "mine_erase_mine")
+    d = Drawing(g)
+    note = g.note(
+        f"""
+# Mine, look, erase, mine again
+
+Press **Run**; a few minutes on a CPU, pictures appear while it searches.
+
+1. **Erase Concept** (quality *fast*) takes *{WORD}* out of the words.
+2. **Mine Dark Embeddings** searches the erased model for anything that still draws one.
+3. A second **Erase Concept** starts from the untouched model and erases the words *and* the finds (its *dark* input).
+4. **Mine** again, with another seed: the score says how much is left.
+
+**Look at** what was found in each round, and at the scores.
+
+**Then try** another concept in all four nodes, or go on in the same way for another round, or let *Method: Dark Miner*
+make the rounds by itself. Scores come from the **judge**
+that the demo model brings along; on your own model use *Example Judge*, *CLIP Judge* or *ONNX Judge*, or none and your eyes.
+""",
+        (340, 460),
+    )
+    mining = {"concept": f"{WORD}, {ALIAS}", "count": 2, "steps": 200}
+    first = g.node(
+        "ErasureEraseConcept",
+        (320, 300),
+        title="1  Erase the words",
+        model=d.demo["MODEL"],
+        clip=d.demo["CLIP"],
+        **CONCEPT,
+    )
+    shared = {"clip": d.demo["CLIP"], "vae": d.demo["VAE"], "base_model": d.demo["MODEL"], "judge": d.demo["JUDGE"]}
+    mine = g.node("ErasureMineDarkEmbeddings", (340, 460), title="2  What is left?", model=first["MODEL"], seed=1, **mining,
+        **shared)  # fmt: skip
+    second = g.node(
+        "ErasureEraseConcept", (320, 300), title="3  Erase words and finds", model=d.demo["MODEL"], clip=d.demo["CLIP"],
+        dark=mine["DARK_EMBEDDINGS"], **CONCEPT,
+    )  # fmt: skip
+    again = g.node("ErasureMineDarkEmbeddings", (340, 460), title="4  And now?", model=second["MODEL"], seed=2, **mining,
+        **shared)  # fmt: skip
+    g.place(0, 0, note)
+    g.place(390, 0, d.demo, *d.shared)
+    g.group("Model, size and seed", (d.demo, *d.shared), GREEN)
+    prompt = d.prompt(f"a {WORD}")
+    for row, (erase, search, word) in enumerate(
+        ((first, mine, "words erased"), (second, again, "words and finds erased"))
+    ):
+        y = 900 * row
+        drawn, shown = d.preview(f"a {WORD}: {word}", erase["MODEL"], prompt["CONDITIONING"])
+        found = g.node("PreviewImage", (430, 300), title=f"Found in round {row + 1}", images=search["images"])
+        report = g.node("PreviewAny", (430, 200), title="Scores", source=search["report"])
+        g.place(740, y, erase, *((prompt,) if row == 0 else ()))
+        g.place(1100, y, drawn, shown)
+        g.place(1560, y, search)
+        g.place(1940, y, found, report)
+        g.group(
+            f"{'First' if row == 0 else 'Second'} round", (erase, search, drawn, shown, found, report), (RED, BLUE)[row]
+        )
+    return g
+
+
+def pairs_then_duo(info: Json) -> Graph:
+    g = Graph(info, "pairs_then_duo")
+    d = Drawing(g)
+    note = g.note(
+        f"""
+# Pairs of pictures, then DUO
+
+Press **Run**; a few minutes on a CPU, pictures appear while it trains.
+
+1. **Make SDEdit Pair** draws *a {WORD}*, then draws each picture over with another prompt, from the same noise. The
+judge sorts
+out pairs that failed.
+2. **Method: DUO** learns from the pairs alone, with an empty prompt: what the concept is called plays no part.
+
+**Look at** the pairs: what differs is what will be unlearned. Then at before and after: the prompt by its name, by a
+word that
+nobody named, and a prompt that must stay.
+
+**Then try** another safe prompt. For your own model use photographs of the concept on *images*, 32 pairs or more, and
+DUO's own settings.
+""",
+        (340, 430),
+    )
+    pair = g.node(
+        "ErasureMakeSDEditPair", (320, 0), model=d.demo["MODEL"], clip=d.demo["CLIP"], vae=d.demo["VAE"],
+        judge=d.demo["JUDGE"], unsafe_prompt=f"a {WORD}", safe_prompt="a house", strength=0.85, count=8, cfg=4.0, concept=WORD,
+    )  # fmt: skip
+    unsafe, safe = (g.node("PreviewImage", (430, 250), title=t, images=pair[t]) for t in ("unsafe", "safe"))
+    method = g.node(
+        "ErasureMethodDUO", (320, 0), iterations=120, beta=100.0, base_learning_rate=1e-3, base_prior_weight=10.0
+    )
+    erase = g.node(
+        "ErasureEraseConcept", (320, 300), model=d.demo["MODEL"], clip=d.demo["CLIP"], vae=d.demo["VAE"],
+        method=method["ERASURE_METHOD"], pairs=pair["CONCEPT_PAIRS"], **CONCEPT,
+    )  # fmt: skip
+    g.place(0, 0, note)
+    g.place(390, 0, d.demo, *d.shared)
+    g.group("Model, size and seed", (d.demo, *d.shared), GREEN)
+    g.place(740, 0, pair)
+    g.place(1100, 0, unsafe, safe)
+    g.group("1  Pairs", (pair, unsafe, safe), BLUE)
+    g.place(740, pair.height + 140, method, erase)
+    g.group("2  Unlearn", (method, erase), RED)
+    for row, words in enumerate((f"a {WORD}", "a lager", "a crown")):
+        y, members = 620 * row, []
+        prompt = d.prompt(words)
+        members.append(prompt)
+        g.place(1600, y, prompt)
+        for x, (title, model) in zip(
+            (1850, 2560), (("before", d.demo["MODEL"]), ("after", erase["MODEL"])), strict=True
+        ):
+            drawn, shown = d.preview(f"{words}: {title}", model, prompt["CONDITIONING"])
+            g.place(x, y, drawn)
+            g.place(x + 240, y, shown)
+            members += [drawn, shown]
+        g.group(words, members, GREY)
+    return g
+
+
+def prompt_memory_with_key(info: Json) -> Graph:
+    g = Graph(info, "prompt_memory_with_key")
+    d = Drawing(g)
+    note = g.note(
+        f"""
+# A memory that hides, and the key that restores
+
+Press **Run**; a few minutes on a CPU, pictures appear while it learns.
+
+**Upper half, mode *key***: the weights learn to hide *{WORD}* while a few rows, the memory, learn to bring it back.
+Publish the
+erasure; keep the memory: **Apply Safe Prompt Memory** on the erased model shows it again.
+
+**Lower half, mode *suppress***: no weight changes. The rows alone, read beside every prompt, push *{WORD}* away. Take them
+off and it is back.
+
+**Look at** the left column, which asks for it, and the right one, which must stay.
+
+**Then try** another concept, or the memory at another strength. Both are small files: **Save Prompt Memory**, and
+**Save Erasure** for the public half.
+""",
+        (340, 420),
+    )
+    learn = {"model": d.demo["MODEL"], "clip": d.demo["CLIP"], "vae": d.demo["VAE"], **CONCEPT}
+    key = g.node("ErasureLearnSafePromptMemory", (340, 520), title="Learn: key", mode="key", **learn)
+    back = g.node("ErasureApplySafePromptMemory", (300, 0), title="Unlock with the key", model=key["MODEL"],
+        memory=key["PROMPT_MEMORY"])  # fmt: skip
+    soft = g.node("ErasureLearnSafePromptMemory", (340, 520), title="Learn: suppress", mode="suppress", **learn)
+    half = g.node("ErasureApplySafePromptMemory", (300, 0), title="At a strength", model=d.demo["MODEL"],
+        memory=soft["PROMPT_MEMORY"], strength=0.5)  # fmt: skip
+    g.place(0, 0, note)
+    g.place(390, 0, d.demo, *d.shared)
+    g.group("Model, size and seed", (d.demo, *d.shared), GREEN)
+    prompts = {words: d.prompt(words) for words in (f"a {WORD}", "a crown")}
+    for prompt, x in zip(prompts.values(), (1500, 2210), strict=True):
+        g.place(x, 0, prompt)
+    g.group("Prompts", prompts.values(), GREY)
+    rows = {
+        "Key": ((key, back), {"hidden": key["MODEL"], "with the key": back["MODEL"]}, RED),
+        "Suppress": ((soft, half), {"suppressed": soft["MODEL"], "at strength 0.5": half["MODEL"]}, BLUE),
+    }
+    y = 200
+    for title, (makers, models, color) in rows.items():
+        members = list(makers)
+        for maker, x in zip(makers, (760, 1130), strict=True):
+            g.place(x, y, maker)
+        for k, (state, model) in enumerate(models.items()):
+            for (words, prompt), x in zip(prompts.items(), (1500, 2210), strict=True):
+                drawn, shown = d.preview(f"{state}: {words}", model, prompt["CONDITIONING"])
+                g.place(x, y + 330 * k, drawn)
+                g.place(x + 240, y + 330 * k, shown)
+                members += [drawn, shown]
+        g.group(title, members, color)
+        y += 860
+    return g
