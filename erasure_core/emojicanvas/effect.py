@@ -164,7 +164,6 @@ class Bench:
         with tqdm(total=missing, unit="picture", desc="the base's pictures", disable=not missing) as bar:
             self.studio.draw(shots, None, bar)
         threads = max(1, torch.get_num_threads() // jobs)
-        started = {"initializer": _start_worker, "initargs": (self.plan, threads)}
         with tqdm(total=len(todo), unit="row", smoothing=0.1, disable=not todo) as bar:
             if jobs == 1:
                 for number, method, settings in todo:
@@ -172,7 +171,9 @@ class Bench:
                     self.measure_row(erasings(self.plan.split)[number], method, settings)
                     bar.update()
             else:
-                with ProcessPoolExecutor(jobs, get_context("spawn"), **started) as pool:
+                with ProcessPoolExecutor(
+                    jobs, get_context("spawn"), initializer=_start_worker, initargs=(self.plan, threads)
+                ) as pool:
                     for done in as_completed([pool.submit(_measure_row, *row) for row in todo]):
                         done.result()
                         bar.update()

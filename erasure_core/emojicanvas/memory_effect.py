@@ -79,7 +79,7 @@ def rows(
 ) -> Iterator[tuple[str, dict[str, Rate], float]]:
     """(what is drawn, figures, seconds of learning) of the base and of everything that the mode makes."""
     memory, erasure, seconds = learn(canvas, mode, erasing)
-    drawn = {"base": (None, None), "memory": (None, memory)}
+    drawn: dict[str, tuple[Erasure | None, SavedMemory | None]] = {"base": (None, None), "memory": (None, memory)}
     if erasure is not None:
         drawn = {"base": (None, None), "without the key": (erasure, None), "with the key": (erasure, memory)}
     for name, (change, read) in drawn.items():

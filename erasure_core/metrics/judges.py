@@ -157,7 +157,7 @@ class ExampleJudge:
         name: str = "examples",
         threshold: float = 0.5,
     ) -> None:
-        self.labels: tuple[str, ...] = tuple(w.strip() for w in words if w.strip())
+        self.labels: tuple[str, ...] | None = tuple(w.strip() for w in words if w.strip())
         if not self.labels:
             raise ValueError("concept: write what the examples show")
         for what, given in (("examples", examples), ("others", others)):
@@ -177,7 +177,7 @@ class ExampleJudge:
         self._middle, self._slope = (with_it + no_it) / 2, 2 * math.log(19) / (with_it - no_it)
 
     def probability(self, pictures: Tensor, concept: str) -> Tensor:
-        if concept.strip().casefold() not in (w.casefold() for w in self.labels):
+        if concept.strip().casefold() not in (w.casefold() for w in self.labels or ()):
             raise unknown(self, concept)
         pictures = check_pictures(pictures)
         if not len(pictures):
