@@ -195,7 +195,7 @@ def footprint(
         parameters = trained.train(demand.what)
         weights = {_storage(p) for p in [*net.parameters(), *parameters]}
         inside: list[nn.Module] = []
-        kept: dict[nn.Module | None, dict[int, int]] = {None: {}}
+        kept: dict[nn.Module | None, dict[int, torch.UntypedStorage]] = {None: {}}
         entering = 0
         handles = []
 
@@ -211,22 +211,23 @@ def footprint(
         for block in blocks_of(net):
             handles += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
 
-        def pack(x: Tensor) -> Tensor:
+        def pack(x: Tensor) -> None:
+            """Keeps the memory apart from the graph: one that holds its own outputs through a hook is never freed."""
             if _storage(x) not in weights:
-                kept[inside[-1] if inside else None][_storage(x)] = x.untyped_storage().nbytes()
-            return x
+                kept[inside[-1] if inside else None][_storage(x)] = x.detach().untyped_storage()
 
         adm = getattr(net, "num_classes", None) is not None
         extra = {"y": torch.empty(1, model.model.adm_channels, device=meta)} if adm else {}
         width = model.model.model_config.unet_config["context_dim"]
         cond = Cond(torch.empty(1, _TEXT_LENGTH, width, device=meta), extra)
         z = torch.empty(1, *shape, device=meta)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
             out = trained.predict(z, torch.zeros(1, dtype=torch.long), cond)
         for handle in handles:
             handle.remove()
-        blocks = [sum(x.values()) for block, x in kept.items() if block is not None]
-        outside = sum(kept[None].values())
+        bytes_of = {block: sum(s.nbytes() for s in storages.values()) for block, storages in kept.items()}
+        outside = bytes_of.pop(None)
+        blocks = list(bytes_of.values())
         amount = sum(p.numel() * 4 for p in parameters)
         del out
     n = demand.pictures
