@@ -94,7 +94,8 @@ class MineDarkEmbeddings(io.ComfyNode):
                 io.Model.Input(
                     "base_model",
                     optional=True,
-                    tooltip="The model before the erasure: it draws the pictures of the concept that the search starts from.",
+                    tooltip="The model before the erasure: it draws pictures of the concept and shows the search what to aim "
+                    "at, which finds more in fewer steps. Takes as much memory again.",
                 ),
                 io.Image.Input(
                     "images", optional=True, tooltip="Pictures of the concept, not drawn ones. Eight or more."
