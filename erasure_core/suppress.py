@@ -36,15 +36,15 @@ from .vocabulary import VOCABULARY
 class Settings:
     """Defaults were measured on EmojiCanvas, on prompts and seeds that no result is reported on."""
 
-    iterations: int = setting(300, "Training steps. More suppress more firmly.", low=1, high=100000, step=10)
-    learning_rate: float = setting(1e-2, "Size of a training step.", low=1e-8, high=1.0, step=1e-3)
-    rows: int = setting(8, "Size of the memory: rows beside the text.", low=1, high=1000, step=1)
+    iterations: int = setting(250, "Training steps. More suppress more firmly.", low=1, high=100000, step=10)
+    learning_rate: float = setting(2e-2, "Size of a training step.", low=1e-8, high=1.0, step=1e-3)
+    rows: int = setting(16, "Size of the memory: rows beside the text.", low=1, high=1000, step=1)
     placement: Placement = setting(Placement.ALL, "Which blocks read the memory.")
     batch: int = setting(2, "Pictures of the concept, and as many kept ones, per step.", low=1, high=64, step=1)
     pictures: int = setting(12, "Pictures of the concept that training looks at.", low=1, high=1000, step=1)
     kept_pictures: int = setting(28, "Pictures of kept words that training looks at.", low=1, high=1000, step=1)
     negative_guidance: float = setting(1.0, "How far from the concept it pushes.", low=0.0, high=20.0, step=0.5)
-    keep_weight: float = setting(3.0, "How hard everything else is held.", low=0.0, high=1e6, step=0.1)
+    keep_weight: float = setting(1.5, "How hard everything else is held.", low=0.0, high=1e6, step=0.1)
     guidance: float = setting(3.0, "Guidance of the pictures that training looks at.", low=0.0, high=30.0, step=0.5)
     sample_steps: int = setting(10, "Sampler steps of these pictures.", low=2, high=1000, step=1)
     seed: int = setting(0, "The same seed gives the same memory.", low=0, high=2**53, step=1)

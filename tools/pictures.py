@@ -33,7 +33,6 @@ PARTS = {
     "compare_methods": ("as it is: a beer", "UCE: a beer", "ESD: a beer"),
     "mine_erase_mine": ("Found in round 1", "Found in round 2"),
     "pairs_then_duo": ("unsafe", "safe", "a beer: after"),
-    "prompt_memory_with_key": ("hidden: a beer", "with the key: a beer", "suppressed: a beer"),
 }
 """Thumbnails: the previews whose titles start so, a row each."""
 IN_README = ("load_shared_erasure", "several_concepts_keep_neighbours")
@@ -123,7 +122,7 @@ def single_nodes(info: Json) -> dict[str, Json]:
         "PROMPT_MEMORY",
     }
     graphs = {}
-    for kind in sorted(i for i in info if i.startswith("Erasure")):
+    for kind in sorted(i for i in info if i.startswith("Erasure") and i != "ErasureJudgeONNX"):  # no file to choose
         # Alone on the canvas its sockets stay open, which the builder would refuse.
         schema = copy.deepcopy(info[kind])
         required = schema["input"].get("required", {})

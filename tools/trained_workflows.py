@@ -1,4 +1,4 @@
-"""The graphs of workflows/ that train: mining, pairs, memories, and methods side by side."""
+"""The graphs of workflows/ that train: mining, pairs, and methods side by side."""
 
 from __future__ import annotations
 
@@ -80,13 +80,15 @@ Press **Run**; a few minutes on a CPU, pictures appear while it searches.
 1. **Erase Concept** (quality *fast*) takes *{WORD}* out of the words.
 2. **Mine Dark Embeddings** searches the erased model for anything that still draws one.
 3. A second **Erase Concept** starts from the untouched model and erases the words *and* the finds (its *dark* input).
-4. **Mine** again, with another seed: the score says how much is left.
+4. **Mine** again, with another seed: is something left?
 
-**Look at** what was found in each round, and at the scores.
+**Look at** what was found in each round, and at the scores. The second search finds it again by another way: editing what words
+and finds mean (*fast*, *balanced*) does not close all ways.
 
-**Then try** another concept in all four nodes, or go on in the same way for another round, or let *Method: Dark Miner*
-make the rounds by itself. Scores come from the **judge**
-that the demo model brings along; on your own model use *Example Judge*, *CLIP Judge* or *ONNX Judge*, or none and your eyes.
+**Then try** quality *thorough* in the second Erase Concept, with *vae* and *judge* connected: it mines and erases in turn.
+
+Scores come from the **judge** that the demo model brings along; on your own model use *Example Judge*, *CLIP Judge* or *ONNX
+Judge*, or none and your eyes.
 """,
         (340, 460),
     )
@@ -138,17 +140,16 @@ def pairs_then_duo(info: Json) -> Graph:
 
 Press **Run**; a few minutes on a CPU, pictures appear while it trains.
 
-1. **Make SDEdit Pair** draws *a {WORD}*, then draws each picture over with another prompt, from the same noise. The
-judge sorts
-out pairs that failed.
+1. **Make SDEdit Pair** draws *a {WORD}*, then draws each picture over with another prompt, from the same noise. The judge
+sorts out pairs that failed.
 2. **Method: DUO** learns from the pairs alone, with an empty prompt: what the concept is called plays no part.
 
-**Look at** the pairs: what differs is what will be unlearned. Then at before and after: the prompt by its name, by a
-word that
-nobody named, and a prompt that must stay.
+**Look at** the pairs: what differs is what will be unlearned. Then look at before and after: the prompt by its name, by a word
+that nobody named, and a prompt that must stay. With so few pairs and steps the concept goes only in part; a lower
+*base_prior_weight* goes further and disturbs more of the rest.
 
-**Then try** another safe prompt. For your own model use photographs of the concept on *images*, 32 pairs or more, and
-DUO's own settings.
+**Then try** another safe prompt. For your own model use photographs of the concept on *images*, 32 pairs or more, and DUO's
+own settings.
 """,
         (340, 430),
     )
@@ -185,61 +186,4 @@ DUO's own settings.
             g.place(x + 240, y, shown)
             members += [drawn, shown]
         g.group(words, members, GREY)
-    return g
-
-
-def prompt_memory_with_key(info: Json) -> Graph:
-    g = Graph(info, "prompt_memory_with_key")
-    d = Drawing(g)
-    note = g.note(
-        f"""
-# A memory that hides, and the key that restores
-
-Press **Run**; a few minutes on a CPU, pictures appear while it learns.
-
-**Upper half, mode *key***: the weights learn to hide *{WORD}* while a few rows, the memory, learn to bring it back.
-Publish the
-erasure; keep the memory: **Apply Safe Prompt Memory** on the erased model shows it again.
-
-**Lower half, mode *suppress***: no weight changes. The rows alone, read beside every prompt, push *{WORD}* away. Take them
-off and it is back.
-
-**Look at** the left column, which asks for it, and the right one, which must stay.
-
-**Then try** another concept, or the memory at another strength. Both are small files: **Save Prompt Memory**, and
-**Save Erasure** for the public half.
-""",
-        (340, 420),
-    )
-    learn = {"model": d.demo["MODEL"], "clip": d.demo["CLIP"], "vae": d.demo["VAE"], **CONCEPT}
-    key = g.node("ErasureLearnSafePromptMemory", (340, 520), title="Learn: key", mode="key", **learn)
-    back = g.node("ErasureApplySafePromptMemory", (300, 0), title="Unlock with the key", model=key["MODEL"],
-        memory=key["PROMPT_MEMORY"])  # fmt: skip
-    soft = g.node("ErasureLearnSafePromptMemory", (340, 520), title="Learn: suppress", mode="suppress", **learn)
-    half = g.node("ErasureApplySafePromptMemory", (300, 0), title="At a strength", model=d.demo["MODEL"],
-        memory=soft["PROMPT_MEMORY"], strength=0.5)  # fmt: skip
-    g.place(0, 0, note)
-    g.place(390, 0, d.demo, *d.shared)
-    g.group("Model, size and seed", (d.demo, *d.shared), GREEN)
-    prompts = {words: d.prompt(words) for words in (f"a {WORD}", "a crown")}
-    for prompt, x in zip(prompts.values(), (1500, 2210), strict=True):
-        g.place(x, 0, prompt)
-    g.group("Prompts", prompts.values(), GREY)
-    rows = {
-        "Key": ((key, back), {"hidden": key["MODEL"], "with the key": back["MODEL"]}, RED),
-        "Suppress": ((soft, half), {"suppressed": soft["MODEL"], "at strength 0.5": half["MODEL"]}, BLUE),
-    }
-    y = 200
-    for title, (makers, models, color) in rows.items():
-        members = list(makers)
-        for maker, x in zip(makers, (760, 1130), strict=True):
-            g.place(x, y, maker)
-        for k, (state, model) in enumerate(models.items()):
-            for (words, prompt), x in zip(prompts.items(), (1500, 2210), strict=True):
-                drawn, shown = d.preview(f"{state}: {words}", model, prompt["CONDITIONING"])
-                g.place(x, y + 330 * k, drawn)
-                g.place(x + 240, y + 330 * k, shown)
-                members += [drawn, shown]
-        g.group(title, members, color)
-        y += 860
     return g

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from comfy_client import Json
 from graph_builder import TITLE, Graph, Node, Output
-from trained_workflows import compare_methods, mine_erase_mine, pairs_then_duo, prompt_memory_with_key
+from trained_workflows import compare_methods, mine_erase_mine, pairs_then_duo
 from workflow_parts import BATCH, BLUE, DEMO_SAMPLER, GREEN, GREY, RED, SEED, compare, sample
 
 FOLDER = Path(__file__).resolve().parent.parent / "workflows"
@@ -394,7 +394,6 @@ WORKFLOWS: dict[str, Callable[[Json], Graph]] = {
     "compare_methods": compare_methods,
     "mine_erase_mine": mine_erase_mine,
     "pairs_then_duo": pairs_then_duo,
-    "prompt_memory_with_key": prompt_memory_with_key,
     "erase_on_sd15": erase_on_sd15,
     "erase_on_sdxl": erase_on_sdxl,
 }

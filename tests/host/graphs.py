@@ -21,7 +21,6 @@ QUICK: dict[str, dict[str, Any]] = {
     "ErasureMethodDUO": {"iterations": 2},
     "ErasureMakeSDEditPair": {"count": 2},
     "ErasureMineDarkEmbeddings": {"count": 1, "steps": 3, "looks": 1},
-    "ErasureLearnSafePromptMemory": {"iterations": 2},
 }
 """Widgets that are set for a short run: two pictures of the demo model's size in 2 steps, trainings of 2 steps."""
 
