@@ -122,14 +122,17 @@ def single_nodes(info: Json) -> dict[str, Json]:
         "PROMPT_MEMORY",
     }
     graphs = {}
-    for kind in sorted(i for i in info if i.startswith("Erasure") and i != "ErasureJudgeONNX"):  # no file to choose
+    for kind in sorted(i for i in info if i.startswith("Erasure")):
         # Alone on the canvas its sockets stay open, which the builder would refuse.
         schema = copy.deepcopy(info[kind])
         required = schema["input"].get("required", {})
         open_ = {name: required.pop(name) for name in list(required) if required[name][0] in loose}
         schema["input"]["optional"] = open_ | schema["input"].get("optional", {})
         graph = Graph({kind: schema}, kind)
-        graph.place(0, 0, graph.node(kind, sizes.get(kind, (330, 0)), **values.get(kind, {})))
+        try:
+            graph.place(0, 0, graph.node(kind, sizes.get(kind, (330, 0)), **values.get(kind, {})))
+        except ValueError:  # it loads a file of a kind that is not here
+            continue
         graphs[kind] = graph.data()
     return graphs
 

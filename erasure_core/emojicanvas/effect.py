@@ -249,7 +249,7 @@ def effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool, j
     s, judge = bench.plan.sampler, bench.studio.judge
     text = f"""# Effect of erasing on EmojiCanvas
 
-Made by `python -m erasure_core.emojicanvas.bench effect --seeds {bench.plan.seeds} --rounds {bench.plan.rounds}` with a model
+Made by `python -m erasure_core.emojicanvas.bench effect --seeds {bench.plan.seeds} --rounds {bench.plan.rounds}{' --bf16' if s.bf16 else ''}` with a model
 trained for {bench.studio.model.steps_trained} steps, {s.steps} Euler steps, guidance {s.cfg:g}, {judge.name} \
 {judge.version}, on scoring prompts and seeds only. Shares of pictures with 95 % Wilson intervals.
 
