@@ -20,7 +20,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "ErasureMethodCPE": {"stages": 1, "iterations": 2, "attack_steps": 2},
     "ErasureMethodDUO": {"iterations": 2},
     "ErasureMakeSDEditPair": {"count": 2},
-    "ErasureMineDarkEmbeddings": {"count": 1, "steps": 3, "looks": 1},
+    "ErasureMineDarkEmbeddings": {"count": 1, "steps": 3, "looks": 2},
 }
 """Widgets that are set for a short run: two pictures of the demo model's size in 2 steps, trainings of 2 steps."""
 
