@@ -197,7 +197,7 @@ def test_unknown_choices(server: ComfyServer) -> None:
     """Only API calls can send them."""
     g = Graph()
     erased(g, "cat", quality="perfect")
-    assert refusal(server, g) == "quality: 'perfect' is none of fast, balanced"
+    assert refusal(server, g) == "quality: 'perfect' is none of fast, balanced, thorough"
     for what, known in (
         ("folder", "loras, erasure"),
         ("layout", "LoRA (ComfyUI"),
