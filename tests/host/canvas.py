@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import time
 from collections.abc import Sequence
 
 from browser import Browser, PageError
@@ -100,15 +102,28 @@ def open_gallery(page: Browser, pack: str) -> dict[str, bool]:
 
     page._wait(entry, f"no {pack} in the template gallery", 60)
 
-    def cards() -> dict[str, bool] | None:
-        page._frames()
-        found = dict(page.driver.execute_script(THUMBNAILS))
-        return found if found and all(found.values()) else None
+    def scroll_to(card: str) -> None:
+        page.driver.execute_script(
+            "const all = document.querySelectorAll('[data-testid^=template-workflow-]');"
+            f"if (all.length) all[{card}].scrollIntoView()"
+        )
 
-    try:
-        return page._wait(cards, "thumbnails do not show", 30)
-    except PageError:
-        return dict(page.driver.execute_script(THUMBNAILS))
+    seen: dict[str, bool] = {}
+
+    def cards() -> bool:
+        """Pictures are there while they are in view: look at both ends in turn."""
+        for card in ("0", "all.length - 1"):
+            scroll_to(card)
+            time.sleep(1)
+            for name, shows in page.driver.execute_script(THUMBNAILS):
+                seen[name] = seen.get(name, False) or shows
+        return bool(seen) and all(seen.values())
+
+    with contextlib.suppress(PageError):
+        page._wait(cards, "thumbnails do not show", 30)
+    scroll_to("0")
+    page._frames()
+    return seen
 
 
 def open_template(page: Browser, name: str) -> None:
