@@ -64,7 +64,7 @@ The first row is the model as it is.
             g.place(x, y, maker)
             members.append(maker)
         g.group(title, members, GREY if title == "as it is" else RED)
-        y += max(node.height for node in members) + 110
+        y += max(node.height for node in members) + 110 + 350 * (title in makers)  # nodes that train grow a picture
     return g
 
 
@@ -171,7 +171,7 @@ own settings.
     g.place(740, 0, pair)
     g.place(1100, 0, unsafe, safe)
     g.group("1  Pairs", (pair, unsafe, safe), BLUE)
-    g.place(740, pair.height + 140, method, erase)
+    g.place(740, pair.height + 500, method, erase)  # the pair's node grows pictures
     g.group("2  Unlearn", (method, erase), RED)
     for row, words in enumerate((f"a {WORD}", "a lager", "a crown")):
         y, members = 620 * row, []
