@@ -56,21 +56,28 @@ def apply_memory(model, memory: SavedMemory, strength: float, *, conditional_onl
 def _patch(uses: tuple[Use, ...]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """A plain function: ComfyUI copies callable objects, and their tensors, with every clone."""
     cached: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+    last: dict[tuple[bool, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def patch(n: Tensor, context: Tensor, value: Tensor, extra: dict) -> tuple[Tensor, Tensor, Tensor]:
         """n [B, L, C], context and value [B, T, D] -> the same with the rows behind T."""
-        where = context.device, context.dtype
-        if where not in cached:
-            with torch.inference_mode(False):
-                cached[where] = [(u.memory.key.to(*where), u.memory.value.to(*where)) for u in uses]
         block = _BLOCKS.get((extra.get("block") or ("",))[0], "")
-        read = [
-            (rows, use.memory.length, use.quarters)
-            for rows, use in zip(cached[where], uses, strict=True)
-            if use.memory.placement.covers(block) and (not use.conditional_only or _conditional(extra))
-        ]
-        keys, values = (extended(x, [(r[i], *how) for r, *how in read]) for i, x in enumerate((context, value)))
-        return n, keys, values
+        covered = tuple(
+            use.memory.placement.covers(block) and (not use.conditional_only or _conditional(extra)) for use in uses
+        )
+        made = last.get(covered)
+        if made is None or made[0] is not context or made[1] is not value:  # all blocks of a pass read the same tensor
+            where = context.device, context.dtype
+            if where not in cached:
+                with torch.inference_mode(False):
+                    cached[where] = [(u.memory.key.to(*where), u.memory.value.to(*where)) for u in uses]
+            read = [
+                (rows, use.memory.length, use.quarters)
+                for rows, use, reads in zip(cached[where], uses, covered, strict=True)
+                if reads
+            ]
+            keys, values = (extended(x, [(r[i], *how) for r, *how in read]) for i, x in enumerate((context, value)))
+            made = last[covered] = context, value, keys, values
+        return n, made[2], made[3]
 
     patch.uses = uses  # type: ignore[attr-defined]
     return patch

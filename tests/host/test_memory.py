@@ -314,9 +314,9 @@ def cpu_seconds(server: ComfyServer) -> float:
 
 @pytest.mark.slow
 def test_what_a_step_costs(server: ComfyServer, memories: dict[str, SavedMemory]) -> None:
-    """Sixteen rows in all blocks, against the same sampling without: compute time, the best of three."""
+    """Sixteen rows in all blocks, against the same sampling without: compute time, the best of six."""
     costs: dict[str, list[float]] = {"without": [], "with": []}
-    for repeat in range(3):
+    for repeat in range(6):
         for name in costs:
             g = MemoryGraph()
             model, clip, _ = g.demo()
@@ -330,4 +330,4 @@ def test_what_a_step_costs(server: ComfyServer, memories: dict[str, SavedMemory]
             costs[name].append(cpu_seconds(server) - began)
     more = min(costs["with"]) / min(costs["without"]) - 1
     print(f"a sampling step costs {100 * more:+.1f} % with a memory of {len(memories['all'].key)} rows: {costs}")
-    assert more < 0.1
+    assert more < 0.05
