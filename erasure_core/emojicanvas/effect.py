@@ -247,9 +247,10 @@ def effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool, j
     found = [bench.row(e, m, s) for e in erasings(bench.plan.split) for m, s in known.items()]
     rows = [row for row in found if row is not None]
     s, judge = bench.plan.sampler, bench.studio.judge
+    bf16 = " --bf16" if s.bf16 else ""
     text = f"""# Effect of erasing on EmojiCanvas
 
-Made by `python -m erasure_core.emojicanvas.bench effect --seeds {bench.plan.seeds} --rounds {bench.plan.rounds}{' --bf16' if s.bf16 else ''}` with a model
+Made by `python -m erasure_core.emojicanvas.bench effect --seeds {bench.plan.seeds} --rounds {bench.plan.rounds}{bf16}` with a model
 trained for {bench.studio.model.steps_trained} steps, {s.steps} Euler steps, guidance {s.cfg:g}, {judge.name} \
 {judge.version}, on scoring prompts and seeds only. Shares of pictures with 95 % Wilson intervals.
 
