@@ -250,8 +250,8 @@ def effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool, j
     bf16 = " --bf16" if s.bf16 else ""
     text = f"""# Effect of erasing on EmojiCanvas
 
-Made by `python -m erasure_core.emojicanvas.bench effect --seeds {bench.plan.seeds} --rounds {bench.plan.rounds}{bf16}` with a model
-trained for {bench.studio.model.steps_trained} steps, {s.steps} Euler steps, guidance {s.cfg:g}, {judge.name} \
+Made by `python -m erasure_core.emojicanvas.bench effect --seeds {bench.plan.seeds} --rounds {bench.plan.rounds}{bf16}` with a
+model trained for {bench.studio.model.steps_trained} steps, {s.steps} Euler steps, guidance {s.cfg:g}, {judge.name} \
 {judge.version}, on scoring prompts and seeds only. Shares of pictures with 95 % Wilson intervals.
 
 - **Direct, named, unseen**: pictures for the erased name, for aliases that the eraser was told, and for synonyms that
