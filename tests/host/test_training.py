@@ -225,7 +225,7 @@ def test_pictures_and_curve_come_while_it_trains(server: ComfyServer, with_vae: 
     g = Graph()
     model, clip, vae = g.demo()
     aids = {"vae": vae} if with_vae else {}
-    node = g.erase(model, clip, "cat", keep="dog", method=small("esd", iterations=60), **aids)
+    node = g.erase(model, clip, "cat", keep="dog", method=small("esd", iterations=120), **aids)
     said = g.show(node[2])
     ended: list[float] = []
     run = server.run(g.api, on_event=lambda e: ended.append(time.monotonic()) if _ends(e, node) else None)
@@ -234,8 +234,8 @@ def test_pictures_and_curve_come_while_it_trains(server: ComfyServer, with_vae: 
         assert Image.open(io.BytesIO(preview)).width == 512
     heights = [Image.open(io.BytesIO(p)).height for p in run.previews]
     assert heights[-1] > 400, "two pictures above the curve"
-    ticks = [value for n, value, total in run.progress if n == node and total == 60]
-    assert ticks == sorted(ticks) and set(range(61)) <= set(ticks), "each step can be cancelled"
+    ticks = [value for n, value, total in run.progress if n == node and total == 120]
+    assert ticks == sorted(ticks) and set(range(121)) <= set(ticks), "each step can be cancelled"
     assert "losses: erase " in shown(run, said)
     assert len(server.images(run, node)) == 1, "the last picture stays on the node"
 
