@@ -34,7 +34,7 @@ TESTBED: dict[str, Mapping[str, Any]] = {
     "concept_ablation": {**_QUICK, "iterations": 100, "learning_rate": 1e-3, "pictures": 16, "batch": 8},
     "forget_me_not": {**_QUICK, "iterations": 35, "learning_rate": 1e-3},
     "eap": {**_QUICK, "iterations": 40, "learning_rate": 1e-3, "space": "eps"},
-    "kpop": {**_QUICK, "iterations": 60, "learning_rate": 1e-3, "memory_rate": 1e-2},
+    "kpop": {**_QUICK, "iterations": 100, "learning_rate": 1e-3, "memory_rate": 1e-2},
     "duo": {"iterations": 120, "beta": 100.0, "base_learning_rate": 1e-3, "base_prior_weight": 10.0},
     "cpe": {"stages": 2, "iterations": 200, "attack_steps": 200},
     "dark_miner": PRESETS["thorough"].small,

@@ -14,9 +14,9 @@ the names of their runs.
 
 Departures: the rows start as rows of the empty prompt, a tenth of their deviation off, which attention hardly notices, and
 learn at 1e-2 (text states have entries of size one, which a thousand steps of 1e-5 don't move); all blocks read them; w_with
-is 0.5; kept words are held in both steps, so that with the key too they stay what they were (without that, a third of other
-objects went). Chosen on EmojiCanvas' tuning split, which ``emojicanvas.memory_effect`` measures. And as in esd.py: a
-replacement is the base of T, linear layers only.
+is 0.5; the weights' rate falls to 0, so that the key can catch up; kept words are held in both steps, so that with the key
+too they stay what they were (without that, a third of other objects went). Chosen on EmojiCanvas' tuning split, which
+``emojicanvas.memory_effect`` measures. And as in esd.py: a replacement is the base of T, linear layers only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..artifact import Erasure
 from ..concept import ConceptSpec
 from ..operators.memory import Mode, Placement, PromptMemory, SavedMemory
 from ..operators.regress import TargetTerm, keep_term, regress, shifted
-from ..operators.train_loop import Optimiser, Phase, Trainer
+from ..operators.train_loop import Optimiser, Phase, Trainer, cosine
 from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
 from ._training import ERASE, KEEP, NULL, TO, Prompts, TrainSettings, draw_progress, erasure_of, kept, on_policy
 from .registry import Aids, MethodSpec, Progress, setting
@@ -104,7 +104,7 @@ def phases(model: TrainableModel, memory: PromptMemory, prompts: Prompts, settin
     parameters = model.train(settings.parameters(), settings.seed)
     return [
         Phase("memory", list(memory.parameters()), recover, Optimiser(settings.memory_rate)),
-        Phase("weights", parameters, hide, Optimiser(settings.learning_rate)),
+        Phase("weights", parameters, hide, Optimiser(settings.learning_rate), cosine(settings.iterations)),
     ]
 
 
