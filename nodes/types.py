@@ -20,4 +20,7 @@ Dark = io.Custom("DARK_EMBEDDINGS")
 Memory = io.Custom("PROMPT_MEMORY")
 """An :class:`erasure_core.operators.memory.SavedMemory` from Learn Safe Prompt Memory."""
 
+Attacks = io.Custom("ATTACK_RESULTS")
+"""A tuple of :class:`erasure_core.receipt.AttackRecord` from Red-Team Attack."""
+
 CATEGORY = "Concept Erasure"
