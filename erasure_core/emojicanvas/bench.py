@@ -110,7 +110,7 @@ def main() -> None:
         choices=list(all_attacks()),
         help="for robust",
     )
-    parser.add_argument("--only", nargs="+", default=[], help="for robust: some of the erased concepts")
+    parser.add_argument("--only", nargs="+", default=[], help="some of what is erased: cat, neon, together, ...")
     parser.add_argument("--seeds", type=int, help="pictures a word (base 8, effect 10, tune 6)")
     parser.add_argument("--rounds", type=int, help="pictures a kept object (effect 2, tune 1)")
     parser.add_argument("--replace-with", default="", help="what erased things become; nothing by default")
@@ -145,6 +145,7 @@ def main() -> None:
         a.replace_with,
         CACHE / fingerprint,
         a.batch,
+        tuple(a.only),
     )
     if a.what == "base":
         base(plan.studio(), a.seeds or 8)

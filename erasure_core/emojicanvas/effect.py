@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..api import erase
 from ..artifact import Erasure
 from ..concept import Concept, ConceptSpec
+from ..formats import load, save
 from ..methods import all_methods
 from ..metrics.rates import Rate, pooled, rate
 from . import perceptual
@@ -99,11 +100,16 @@ class Plan:
     rounds: int
     replace_with: str
     folder: Path
-    """Pictures of the base and finished rows are kept here."""
+    """Pictures of the base, erasures and finished rows are kept here."""
     batch: int = 32
+    only: tuple[str, ...] = ()
+    """Erase these alone, of what the split erases, by :attr:`Erasing.key`."""
 
     def studio(self) -> Studio:
         return Studio(EmojiCanvas.load(self.model), Judge.load(self.judge), self.sampler, self.folder, self.batch)
+
+    def erasings(self) -> list[Erasing]:
+        return [e for e in erasings(self.split) if not self.only or e.key in self.only]
 
 
 _bench: Bench | None = None
@@ -118,7 +124,7 @@ def _start_worker(plan: Plan, threads: int) -> None:
 
 def _measure_row(number: int, method: str, settings: Mapping[str, Any]) -> None:
     assert _bench is not None
-    _bench.measure_row(erasings(_bench.plan.split)[number], method, settings)
+    _bench.measure_row(_bench.plan.erasings()[number], method, settings)
 
 
 class Bench:
@@ -126,14 +132,18 @@ class Bench:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.studio = plan, plan.studio()
-        self._rows = plan.folder / "rows"
-        self._rows.mkdir(exist_ok=True)
+        for folder in ("rows", "erasures"):
+            (plan.folder / folder).mkdir(exist_ok=True)
+
+    def path(self, folder: str, ending: str, *key: Any) -> Path:
+        """The file in which a result is kept that depends on ``key``, beside model and judge."""
+        text = json.dumps(key, sort_keys=True)
+        return self.plan.folder / folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}{ending}"
 
     def _path(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> Path:
         p = self.plan
         protocol = [p.split.name, p.seeds, p.rounds, p.replace_with, dataclasses.astuple(p.sampler)]
-        key = json.dumps([*protocol, erasing.label, method, settings], sort_keys=True)
-        return self._rows / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+        return self.path("rows", ".json", *protocol, erasing.label, method, settings)
 
     def row(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> dict | None:
         """A finished row."""
@@ -145,19 +155,18 @@ class Bench:
 
     def measure_row(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> None:
         """Erase, draw, judge, and keep the row."""
-        row = self._row(erasing, self.asked(erasing), method, settings)
-        path = self._path(erasing, method, settings)
-        path.with_suffix(".tmp").write_text(json.dumps(row, indent=1), encoding="utf-8")
-        path.with_suffix(".tmp").replace(path)
+        keep(self._path(erasing, method, settings), self._row(erasing, self.asked(erasing), method, settings))
 
     def run(self, chosen: Mapping[str, Mapping[str, Any]], fresh: bool = False, jobs: int = 1) -> list[dict]:
         """The base's row and each method's for everything that the split erases, measured where not yet known."""
         todo: list[tuple[int, str, Mapping[str, Any]]] = []
         wanted, shots = [], []
-        for number, erasing in enumerate(erasings(self.plan.split)):
+        for number, erasing in enumerate(self.plan.erasings()):
             shots += [s for g in self.asked(erasing).groups().values() for s in g]
             for method, settings in {"none": {}, **chosen}.items():
                 wanted.append((erasing, method, settings))
+                if fresh:
+                    self.erasure_path(erasing, method, settings).unlink(missing_ok=True)
                 if fresh or self.row(erasing, method, settings) is None:
                     todo.append((number, method, settings))
         missing = len(self.studio.missing(shots))
@@ -167,8 +176,8 @@ class Bench:
         with tqdm(total=len(todo), unit="row", smoothing=0.1, disable=not todo) as bar:
             if jobs == 1:
                 for number, method, settings in todo:
-                    bar.set_description(f"{method}: {erasings(self.plan.split)[number].label}")
-                    self.measure_row(erasings(self.plan.split)[number], method, settings)
+                    bar.set_description(f"{method}: {self.plan.erasings()[number].label}")
+                    self.measure_row(self.plan.erasings()[number], method, settings)
                     bar.update()
             else:
                 with ProcessPoolExecutor(
@@ -183,30 +192,48 @@ class Bench:
     def spec(self, erasing: Erasing) -> ConceptSpec:
         return spec_of(erasing, self.plan.replace_with)
 
-    def erase(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> tuple[Erasure, float, int]:
-        """The erasure, seconds without encoding the text, and the most bytes on top."""
-        port = EmojiCanvasPort(self.studio.model, bf16=self.plan.sampler.bf16)
-        aids = aids_for(method, port, erasing, self.studio.judge)
-        began = time.perf_counter()
-        with PeakMemory() as peak:
-            made = erase(port, self.spec(erasing), method, settings, aids=aids)
-        return made, time.perf_counter() - began, peak.bytes
+    def erasure_path(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> Path:
+        p = self.plan
+        key = [p.split.name, p.replace_with, p.sampler.bf16, erasing.label, method, settings]
+        return self.path("erasures", ".safetensors", *key)
+
+    def erase(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> tuple[Erasure, dict[str, float]]:
+        """The erasure, and what it cost: ``seconds`` without encoding the text, ``memory_mb`` the most on top.
+
+        Computed once, then read from its file.
+        """
+        path = self.erasure_path(erasing, method, settings)
+        if not path.exists():
+            port = EmojiCanvasPort(self.studio.model, bf16=self.plan.sampler.bf16)
+            aids = aids_for(method, port, erasing, self.studio.judge)
+            began = time.perf_counter()
+            with PeakMemory() as peak:
+                made = erase(port, self.spec(erasing), method, settings, aids=aids)
+            cost = {"seconds": round(time.perf_counter() - began, 2), "memory_mb": round(peak.bytes / 1e6)}
+            keep(path.with_suffix(".json"), cost)
+            save(made, path)
+        return load(path), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
 
     def _row(self, erasing: Erasing, asked: Questions, method: str, settings: Mapping) -> dict:
-        erasure, seconds, memory = None, 0.0, 0
+        erasure, cost = None, {"seconds": None, "memory_mb": None}
         if method != "none":
-            erasure, seconds, memory = self.erase(erasing, method, settings)
+            erasure, cost = self.erase(erasing, method, settings)
         found, moved = measure(self.studio, asked, erasing, erasure)
         return {
             "erased": erasing.label,
             "kind": erasing.kind,
             "method": method,
             "settings": dict(settings),
-            "seconds": round(seconds, 2) if erasure else None,
-            "memory_mb": round(memory / 1e6) if erasure else None,
+            **cost,
             "kept_distance": round(moved, 4),
             **{k: v.to_json() for k, v in found.items()},
         }
+
+
+def keep(path: Path, row: Mapping[str, Any]) -> None:
+    """Write a result in one move, so that another process finds all of it or nothing."""
+    path.with_suffix(".tmp").write_text(json.dumps(row, indent=1), encoding="utf-8")
+    path.with_suffix(".tmp").replace(path)
 
 
 def summary(rows: Sequence[Mapping]) -> list[dict]:
@@ -244,7 +271,7 @@ def effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool, j
     """Measure ``chosen`` methods on the scoring split and write the tables, with all other methods' default rows."""
     bench.run(chosen, fresh, jobs)
     known = {"none": {}, **{m: settings_for(m) for m in all_methods()}, **chosen}
-    found = [bench.row(e, m, s) for e in erasings(bench.plan.split) for m, s in known.items()]
+    found = [bench.row(e, m, s) for e in bench.plan.erasings() for m, s in known.items()]
     rows = [row for row in found if row is not None]
     s, judge = bench.plan.sampler, bench.studio.judge
     bf16 = " --bf16" if s.bf16 else ""

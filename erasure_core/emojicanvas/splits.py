@@ -86,6 +86,11 @@ class Erasing:
         return " + ".join((*self.objects, *(f"{s} (style)" for s in self.styles)))
 
     @property
+    def key(self) -> str:
+        """How the command line calls it: the object, the style, or "together"."""
+        return "together" if len(self.objects) > 1 else (*self.objects, *self.styles)[0]
+
+    @property
     def kind(self) -> str:
         return "style" if self.styles else "object" if len(self.objects) == 1 else "several objects"
 
