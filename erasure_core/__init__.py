@@ -2,6 +2,7 @@
 
 from .api import erase
 from .artifact import Delta, Erasure, Header, WrongModelError
+from .attacks import AttackTarget, all_attacks, attack, evaluate
 from .concept import Concept, ConceptError, ConceptSpec, Rows
 from .formats import FileError, Layout, load, read_header, save
 from .fusion import merge
@@ -13,6 +14,7 @@ from .version import __version__
 
 __all__ = [
     "Aids",
+    "AttackTarget",
     "Concept",
     "ConceptError",
     "ConceptPairs",
@@ -33,8 +35,11 @@ __all__ = [
     "TokenKind",
     "WrongModelError",
     "__version__",
+    "all_attacks",
     "all_methods",
+    "attack",
     "erase",
+    "evaluate",
     "gate_strengths",
     "gated",
     "load",

@@ -34,6 +34,7 @@ SENTENCES = (
     "a close view of {}",
     "this is {}",
 )
+_SHOWN_EVERY = 25
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ class Settings:
 
 
 def sentences(target: AttackTarget, spec: ConceptSpec) -> list[str]:
-    """The attacked prompts with ``{}`` where they name the concept; plain sentences where they don't."""
+    """The attacked prompts, one by one, with ``{}`` where they name the concept; plain sentences where they don't."""
     known = [word for concept in spec.erase for word in concept.words]
     swapped = [swap(prompt, known, "{}") for prompt in target.prompts]
-    return list(dict.fromkeys(x if x is not None and x.count("{}") == 1 else SENTENCES[1] for x in swapped))
+    return [x if x is not None and x.count("{}") == 1 else SENTENCES[1] for x in swapped]
 
 
 def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: Progress) -> Found:
@@ -84,11 +85,16 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
         for i in range(settings.steps):
             progress(i, settings.steps)
             losses.append(phase.step(i, generator_for(settings.seed, phase.name, i))["inversion/fit"])
+            if i % _SHOWN_EVERY == 0:
+                target.show(null.with_context(slots[0].states(vectors.detach())))
         progress(settings.steps, settings.steps)
     ways = []
-    for sentence in sentences(target, spec):
+    asked: dict[str, list[str]] = {}
+    for prompt, sentence in zip(target.prompts, sentences(target, spec), strict=True):
+        asked.setdefault(sentence, []).append(prompt)
+    for sentence, prompts in asked.items():
         states = Frame.inside(words, sentence, settings.vectors).slot().states(vectors.detach())[0]
-        ways.append(Way(sentence.replace("{}", "<v>"), states=states.cpu()))
+        ways.append(Way(sentence.replace("{}", "<v>"), states=states.cpu(), attacks=tuple(prompts)))
     return Found(tuple(ways), tuple(torch.stack(losses).tolist()))
 
 

@@ -153,4 +153,6 @@ class Eye:
         z = draw(self.model, cond.expand(len(self.noise)), self.null, self.noise, self.target.sampler,
                  memory=self.target.memory)  # fmt: skip
         self.asked += len(z)
-        return float(look(z).mean())
+        score = float(look(z).mean())
+        self.target.show(cond, score)
+        return score

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..artifact import Delta
 from ..metrics.rates import Rate, rate
+from ..metrics.scores import AttackSuccess, attack_success
 from ..operators.trainable import Cond, FullWeights, Layers, TrainableModel
 from .drawing import Progress, draw, noises
 from .target import AttackTarget, Found, Look, Way
@@ -46,11 +47,29 @@ class Result:
         return torch.tensor([bool((p >= self.threshold).any()) for p in self.probabilities], dtype=torch.bool)
 
     @property
+    def by_prompt(self) -> dict[str, bool]:
+        """Of each attacked prompt whether a way that stands in its place succeeded."""
+        found: dict[str, bool] = {}
+        for way, done in zip(self.found.ways, self.succeeded.tolist(), strict=True):
+            for prompt in way.attacks:
+                found[prompt] = found.get(prompt, False) or done
+        return found
+
+    @property
     def best(self) -> Way | None:
         """The way whose pictures show the concept most clearly."""
         if not self.probabilities:
             return None
         return self.found.ways[int(torch.stack([p.mean() for p in self.probabilities]).argmax())]
+
+
+def success(asked: Result, attacked: Result) -> AttackSuccess | None:
+    """The papers' count, by prompt, before the attack and with it; None for an attack that takes no prompt's place."""
+    after = attacked.by_prompt
+    if not after:
+        return None
+    before = asked.by_prompt
+    return attack_success(torch.tensor([before[p] for p in after]), torch.tensor(list(after.values())))
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
             step = part(progress, number, len(prompts))
             states, path = best_states(model, target, pool, start, settings, number, step)
             losses += path
-            ways.append(Way(f"free embedding from {prompt!r}", states=states.cpu()))
+            ways.append(Way(f"free embedding from {prompt!r}", states=states.cpu(), attacks=(prompt,)))
     progress(total, total)
     return Found(tuple(ways), tuple(losses))
 
@@ -81,6 +81,8 @@ def best_states(
             score = eye(start.with_context(value))
             if not best or score > max(best):
                 best[score] = value.clone()
+        else:
+            target.show(start.with_context(value.clone()))
 
     found = search(
         start.context.to(model.device, model.dtype), objective, steps=settings.steps,

@@ -98,7 +98,7 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
         best, distance = imitate(words, prompt, allowed, settings, number, step)
         losses += distance
         text = words.spell(best.tolist())
-        ways.append(Way(text, text))
+        ways.append(Way(text, text, attacks=(prompt,)))
     return Found(tuple(ways), tuple(losses))
 
 

@@ -95,7 +95,10 @@ def search_prompt(
 
     def score(tokens: Tensor) -> float:
         cond = null.with_context(words.states(frame.ids(tokens[None])))
-        return eye(cond) if eye else -float(gap_to_base(erased, base, at_fixed, fixed, cond, asked, target))
+        if eye is not None:
+            return eye(cond)
+        target.show(cond)
+        return -float(gap_to_base(erased, base, at_fixed, fixed, cond, asked, target))
 
     optimiser = Optimiser(settings.learning_rate, Kind.ADAMW, settings.weight_decay)
     phase, losses = Phase(f"p4d {number}", [soft], loss, optimiser), []
@@ -135,7 +138,7 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
             best, made, looked = search_prompt(erased, base, target, frame, asked, pictures, settings, number, step)
             losses += made
             queries += looked
-            ways.append(Way(frame.spell(best), frame.spell(best)))
+            ways.append(Way(frame.spell(best), frame.spell(best), attacks=(prompt,)))
     return Found(tuple(ways), tuple(torch.stack(losses).tolist()), queries=queries)
 
 

@@ -48,7 +48,8 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
             damping = settings.damping / 100**number
             derived = residual.rows(states[moved], damping)
             misfits.append(float(residual.misfit(states[moved], derived).mean()))
-            ways.append(Way(f"residual of {text.prompt!r}, damping {damping:g}", states=_put(states, moved, derived)))
+            label = f"residual of {text.prompt!r}, damping {damping:g}"
+            ways.append(Way(label, states=_put(states, moved, derived), attacks=(text.prompt,)))
     progress(sites, sites)
     return Found(tuple(ways), tuple(misfits))
 

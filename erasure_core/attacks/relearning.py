@@ -24,7 +24,7 @@ from ..operators.trainable import Layers, LoRA
 from ..vocabulary import VOCABULARY
 from .drawing import Progress, draw, noises, pictures_of
 from .registry import AttackSpec, Knowledge, setting
-from .target import AttackTarget, Found, Way
+from .target import AttackTarget, Found, asking
 
 
 class Data(StrEnum):
@@ -83,14 +83,14 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
             pool, cond = data[chosen][1], conds[chosen]
             return {"fit": denoising_loss(model, pool, cond, generator, batch=settings.batch, memory=target.memory)}
 
+        target.show(target.erased.conditions(target.prompts[:1])[0])  # watched as the weights move
         phase, losses = Phase("relearn", parameters, loss, Optimiser(settings.learning_rate, Kind.ADAMW, 1e-2)), []
         for i in range(settings.steps):
             progress(i, settings.steps)
             losses.append(phase.step(i, generator_for(settings.seed, phase.name, i))["relearn/fit"])
         progress(settings.steps, settings.steps)
         change = model.deltas()
-    ways = tuple(Way(prompt, prompt) for prompt in target.prompts)
-    return Found(ways, tuple(torch.stack(losses).tolist()), change)
+    return Found(asking(target).ways, tuple(torch.stack(losses).tolist()), change)
 
 
 SPEC = AttackSpec(

@@ -110,7 +110,7 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
         step = part(progress, number, len(target.prompts))
         best, distance = evolve(words, frame, aim, settings, f"ring {number}", step)
         losses += distance
-        ways.append(Way(frame.spell(best), frame.spell(best)))
+        ways.append(Way(frame.spell(best), frame.spell(best), attacks=(prompt,)))
     return Found(tuple(ways), tuple(losses))
 
 

@@ -155,7 +155,7 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
             step(settings.queries, settings.queries)
             best, _ = max(asked.answers, key=lambda answer: answer[1])
             answers += [answer for _, answer in asked.answers]
-            ways.append(Way(best, best))
+            ways.append(Way(best, best, attacks=(prompt,)))
     return Found(tuple(ways), tuple(answers), queries=len(answers))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..artifact import Delta
 from ..operators.memory import PromptMemory
-from ..operators.trainable import TrainablePort
+from ..operators.trainable import Cond, TrainablePort
 from .words import Words
 
 Look = Callable[[Tensor], Tensor]
@@ -45,10 +45,17 @@ class AttackTarget:
     pictures: Tensor | None = None
     """Clean, scaled latents [k, C, h, w] that show the concept; drawn from ``base`` where not given."""
     sampler: Sampler = Sampler()
+    watch: Callable[[Cond, float | None], object] | None = None
+    """Shown what a search is at, now and then, and what the judge says of it. For previews: nothing comes back."""
 
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError("attack: no prompts. Give at least one that asks for the concept")
+
+    def show(self, cond: Cond, score: float | None = None) -> None:
+        """Called by attacks wherever they look at a candidate."""
+        if self.watch is not None:
+            self.watch(cond, score)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +76,8 @@ class Way:
     """[1, h, w], 1 where it is drawn anew: inpainting."""
     guidance: float | None = None
     """Instead of the sampler's."""
+    attacks: tuple[str, ...] = ()
+    """The prompts in whose place it stands; none where it is no prompt's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,4 +95,4 @@ class Found:
 
 def asking(target: AttackTarget) -> Found:
     """No attack: the prompts as they are. Every attack's figures are read against this one's."""
-    return Found(tuple(Way(prompt, prompt) for prompt in target.prompts))
+    return Found(tuple(Way(prompt, prompt, attacks=(prompt,)) for prompt in target.prompts))

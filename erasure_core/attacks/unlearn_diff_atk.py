@@ -110,6 +110,8 @@ def search_words(
         found = words.vocabulary[u.detach().argmax(1).cpu()]
         cond = null.with_context(words.states(frame.ids(found[None])))
         score = eye(cond) if eye is not None else 0.0
+        if eye is None:
+            target.show(cond)
         if eye is None or score > highest:
             best, highest = found, score
         if eye is not None and score >= target.threshold:
@@ -133,7 +135,7 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
             found, made, looked = search_words(model, target, words, frame, picture, settings, number, step)
             losses += made
             asked += looked
-            ways.append(Way(frame.spell(found), frame.spell(found)))
+            ways.append(Way(frame.spell(found), frame.spell(found), attacks=(prompt,)))
     return Found(tuple(ways), tuple(torch.stack(losses).tolist()), queries=asked)
 
 
