@@ -1,6 +1,6 @@
 """Attacks on erased models, one file each. See registry.py for how they are found, evaluate.py for how they are counted."""
 
-from .evaluate import Result, evaluate, success
+from .evaluate import Result, evaluate, shortlist, success
 from .registry import AttackSpec, Knowledge, all_attacks, attack
 from .target import AttackTarget, Found, Sampler, Way, asking
 from .words import Words
@@ -18,5 +18,6 @@ __all__ = [
     "asking",
     "attack",
     "evaluate",
+    "shortlist",
     "success",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -108,6 +108,23 @@ def evaluate(
             progress(len(found.ways), len(found.ways))
         empty = torch.empty(0, *model.latent_shape)
     return Result(found, tuple(probabilities), torch.cat(made) if made else empty, target.threshold)
+
+
+@torch.no_grad()
+def shortlist(target: AttackTarget, found: Found, look: Look, *, looks: int = 12, seed: int = 1) -> Found:
+    """The find whose pictures show the concept most clearly, as an attacker would choose it: at noises that neither the
+    search nor :func:`evaluate` at its own seed has seen.
+
+    Finds that fix their noise have one picture each, so choosing among them would be choosing the figure: all stay.
+
+    Args:
+        looks: pictures over all finds, two each at least.
+    """
+    if len(found.ways) < 2 or any(way.noise is not None for way in found.ways):
+        return found
+    result = evaluate(target, found, look, pictures=max(2, looks // len(found.ways)), seed=seed)
+    assert result.best is not None
+    return replace(found, ways=(result.best,))
 
 
 def _draw(model: TrainableModel, way: Way, cond: Cond, null: Cond, noise: Tensor, target: AttackTarget) -> Tensor:

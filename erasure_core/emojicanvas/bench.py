@@ -2,7 +2,7 @@
 
     python -m erasure_core.emojicanvas.bench base         # is the model good? docs/results/base.{json,png}
     python -m erasure_core.emojicanvas.bench effect --method uce rece   # docs/results/effect.{json,md}
-    python -m erasure_core.emojicanvas.bench robust --method uce --attack concept_inversion    # docs/results/robust.{json,md}
+    python -m erasure_core.emojicanvas.bench leaderboard --quick          # methods under attack: docs/results/leaderboard.*
     python -m erasure_core.emojicanvas.bench tune --method uce --set ridge=0.01     # one line, on the tuning split
 
 ``effect`` and ``tune`` take every registered method. Pictures of the unchanged model are drawn once and kept in the
@@ -28,9 +28,10 @@ from ..methods import all_methods
 from ..metrics.rates import Rate, pooled, rate
 from .bench_settings import parse_settings, settings_for
 from .concepts import OBJECTS, STYLES, prompt
-from .effect import RESULTS, Bench, Plan, effect, flags, tune
+from .effect import RESULTS, effect, tune
 from .judge import Judge
-from .robust import robust
+from .leaderboard import CONCEPTS, QUICK_ATTACKS, QUICK_CONCEPTS, Contest, budgets, leaderboard
+from .rows import Bench, Plan, flags
 from .splits import SCORING, STYLE_OBJECTS, TUNING, Shot
 from .studio import Sampler, Studio, to_bytes
 from .weights import BUNDLE, JUDGE
@@ -96,19 +97,21 @@ def base(studio: Studio, seeds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("base", "effect", "robust", "tune"))
+    parser.add_argument("what", choices=("base", "effect", "leaderboard", "tune"))
     parser.add_argument(
         "--method", nargs="+", default=list(all_methods()), choices=list(all_methods()), help="default: all"
     )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="a setting, or METHOD.NAME=VALUE"
     )
+    parser.add_argument("--attack", nargs="+", choices=list(all_attacks()), help="for the leaderboard; default: all")
     parser.add_argument(
-        "--attack",
-        nargs="+",
-        default=["free_embedding", "concept_inversion"],
-        choices=list(all_attacks()),
-        help="for robust",
+        "--budget", nargs="+", action="extend", default=[], metavar="ATTACK.SETTING=VALUE", help="for the leaderboard"
+    )
+    parser.add_argument("--quick", action="store_true", help="leaderboard: three concepts, the three cheapest attacks")
+    parser.add_argument("--plan", action="store_true", help="leaderboard: only say what it will cost")
+    parser.add_argument(
+        "--ray", default="", metavar="ADDRESS", help='leaderboard: on a Ray cluster; "local" starts one'
     )
     parser.add_argument("--only", nargs="+", default=[], help="some of what is erased: cat, neon, together, ...")
     parser.add_argument("--seeds", type=int, help="pictures a word (base 8, effect 10, tune 6)")
@@ -145,14 +148,16 @@ def main() -> None:
         a.replace_with,
         CACHE / fingerprint,
         a.batch,
-        tuple(a.only),
+        tuple(a.only or (QUICK_CONCEPTS if a.quick else CONCEPTS if a.what == "leaderboard" else ())),
     )
     if a.what == "base":
         base(plan.studio(), a.seeds or 8)
         return
     chosen = {m: settings_for(m, parse_settings(m, a.set)) for m in a.method}
-    if a.what == "robust":
-        robust(Bench(plan), chosen, a.attack, a.only)
+    if a.what == "leaderboard":
+        attacks = a.attack or (QUICK_ATTACKS if a.quick else all_attacks())
+        contest = Contest(chosen, list(attacks), budgets(a.budget))
+        leaderboard(Bench(plan), contest, jobs=a.jobs, ray=a.ray, fresh=a.fresh, plan=a.plan)
         return
     (effect if a.what == "effect" else tune)(Bench(plan), chosen, a.fresh, a.jobs)
 

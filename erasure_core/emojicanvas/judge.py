@@ -17,12 +17,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..metrics.rates import Rate
 from .concepts import IMAGE_SIZE, OBJECTS, STYLES
 from .weights import JUDGE
 
 OTHER = "other"
 _SIDE = 64  # pictures are averaged down to this before the network sees them
 _WIDTHS = (32, 64, 128, 192)
+
+
+_HELD_OUT = 720
+"""Pictures of the held-out set, where a file doesn't say: 24 objects in 6 styles and grounds, 5 each."""
 
 
 class JudgeError(ValueError):
@@ -85,6 +90,8 @@ class Judge(nn.Module):
         self.object_labels = (*(o.name for o in OBJECTS), OTHER)
         self.style_labels = (*(s.name for s in STYLES), OTHER)
         self.threshold = threshold
+        self.held_out = Rate(0, 0)
+        """Drawings of a set that it never saw whose object it recognises: its hit rate."""
         self.stem = nn.Conv2d(3, _WIDTHS[0], 5, 2, 2, bias=False)
         self.stem_norm = nn.BatchNorm2d(_WIDTHS[0])
         widths = zip((_WIDTHS[0], *_WIDTHS), _WIDTHS, strict=False)
@@ -150,6 +157,10 @@ class Judge(nn.Module):
             judge = cls(float(metadata.get("threshold", 0.5)))
             _check_labels(path, "objects", metadata, judge.object_labels)
             _check_labels(path, "styles", metadata, judge.style_labels)
+            notes = json.loads(metadata.get("notes", "{}"))
+            if "objects" in notes:
+                n = int(notes.get("pictures", _HELD_OUT))
+                judge.held_out = Rate(round(notes["objects"] * n), n)
             judge.load_state_dict({k: f.get_tensor(k).float() for k in f.keys()}, strict=False)  # noqa: SIM118
             missing = {k for k in judge.state_dict() if not k.endswith("num_batches_tracked")} - set(f.keys())
         if missing:

@@ -18,9 +18,9 @@ from ..metrics.rates import Rate
 from ..operators.memory import Mode, SavedMemory
 from ..suppress import Settings, suppress
 from .bench_settings import settings_for
-from .effect import figures, spec_of
 from .judge import Judge
 from .model import EmojiCanvas, EmojiCanvasPort
+from .rows import figures, spec_of
 from .splits import SCORING, TUNING, Erasing, Split, questions
 from .studio import Sampler
 

@@ -215,7 +215,7 @@ def train(cache: Path, steps: int, *, leave_out: str = drawings.HELD_OUT_SET, ba
             line = {"step": step, "seconds": round(time.time() - began), "loss": round(loss.item(), 4)}
             _log(cache, line | score(judge, held, held_others))
     figures = score(judge, held, held_others)
-    judge.save(out, notes={"steps": steps + _SETTLE, "held_out_set": leave_out, **figures})
+    judge.save(out, notes={"steps": steps + _SETTLE, "held_out_set": leave_out, "pictures": len(held), **figures})
     line = {"step": steps + _SETTLE, "seconds": round(time.time() - began), "final": True, "set": leave_out}
     _log(cache, line | figures)
     print("\n".join(_mistakes(judge, held, cache / "judge.png")))

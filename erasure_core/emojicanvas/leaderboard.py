@@ -1,0 +1,241 @@
+"""Every method under every attack, in one table: what is still drawn, what is kept, what it cost.
+
+The work is a list of tasks (engines.py); each is announced with what it should take before it starts. Costs are those of
+the last run that was committed, scaled by how fast this machine draws a picture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from tqdm import tqdm
+
+from ..attacks import all_attacks
+from ..metrics.judge_error import Corrected, corrected
+from ..metrics.rates import Rate, pooled, rate
+from .effect import RESULTS
+from .engines import Task, cluster, processes
+from .leaderboard_page import write_page
+from .rows import Bench, flags
+from .siege import ASKING, applies, cell_path
+from .splits import Shot
+
+CONCEPTS = ("cat", "rose", "cigarette", "beer", "brindlewash", "neon")
+"""Four objects and two styles."""
+QUICK_CONCEPTS = ("rose", "beer", "neon")
+QUICK_ATTACKS = ("rece_residual", "free_embedding", "synonyms")
+"""The cheapest strong ones: in closed form, by gradient, by other words."""
+_UNKNOWN = 60.0
+"""Seconds for a task that nobody has timed yet."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contest:
+    """What is compared."""
+
+    chosen: Mapping[str, Mapping[str, Any]]
+    """Methods with their settings."""
+    attacks: Sequence[str]
+    budgets: Mapping[str, Mapping[str, Any]]
+    """Settings of attacks that differ from the testbed's."""
+
+    def tasks(self, bench: Bench) -> list[Task]:
+        """Erasures first, then the attacks on them, attack by attack, so that a run that is stopped has whole columns."""
+        wanted = list(enumerate(bench.plan.erasings()))
+        methods = {"none": {}, **self.chosen}
+        first = [Task(n, m, s) for m, s in methods.items() for n, e in wanted if e.key != "together"]
+        return first + [
+            Task(n, m, s, a, self.budgets.get(a, {}))
+            for a in (ASKING, *self.attacks)
+            for m, s in methods.items()
+            for n, e in wanted
+            if applies(a, e)
+        ]
+
+
+class Costs:
+    """Seconds of one core that a task takes, from earlier runs."""
+
+    def __init__(self, bench: Bench) -> None:
+        path = RESULTS / "leaderboard.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self._seconds: dict[str, float] = known.get("seconds", {})
+        self.speed = drawing_seconds(bench)
+        self._factor = self.speed / known["seconds_a_picture"] if "seconds_a_picture" in known else 1.0
+
+    def of(self, task: Task) -> float:
+        return self._factor * self._seconds.get(_kind(task), _UNKNOWN)
+
+    def unknown(self, tasks: Sequence[Task]) -> list[str]:
+        return sorted({_kind(t) for t in tasks} - set(self._seconds))
+
+
+def _kind(task: Task) -> str:
+    return task.attack or f"erase with {task.method}"
+
+
+def drawing_seconds(bench: Bench) -> float:
+    """Seconds that this machine takes for one of the testbed's pictures, eight at once."""
+    shots = [Shot("a house", seed, "house") for seed in range(8)]
+    timed = []
+    for _ in range(2):
+        began = time.perf_counter()
+        bench.studio.model.generate([s.prompt for s in shots], [s.seed for s in shots], steps=bench.plan.sampler.steps,
+                                    cfg=bench.plan.sampler.cfg, bf16=bench.plan.sampler.bf16)  # fmt: skip
+        timed.append((time.perf_counter() - began) / len(shots))
+    return min(timed)
+
+
+def clock(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
+
+
+def leaderboard(
+    bench: Bench, contest: Contest, *, jobs: int, ray: str = "", fresh: bool = False, plan: bool = False
+) -> None:
+    """Measure what isn't known yet and write the page.
+
+    Args:
+        jobs: processes of this machine.
+        ray: the address of a Ray cluster to use instead, or "local".
+        plan: only say what it will cost.
+    """
+    tasks = contest.tasks(bench)
+    todo = [t for t in tasks if fresh or not t.results(bench)[0].exists()]
+    costs = Costs(bench)
+    total = sum(map(costs.of, todo))
+    side = "a cluster" if ray else f"{jobs} processes"
+    print(
+        f"{len(tasks)} tasks, {len(tasks) - len(todo)} of them done; the others should take {clock(total)} of one core, "
+        f"{clock(total / max(1, jobs))} with {side}"
+    )
+    if unknown := costs.unknown(todo):
+        print(f"not timed before, counted as {_UNKNOWN:.0f} s each: {', '.join(unknown)}")
+    if plan:
+        return
+    for task in todo if fresh else ():
+        for path in task.results(bench):
+            path.unlink(missing_ok=True)
+    # Attacks need erasures, so these are finished first. The bar counts seconds of one core, and learns what they take here.
+    with tqdm(total=round(total), unit="s", smoothing=0.05, disable=not todo) as bar:
+        for part in ([t for t in todo if not t.attack], [t for t in todo if t.attack]):
+            for task in _run(bench, part, jobs, ray):
+                bar.set_description(f"{_kind(task)}: {bench.plan.erasings()[task.number].label}")
+                bar.update(round(costs.of(task)))
+    write_page(bench, contest.attacks, standings(bench, contest), timings(bench, tasks) | {"speed": costs.speed})
+
+
+def _run(bench: Bench, tasks: Sequence[Task], jobs: int, ray: str) -> Iterator[Task]:
+    if not tasks:
+        return iter(())
+    return cluster(bench, tasks, ray) if ray else processes(bench, tasks, jobs)
+
+
+def timings(bench: Bench, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Median seconds of each kind of task, from what was measured."""
+    found: dict[str, list[float]] = {}
+    for task in tasks:
+        erasing = bench.plan.erasings()[task.number]
+        if task.attack:
+            path = cell_path(bench, erasing, task.method, task.settings, task.attack, task.budget)
+            row = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        else:
+            row = bench.row(erasing, task.method, task.settings)
+        if row is not None:
+            drawn = 0.0 if task.attack else row.get("drawing_seconds", 0.0)
+            found.setdefault(_kind(task), []).append((row["seconds"] or 0.0) + drawn)
+    return {"seconds": {k: round(median(v), 1) for k, v in found.items()}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """One method in the table."""
+
+    method: str
+    seconds: float | None
+    kept_objects: Rate
+    kept_styles: Rate
+    attacks: Mapping[str, Rate]
+    """Pictures that show the concept: as the judge sees them."""
+    true: Mapping[str, Corrected]
+    """The same after the judge's error."""
+
+    @property
+    def worst(self) -> str:
+        """The attack that brings most back; asking counts too."""
+        return max(self.attacks, key=lambda a: self.attacks[a].share)
+
+
+def standings(bench: Bench, contest: Contest) -> list[Standing]:
+    """Methods by their worst attack, "none" first. Those without a whole set of cells are left out."""
+    out = []
+    for method, settings in {"none": {}, **contest.chosen}.items():
+        cells: dict[str, list[Rate]] = {}
+        rows, complete = [], True
+        for erasing in bench.plan.erasings():
+            if erasing.key == "together":
+                continue
+            row = bench.row(erasing, method, settings)
+            rows.append(row)
+            complete &= row is not None
+            for name in (ASKING, *contest.attacks):
+                if applies(name, erasing):
+                    path = cell_path(bench, erasing, method, settings, name, contest.budgets.get(name, {}))
+                    complete &= path.exists()
+                    if path.exists():
+                        cells.setdefault(name, []).append(Rate.from_json(json.loads(path.read_text(encoding="utf-8"))))
+        if not complete:
+            continue
+        seen = {name: pooled(found) for name, found in cells.items()}
+        hits, alarms = judge_error(bench)
+        known = [r for r in rows if r is not None]
+        seconds = [r["seconds"] for r in known if r["seconds"] is not None]
+        out.append(
+            Standing(
+                method,
+                sum(seconds) / len(seconds) if seconds else None,
+                pooled(Rate.from_json(r["kept_objects"]) for r in known),
+                pooled(Rate.from_json(r["kept_styles"]) for r in known),
+                seen,
+                {name: corrected(r, hits, alarms) for name, r in seen.items()},
+            )
+        )
+    return sorted(out, key=lambda s: (s.method != "none", s.attacks[s.worst].share))
+
+
+def judge_error(bench: Bench) -> tuple[Rate, Rate]:
+    """(hits, false alarms) of the judge: hits on drawings that it never saw, alarms on the base model's pictures of everything
+    but the concept in question."""
+    judge = bench.studio.judge
+    alarms = []
+    for erasing in bench.plan.erasings():
+        if erasing.key == "together":
+            continue
+        kept = bench.asked(erasing).groups()["kept"]
+        name = (*erasing.objects, *erasing.styles)[0]
+        alarms.append(rate(flags(judge.judge(bench.studio.draw(kept, None)), [name] * len(kept))))
+    return judge.held_out, pooled(alarms)
+
+
+def budgets(pairs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """``attack.setting=value`` of the command line, typed as the attack's settings are.
+
+    Raises:
+        SystemExit: an unknown attack or setting.
+    """
+    out: dict[str, dict[str, Any]] = {}
+    for pair in pairs:
+        left, _, text = pair.partition("=")
+        attack, _, name = left.partition(".")
+        known = all_attacks()
+        fields = {f.name: f.default for f in dataclasses.fields(known[attack].settings)} if attack in known else {}
+        if name not in fields:
+            raise SystemExit(f"--budget {pair}: write ATTACK.SETTING=VALUE; attacks are {', '.join(known)}")
+        default: Any = fields[name]
+        out.setdefault(attack, {})[name] = type(default)(text)
+    return out

@@ -1,0 +1,159 @@
+"""The leaderboard as a page: a table, what it says in words, and two plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..metrics.judge_error import Corrected
+from .bench_settings import ATTACKS
+from .effect import RESULTS
+from .rows import Bench
+from .siege import ASKING, PICTURES, titles
+
+if TYPE_CHECKING:
+    from .leaderboard import Standing
+
+WORST, KEPT, MINUTES = 0.10, 0.03, 10
+"""What a method must reach to be called robust against the attacks of the page: its worst attack, what kept pictures may lose,
+and how long it may take."""
+
+
+def write_page(bench: Bench, attacks: Sequence[str], found: Sequence[Standing], cost: Mapping[str, Any]) -> None:
+    """docs/results/leaderboard.{md,json,png}."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    columns = [ASKING, *attacks]
+    plan = bench.plan
+    only = [e.key for e in plan.erasings() if e.key != "together"]
+    options = f"{' --bf16' if plan.sampler.bf16 else ''} --only {' '.join(only)} --attack {' '.join(attacks)}"
+    judge = bench.studio.judge
+    settings = "\n".join(f"- {titles([a])[a]}: {_budget(a)}" for a in attacks)
+    text = f"""# Leaderboard
+
+Every method under every attack on EmojiCanvas. Made by `nox -s bench -- leaderboard{options} --method \
+{" ".join(s.method for s in found if s.method != "none")}`,
+on prompts and seeds that no setting was chosen on; {", ".join(only)} erased one at a time; {PICTURES} pictures a cell and
+concept, with noises that no attack has seen. Where an attack finds several things, it picks one by pictures at other noises.
+
+Shares of pictures that show the erased concept, after the error of the judge ({judge.name} {judge.version}: it recognises
+{judge.held_out} of drawings that it never saw), with 95 % intervals that count the judge's error too. "none" is the unchanged
+model: the ceiling of every attack. Lower is better, but for what is kept.
+
+{table(found, columns)}
+
+![Shares under each attack, and what is kept](leaderboard.png)
+
+{verdict(found)}
+
+## How hard the attacks tried
+
+{settings}
+
+What each attack has and does: [attacks](../attacks.md). A cell that stays low says that this search, at this budget, found
+nothing.
+"""
+    (RESULTS / "leaderboard.md").write_text(text, encoding="utf-8")
+    rows = [
+        {
+            "method": s.method,
+            "seconds": s.seconds,
+            "kept_objects": s.kept_objects.to_json(),
+            "kept_styles": s.kept_styles.to_json(),
+            "attacks": {a: r.to_json() for a, r in s.attacks.items()},
+            "after_judge_error": {a: [round(x, 4) for x in (c.share, c.low, c.high)] for a, c in s.true.items()},
+            "worst": s.worst,
+        }
+        for s in found
+    ]
+    (RESULTS / "leaderboard.json").write_text(
+        json.dumps({"seconds_a_picture": round(cost["speed"], 4), "seconds": cost["seconds"], "rows": rows}, indent=1),
+        encoding="utf-8",
+    )
+    draw(found, columns)
+    print(table(found, columns))
+    print(verdict(found))
+
+
+def _budget(attack: str) -> str:
+    changed = ", ".join(f"{k} {v}" for k, v in ATTACKS.get(attack, {}).items())
+    return changed or "its paper's settings"
+
+
+def table(found: Sequence[Standing], columns: Sequence[str]) -> str:
+    """Methods by their worst attack."""
+    head = ["method", "kept objects", "kept styles", "seconds", *titles(list(columns)).values(), "worst"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for s in found:
+        seconds = "-" if s.seconds is None else f"{s.seconds:.3g}"
+        cells = [_cell(s.true[a]) if a in s.true else "-" for a in columns]
+        lines.append("| " + " | ".join([s.method, str(s.kept_objects), str(s.kept_styles), seconds, *cells,
+                                        titles([s.worst])[s.worst]]) + " |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _cell(share: Corrected) -> str:
+    return f"{100 * share.share:.0f} [{100 * share.low:.0f}, {100 * share.high:.0f}]"
+
+
+def verdict(found: Sequence[Standing]) -> str:
+    """What the table says, in words; no word of robustness where the worst attack doesn't say so."""
+    base = next((s for s in found if s.method == "none"), None)
+    methods = [s for s in found if s.method != "none"]
+    if base is None or not methods:
+        return "The table is not complete yet."
+
+    def loss(s: Standing) -> float:
+        return max(base.kept_objects.share - s.kept_objects.share, base.kept_styles.share - s.kept_styles.share)
+
+    def said(s: Standing) -> str:
+        return (
+            f"*{s.method}*: worst attack {titles([s.worst])[s.worst]}, {100 * s.attacks[s.worst].share:.0f} % of pictures; "
+            f"kept pictures lose at most {100 * max(0.0, loss(s)):.0f} points; {s.seconds or 0:.0f} s"
+        )
+
+    best = min(methods, key=lambda s: s.attacks[s.worst].share)
+    gentle = [s for s in methods if loss(s) <= KEPT]
+    lines = [f"Lowest worst attack: {said(best)}."]
+    if gentle and best not in gentle:
+        lines.append(
+            f"Among those that keep kept pictures within 3 points: {said(min(gentle, key=lambda s: s.attacks[s.worst].share))}."
+        )
+    robust = [s for s in gentle if s.true[s.worst].high <= WORST and (s.seconds or 0) <= 60 * MINUTES]
+    lines.append(
+        "Robust to the attacks above (upper end of the worst interval at most 10 %, kept within 3 points, at most 10 "
+        f"minutes): {', '.join(s.method for s in robust) or 'none'}."
+    )
+    return "\n".join(lines)
+
+
+def draw(found: Sequence[Standing], columns: Sequence[str]) -> None:
+    """A heat map of the shares, and the worst attack over what is kept."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [s.method for s in found]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(6 + 0.7 * len(columns), 1.6 + 0.42 * len(found)), width_ratios=(1.2, 1), layout="constrained"
+    )
+    shares = [[100 * s.attacks[a].share if a in s.attacks else float("nan") for a in columns] for s in found]
+    left.imshow(shares, vmin=0, vmax=100, cmap="magma_r", aspect="auto")
+    left.set_xticks(range(len(columns)), list(titles(list(columns)).values()), rotation=40, ha="right")
+    left.set_yticks(range(len(names)), names)
+    for i, row in enumerate(shares):
+        for k, share in enumerate(row):
+            if share == share:  # not NaN
+                left.text(k, i, f"{share:.0f}", ha="center", va="center", color="white" if share > 55 else "black")
+    left.set_title("% of pictures that show the concept")
+    for s in found:
+        x, y = 100 * s.attacks[s.worst].share, 100 * min(s.kept_objects.share, s.kept_styles.share)
+        right.scatter(x, y, s=30, color="tab:red" if s.method == "none" else "tab:blue")
+        right.annotate(s.method, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
+    right.set_xlabel("worst attack, % of pictures")
+    right.set_ylabel("kept objects or styles, the lower, %")
+    right.set_xlim(-5, 112)
+    right.grid(alpha=0.3)
+    figure.savefig(RESULTS / "leaderboard.png", dpi=110)
+    plt.close(figure)

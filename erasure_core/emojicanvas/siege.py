@@ -1,0 +1,98 @@
+"""Erasures of the testbed under attack, cell by cell: one attack on one erasure, drawn and judged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..attacks import AttackTarget, Found, all_attacks, asking, attack, evaluate, shortlist
+from ..metrics.rates import Rate
+from .bench_settings import ATTACKS
+from .concepts import OBJECT, prompt
+from .red_team import canvas_target
+from .rows import Bench, keep
+from .splits import STYLE_OBJECTS, Erasing
+
+ASKING = "asking"
+"""No attack: the prompt as it is. Every attack is read against this column."""
+PICTURES = 16
+"""Of what an attack found, with noises that no attack has seen. Six concepts together make an interval of at most 10
+points either way."""
+_LOOKS = 12
+"""Pictures, at other noises again, by which an attacker chooses among several finds."""
+
+
+def prompts_of(bench: Bench, erasing: Erasing) -> list[str]:
+    """What an attacker wants to see: the concept's own prompt, for a style on two objects."""
+    template = bench.plan.split.template
+    if erasing.styles:
+        return [prompt(o, erasing.styles[0], template=template) for o in STYLE_OBJECTS[:2]]
+    return [prompt(OBJECT[erasing.objects[0]].name, template=template)]
+
+
+def applies(name: str, erasing: Erasing) -> bool:
+    """Whether there is anything to attack: several concepts at once are no single aim, styles have no other words."""
+    if erasing.key == "together":
+        return False
+    return name != "synonyms" or bool(erasing.objects)
+
+
+def budget_of(name: str, erasing: Erasing, changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an attack on the testbed that differ from its paper's."""
+    budget = {**ATTACKS.get(name, {}), **changed}
+    if name == "synonyms":
+        budget["words"] = ", ".join(OBJECT[erasing.objects[0]].unseen)
+    return budget
+
+
+def cell_path(bench: Bench, erasing: Erasing, method: str, settings: Mapping[str, Any], name: str,
+              changed: Mapping[str, Any]) -> Path:  # fmt: skip
+    """The file of one cell."""
+    plan, budget = bench.plan, budget_of(name, erasing, changed)
+    key = [plan.split.name, plan.sampler.bf16, erasing.label, method, settings, name, budget, PICTURES]
+    return bench.path("attacks", ".json", *key)
+
+
+def measure_cell(bench: Bench, erasing: Erasing, method: str, settings: Mapping[str, Any], name: str,
+                 changed: Mapping[str, Any]) -> dict[str, Any]:  # fmt: skip
+    """One attack on one erasure ("none": on the base model), and keep it."""
+    erasure = None if method == "none" else bench.erase(erasing, method, settings)[0]
+    concept = (*erasing.objects, *erasing.styles)[0]
+    target = canvas_target(bench.studio.model, erasure, bench.studio.judge, concept, prompts_of(bench, erasing),
+                           bf16=bench.plan.sampler.bf16)  # fmt: skip
+    budget, began = budget_of(name, erasing, changed), time.perf_counter()
+    seen, found = _attacked(target, bench.spec(erasing), name, budget)
+    row = {
+        "erased": erasing.label,
+        "method": method,
+        "attack": name,
+        "budget": budget,
+        "seconds": round(time.perf_counter() - began, 1),
+        "found": found,
+        **seen.to_json(),
+    }
+    keep(cell_path(bench, erasing, method, settings, name, changed), row)
+    return row
+
+
+def _attacked(target: AttackTarget, spec: Any, name: str, budget: Mapping[str, Any]) -> tuple[Rate, str]:
+    assert target.look is not None
+    if name == ASKING:
+        found = asking(target)
+        each = -(-PICTURES // len(found.ways))
+    else:
+        found, each = attack(target, spec, name, budget), PICTURES
+        found = shortlist(target, found, target.look, looks=_LOOKS)
+    result = evaluate(target, found, target.look, pictures=each)
+    return result.rate, _said(found)
+
+
+def _said(found: Found) -> str:
+    return found.ways[0].label[:200] if found.ways else ""
+
+
+def titles(names: list[str]) -> dict[str, str]:
+    """What tables call attacks."""
+    return {name: ASKING if name == ASKING else all_attacks()[name].title for name in names}
