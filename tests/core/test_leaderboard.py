@@ -1,0 +1,145 @@
+"""The leaderboard on a tiny plan: what it measures, how it resumes, what it says, and that Ray finds the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from erasure_core.attacks import Found, Way, shortlist
+from erasure_core.emojicanvas.bench_settings import settings_for
+from erasure_core.emojicanvas.effect import run
+from erasure_core.emojicanvas.engines import cluster
+from erasure_core.emojicanvas.leaderboard import Contest, Standing, budgets, leaderboard, standings
+from erasure_core.emojicanvas.leaderboard_page import table, verdict
+from erasure_core.emojicanvas.rows import Bench, Plan
+from erasure_core.emojicanvas.siege import ASKING, PICTURES, applies
+from erasure_core.emojicanvas.splits import SCORING, Erasing
+from erasure_core.emojicanvas.studio import Sampler
+from erasure_core.emojicanvas.weights import BUNDLE, JUDGE
+from erasure_core.metrics.judge_error import corrected
+from erasure_core.metrics.rates import Rate
+
+CONTEST = Contest({"uce": settings_for("uce")}, ["rece_residual"], {"rece_residual": {"variants": 1}})
+
+
+def bench_in(folder: Path) -> Bench:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Bench(Plan(BUNDLE, JUDGE, Sampler(2, 4.0), SCORING, 1, 1, "", folder, 32, ("rose",)))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> tuple[Bench, str]:
+    """A finished leaderboard, and the page that it wrote."""
+    root = tmp_path_factory.mktemp("board")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        bench = bench_in(root / "cells")
+        leaderboard(bench, CONTEST, jobs=1)
+    return bench, (root / "docs/results/leaderboard.md").read_text(encoding="utf-8")
+
+
+def test_every_cell_is_measured_and_the_page_says_what_it_says(measured) -> None:
+    bench, page = measured
+    found = standings(bench, CONTEST)
+    assert [s.method for s in found] == ["none", "uce"]
+    for s in found:
+        assert {a: r.n for a, r in s.attacks.items()} == {ASKING: PICTURES, "rece_residual": PICTURES}
+        for name, c in s.true.items():
+            assert 0 <= c.low <= c.share <= c.high <= 1
+            low, high = s.attacks[name].interval
+            assert c.high - c.low >= 0.9 * (high - low), "the judge's error widens the interval of what was seen"
+    assert "| uce |" in page and "RECE Residual" in page and "nox -s bench -- leaderboard" in page
+    results = Path(bench.plan.folder).parent / "docs/results"
+    known = json.loads((results / "leaderboard.json").read_text(encoding="utf-8"))
+    assert known["seconds"]["rece_residual"] > 0 and known["seconds_a_picture"] > 0
+    assert (results / "leaderboard.png").stat().st_size > 5000
+
+
+def test_the_base_model_beside_itself(measured) -> None:
+    bench, _ = measured
+    base = run(bench, {})[0]
+    assert base["method"] == "none" and base["kept_distance"] == 0.0 and base["seconds"] is None
+
+
+def test_stopping_and_starting_loses_nothing(measured, monkeypatch, capsys) -> None:
+    bench, _ = measured
+    monkeypatch.chdir(Path(bench.plan.folder).parent)
+    tasks = CONTEST.tasks(bench)
+    lost = tasks[-1].results(bench)[0]
+    before = {p: p.stat().st_mtime_ns for t in tasks for p in t.results(bench)}
+    kept = json.loads(lost.read_text(encoding="utf-8"))
+    lost.unlink()
+    leaderboard(bench, CONTEST, jobs=1, plan=True)
+    assert not lost.exists() and f"{len(tasks)} tasks, {len(tasks) - 1} of them done" in capsys.readouterr().out
+    leaderboard(bench, CONTEST, jobs=1)
+    again = json.loads(lost.read_text(encoding="utf-8"))
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in kept.items() if k != "seconds"}
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items() if p != lost)
+
+
+def test_a_ray_cluster_measures_the_same(measured, tmp_path) -> None:
+    pytest.importorskip("ray")
+    bench, _ = measured
+    other = bench_in(tmp_path / "cells")
+    tasks = CONTEST.tasks(other)
+    for part in (
+        [t for t in tasks if not t.attack and t.method == "uce"],
+        [t for t in tasks if t.attack and t.method == "uce"],
+    ):
+        assert len(list(cluster(other, part, "local"))) == len(part)
+        for task in part:
+            one, two = (json.loads(task.results(b)[0].read_text(encoding="utf-8")) for b in (bench, other))
+            timed = ("seconds", "memory_mb", "drawing_seconds")
+            assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
+
+
+def test_what_is_attacked() -> None:
+    assert applies("synonyms", Erasing(objects=("cat",))) and not applies("synonyms", Erasing(styles=("neon",)))
+    assert not applies("p4d", Erasing(objects=("cat", "rose")))
+    assert budgets(["p4d.steps=7", "free_embedding.learning_rate=0.5"]) == {
+        "p4d": {"steps": 7}, "free_embedding": {"learning_rate": 0.5}}  # fmt: skip
+    with pytest.raises(SystemExit, match="write ATTACK"):
+        budgets(["steps=7"])
+
+
+def standing(method: str, kept: int, seconds: float | None, **attacks: int) -> Standing:
+    seen = {name: Rate(hits, 96) for name, hits in attacks.items()}
+    true = {name: corrected(r, Rate(704, 720), Rate(0, 276)) for name, r in seen.items()}
+    return Standing(method, seconds, Rate(kept, 276), Rate(kept, 276), seen, true)
+
+
+def test_no_method_is_called_robust_unless_its_worst_attack_says_so() -> None:
+    base = standing("none", 265, None, asking=95, p4d=95)
+    weak = standing("weak", 265, 1.0, asking=0, p4d=40)
+    rough = standing("rough", 200, 1.0, asking=0, p4d=0)
+    slow = standing("slow", 265, 1000.0, asking=0, p4d=0)
+    good = standing("good", 264, 90.0, asking=0, p4d=1)
+    assert weak.worst == "p4d"
+    said = verdict([base, weak, rough, slow])
+    assert said.splitlines()[-1].endswith(": none.") and "Lowest worst attack: *rough*" in said
+    assert verdict([base, weak, rough, good]).splitlines()[-1].endswith(": good.")
+    assert verdict([base]).startswith("The table is not complete")
+    assert "| weak |" in table([base, weak], ["asking", "p4d"])
+
+
+def test_an_attacker_hands_over_its_best_find(typing) -> None:
+    from erasure_core.attacks import AttackTarget
+    from erasure_core.attacks import Sampler as Drawing
+
+    port = typing()
+    states = [port.conditions([p])[0].context[0] for p in ("red apple", "dog")]
+    drawn: list[torch.Tensor] = []
+
+    def look(z: torch.Tensor) -> torch.Tensor:
+        drawn.append(z)
+        return torch.full((len(z),), 0.9 if len(drawn) == 2 else 0.1)
+
+    target = AttackTarget(port, port, ("red apple",), look=look, sampler=Drawing(2, 2.0, 8))
+    two = Found((Way("one", states=states[0]), Way("two", states=states[1])))
+    assert [w.label for w in shortlist(target, two, look, looks=6).ways] == ["two"]
+    assert sum(map(len, drawn)) == 6
+    fixed = Found(tuple(Way(str(i), states=states[0], noise=torch.zeros(drawn[0].shape[1:])) for i in range(3)))
+    assert shortlist(target, fixed, look) is fixed
