@@ -3,6 +3,7 @@
     python -m erasure_core.emojicanvas.bench base         # is the model good? docs/results/base.{json,png}
     python -m erasure_core.emojicanvas.bench effect --method uce rece   # docs/results/effect.{json,md}
     python -m erasure_core.emojicanvas.bench leaderboard --quick          # methods under attack: docs/results/leaderboard.*
+    python -m erasure_core.emojicanvas.bench memory       # safe prompt memories: docs/results/memory.{json,md}
     python -m erasure_core.emojicanvas.bench tune --method uce --set ridge=0.01     # one line, on the tuning split
 
 ``effect`` and ``tune`` take every registered method. Pictures of the unchanged model are drawn once and kept in the
@@ -31,6 +32,7 @@ from .concepts import OBJECTS, STYLES, prompt
 from .effect import RESULTS, effect, tune
 from .judge import Judge
 from .leaderboard import CONCEPTS, QUICK_ATTACKS, QUICK_CONCEPTS, Contest, budgets, leaderboard
+from .memory_effect import memory_effect
 from .rows import Bench, Plan, flags
 from .splits import SCORING, STYLE_OBJECTS, TUNING, Shot
 from .studio import Sampler, Studio, to_bytes
@@ -97,7 +99,7 @@ def base(studio: Studio, seeds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("base", "effect", "leaderboard", "tune"))
+    parser.add_argument("what", choices=("base", "effect", "leaderboard", "memory", "tune"))
     parser.add_argument(
         "--method", nargs="+", default=list(all_methods()), choices=list(all_methods()), help="default: all"
     )
@@ -119,7 +121,11 @@ def main() -> None:
     parser.add_argument("--replace-with", default="", help="what erased things become; nothing by default")
     parser.add_argument("--steps", type=int, default=Sampler.steps)
     parser.add_argument("--cfg", type=float, default=Sampler.cfg)
-    parser.add_argument("--bf16", action="store_true", help="faster, other pictures; figures in docs are made without")
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="five times as fast on CPUs with AVX-512, other pictures; the docs' figures use it",
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -154,6 +160,9 @@ def main() -> None:
         base(plan.studio(), a.seeds or 8)
         return
     chosen = {m: settings_for(m, parse_settings(m, a.set)) for m in a.method}
+    if a.what == "memory":
+        memory_effect(Bench(plan))
+        return
     if a.what == "leaderboard":
         attacks = a.attack or (QUICK_ATTACKS if a.quick else all_attacks())
         contest = Contest(chosen, list(attacks), budgets(a.budget))
