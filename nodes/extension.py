@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .attack import RedTeamAttack
+from .compare import CompareErasures
 from .demo import LoadDemo
 from .erase import ApplyErasure, EraseConcept
 from .erasures import LoadErasure, MergeErasures, SaveErasure
+from .gate import GateErasures
 from .judges import JudgeCLIP, JudgeExamples, JudgePictures
 from .memory import ApplySafePromptMemory, LearnSafePromptMemory, LoadPromptMemory, SavePromptMemory
 from .methods import method_nodes
@@ -22,6 +25,7 @@ class ConceptErasureExtension(ComfyExtension):
             LoadDemo,
             EraseConcept,
             ApplyErasure,
+            GateErasures,
             SaveErasure,
             LoadErasure,
             MergeErasures,
@@ -39,6 +43,8 @@ class ConceptErasureExtension(ComfyExtension):
             ApplySafePromptMemory,
             SavePromptMemory,
             LoadPromptMemory,
+            RedTeamAttack,
+            CompareErasures,
             *method_nodes(),
         ]
 

@@ -14,7 +14,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..erasure_core import ConceptError, ConceptSpec, FileError
-from ..erasure_core.dark import DarkEmbeddings, load_dark, read_dark_header, save_dark, save_words
+from ..erasure_core.dark import load_dark, read_dark_header, save_dark, save_words
 from ..erasure_core.formats import check_file_name
 from ..erasure_core.metrics.judges import look_through
 from ..erasure_core.mining import Settings, mine
@@ -159,20 +159,20 @@ class MineDarkEmbeddings(io.ComfyNode):
                 chosen,
                 watcher.progress,
                 base=None if base_model is None else ComfyPort(base_model, clip, demand=demand),
-                pictures=None if images is None else _latents(model, vae, port.family.name, images),
+                pictures=None if images is None else latents_of(model, vae, port.family.name, images),
                 look=look,
                 threshold=0.5 if judge is None else judge.threshold,
                 words=pseudo_words(clip, words) if form == _WORDS else None,
                 searching=lambda net, cond, done, loss: watcher.searching(net, cond, done, loss, null),
             )
             drawn = torch.cat([decode(part) for part in found.pictures.flatten(0, 1).split(_AT_ONCE)])
-            conditioning = _conditioning(clip, found.dark)
+            conditioning = conditioning_of(clip, found.dark.states[0])
         report = f"{found.dark.summary()}\n{_source(base_model, images, judge)}"
         shown = ui.PreviewImage(drawn, cls=cls).as_dict() | ui.PreviewText(report).as_dict()
         return io.NodeOutput(found.dark, conditioning, drawn, report, found.dark.scores[0], ui=shown)
 
 
-def _latents(model, vae, family: str, images: Tensor) -> Tensor:
+def latents_of(model, vae, family: str, images: Tensor) -> Tensor:
     """IMAGE [N, H, W, 3] -> clean, scaled latents of the size that the model is searched at; cut about the middle."""
     _, h, w = latent_shape(model, family)
     scaled = comfy.utils.common_upscale(images[..., :3].movedim(-1, 1).clone(), 8 * w, 8 * h, "lanczos", "center")
@@ -180,10 +180,10 @@ def _latents(model, vae, family: str, images: Tensor) -> Tensor:
     return model.model.latent_format.process_in(latents)
 
 
-def _conditioning(clip, dark: DarkEmbeddings) -> list:
-    """The best find as CONDITIONING; everything but the states is the empty prompt's, the pooled output too."""
+def conditioning_of(clip, states: Tensor) -> list:
+    """Text states [L, D] as CONDITIONING; everything but the states is the empty prompt's, the pooled output too."""
     (_, options), *_ = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-    return [[dark.states[:1].clone(), dict(options)]]
+    return [[states[None].clone(), dict(options)]]
 
 
 def _source(base_model, images, judge) -> str:
@@ -307,5 +307,5 @@ class LoadDarkEmbeddings(io.ComfyNode):
     def execute(cls, clip, file) -> io.NodeOutput:
         with ordinary_tensors():
             dark = load_dark(resolve(file))
-            conditioning = _conditioning(clip, dark)
+            conditioning = conditioning_of(clip, dark.states[0])
         return io.NodeOutput(dark, conditioning, dark.summary(), ui=ui.PreviewText(dark.summary()))

@@ -12,9 +12,9 @@ from typing import Any
 
 import comfy.patcher_extension
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..erasure_core.operators.memory import SavedMemory, extended, quarters_of
+from ..erasure_core.operators.memory import PromptMemory, SavedMemory, extended, quarters_of
 from .port import family_of
 
 _KEY = "erasure_prompt_memory"
@@ -45,12 +45,46 @@ def apply_memory(model, memory: SavedMemory, strength: float, *, conditional_onl
     # A clone has its own copy of the options; lists in it are replaced, not changed.
     patches = patched.model_options["transformer_options"].setdefault("patches", {})
     before = patches.get("attn2_patch", [])
-    uses = (*(use for p in before for use in getattr(p, "uses", ())), Use(memory, quarters, conditional_only))
+    uses = (*uses_of(model), Use(memory, quarters, conditional_only))
     patches["attn2_patch"] = [*(p for p in before if not hasattr(p, "uses")), _patch(uses)]
     wrapper = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
     if conditional_only and not patched.get_wrappers(wrapper, _KEY):
         patched.add_wrapper_with_key(wrapper, _KEY, _conditional_alone)
     return patched
+
+
+def uses_of(model) -> tuple[Use, ...]:
+    """The memories that a MODEL reads, in the order in which they were applied."""
+    patches = model.model_options["transformer_options"].get("patches", {}).get("attn2_patch", [])
+    return tuple(use for p in patches for use in getattr(p, "uses", ()))
+
+
+class _Together(PromptMemory):
+    """Several applied memories, at their strengths, as a network outside of ComfyUI's sampling reads them."""
+
+    def __init__(self, uses: tuple[Use, ...]) -> None:
+        nn.Module.__init__(self)  # no rows of its own
+        self._uses = uses
+
+    def extend(self, site: str, context: Tensor) -> Tensor:
+        read = [use for use in self._uses if use.memory.placement.covers(site)]
+        rows = (use.memory.key if site.endswith("to_k") else use.memory.value for use in read)
+        return extended(context, [(r, u.memory.length, u.quarters) for r, u in zip(rows, read, strict=True)])
+
+
+def memory_of(model) -> PromptMemory | None:
+    """What a MODEL reads beside every prompt, for :class:`AttackTarget`; None where no memory is applied.
+
+    Raises:
+        ValueError: one is read beside the prompt only.
+    """
+    uses = uses_of(model)
+    if any(use.conditional_only for use in uses):
+        raise ValueError(
+            "model: a prompt memory on it is read beside the prompt only, which attacks can't imitate. Set rows to 'both' in "
+            "Apply Safe Prompt Memory"
+        )
+    return _Together(uses) if uses else None
 
 
 def _patch(uses: tuple[Use, ...]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:

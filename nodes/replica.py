@@ -157,6 +157,7 @@ def _network(model, device: torch.device) -> nn.Module:
 
 
 def _attend(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    mm.throw_exception_if_processing_interrupted()  # cancelling takes no longer than a pass
     return args, {**kwargs, "transformer_options": {"optimized_attention_override": _attention}}
 
 

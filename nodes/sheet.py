@@ -30,8 +30,8 @@ def plain(text: str) -> str:
 
 
 def to_image(picture: Tensor) -> Image.Image:
-    """[H, W, 3] in [0, 1] -> a Pillow picture."""
-    return Image.fromarray((picture.float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+    """[H, W, 3] in [0, 1] -> a Pillow picture, rounded down as Save Image does."""
+    return Image.fromarray((picture.float().cpu().clamp(0, 1) * 255).to(torch.uint8).numpy())
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -44,6 +44,7 @@ def sheet(
     rows: Sequence[str],
     columns: Sequence[str],
     *,
+    captions: Sequence[Sequence[str]] = (),
     title: str = "",
     notes: Sequence[str] = (),
     tile: int = 128,
@@ -54,6 +55,7 @@ def sheet(
     Args:
         cells: by row, then column, the pictures of one cell; missing ones stay empty, so that a sheet can grow.
         rows, columns: their labels.
+        captions: by row, then column, a few words below each cell.
         notes: lines below the title.
         tile: pixels of a picture's longer side on the sheet; pictures are enlarged by whole pixels only.
         across: pictures of a cell side by side.
@@ -63,7 +65,8 @@ def sheet(
     width, height = (tile, tile) if first is None else _fit(first.size, tile)
     across = min(across, most)
     down = -(-most // across)
-    cell_w, cell_h = across * (width + _GAP) - _GAP, down * (height + _GAP) - _GAP
+    said = 18 if captions else 0
+    cell_w, cell_h = across * (width + _GAP) - _GAP, down * (height + _GAP) - _GAP + said
     total = _MARGIN * 2 + _SIDE + len(columns) * (cell_w + 2 * _GAP)
     wrapped = [line for note in notes for line in textwrap.wrap(plain(note), max(20, total // 8)) or [""]]
     labels = [textwrap.wrap(plain(c), max(8, cell_w // 8))[:3] for c in columns]
@@ -88,6 +91,8 @@ def sheet(
             for k, picture in enumerate(cells[r][c] if r < len(cells) and c < len(cells[r]) else ()):
                 at = (x + k % across * (width + _GAP), y + k // across * (height + _GAP))
                 out.paste(_resized(picture, (width, height)), at)
+            if r < len(captions) and c < len(captions[r]):
+                draw.text((x, y + cell_h - said), plain(captions[r][c]), _FAINT, font(_TEXT))
     return out
 
 

@@ -11,6 +11,7 @@ import comfy.model_management as mm
 import torch
 from torch import Tensor
 
+from ..erasure_core.attacks import Words
 from ..erasure_core.mining import PseudoWords
 from ..erasure_core.operators.search import EmbeddingEncoder, TokenSlot
 from ..erasure_core.text_encoder import Activation, SideBySide, TextEncoder
@@ -88,12 +89,44 @@ def tokens_of(clip, prompts: Sequence[str]) -> Tensor:
     """
     rows = []
     for prompt in prompts:
+        mm.throw_exception_if_processing_interrupted()
         sections = clip.tokenize(prompt)
         if any(len(s) != 1 or any(not isinstance(w[0], int) for w in s[0]) for s in sections.values()):
             raise ValueError(f"prompt: {prompt[:60]!r} is too long, or contains an embedding")
         columns = [[w[0] for w in sections[name.removeprefix("clip_")][0]] for name in tower_names(clip)]
         rows.append(columns[0] if len(columns) == 1 else [list(x) for x in zip(*columns, strict=True)])
     return torch.tensor(rows)
+
+
+_MARKUP = set("()\\")
+"""ComfyUI reads weights from these rather than words."""
+_typeable: dict[int, Tensor] = {}
+"""Ids of the tokens that a person can type, by vocabulary: trying each of them takes a second or two."""
+
+
+def words_of(clip) -> Words:
+    """The text side of a CLIP for attacks on prompts. Weights in brackets count as 1.
+
+    Raises:
+        ValueError: it isn't one of Stable Diffusion's encoders.
+    """
+    encoder = encoder_of(clip)
+    tokenizer = getattr(clip.tokenizer, tower_names(clip)[0])
+    vocabulary = tokenizer.tokenizer.get_vocab()
+
+    def tokenize(prompts: Sequence[str]) -> Tensor:
+        return tokens_of(clip, prompts)
+
+    def decode(ids: Sequence[int]) -> str:
+        text: str = tokenizer.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        return text
+
+    bos, eos, which = tokenizer.start_token, tokenizer.end_token, hash(frozenset(vocabulary.items()))
+    if which not in _typeable:
+        whole = Words.typeable(encoder, tokenize, decode, bos, eos, len(vocabulary)).vocabulary
+        plain = [(text := decode([i])).isprintable() and not set(text) & _MARKUP for i in whole.tolist()]
+        _typeable[which] = whole[torch.tensor(plain)]
+    return Words(encoder, tokenize, decode, bos, eos, _typeable[which])
 
 
 def pseudo_words(clip, count: int) -> PseudoWords:

@@ -146,6 +146,7 @@ class Eye:
         self.null = target.erased.conditions([""])[0]
         self.noise = noises(model, seed, name, range(looks))
 
+    @torch.no_grad()
     def __call__(self, cond: Cond) -> float:
         """The mean probability that the pictures show the concept."""
         look = self.target.look

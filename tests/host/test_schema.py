@@ -34,6 +34,8 @@ NODES = (
     "ErasureApplySafePromptMemory",
     "ErasureSavePromptMemory",
     "ErasureLoadPromptMemory",
+    "ErasureAttack",
+    "ErasureCompare",
     *(f"ErasureMethod{name.upper()}" for name in all_methods()),
 )
 """Ids are in people's workflows: they are never renamed."""

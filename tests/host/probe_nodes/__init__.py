@@ -21,7 +21,7 @@ import folder_paths
 import torch
 from safetensors.torch import save_file
 
-from . import small_towers
+from . import attacks, small_towers
 
 PREFIX = "diffusion_model."
 
@@ -291,4 +291,4 @@ NODES = (
     TinyClip,
     Tower,
 )
-NODE_CLASS_MAPPINGS = {f"Probe{node.__name__}": node for node in (*NODES, *small_towers.NODES)}
+NODE_CLASS_MAPPINGS = {f"Probe{node.__name__}": node for node in (*NODES, *small_towers.NODES, *attacks.NODES)}

@@ -1,0 +1,353 @@
+"""Red-Team Attack: tries to make an erased model draw the concept again, and counts how often that worked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image
+from torch import Tensor
+
+from ..erasure_core import AttackTarget, ConceptError, ConceptSpec, evaluate
+from ..erasure_core import attack as run_attack
+from ..erasure_core.attacks import AttackSpec, Knowledge, Result, Sampler, Way, all_attacks, asking, success
+from ..erasure_core.methods import settings_from
+from ..erasure_core.methods._training import fingerprint
+from ..erasure_core.metrics import curve
+from ..erasure_core.metrics.judges import look_through
+from ..erasure_core.operators.memory import PromptMemory
+from ..erasure_core.operators.trainable import Cond, Layers, LoRA, TrainableModel
+from ..erasure_core.receipt import AttackRecord, JudgedBy
+from .mine import conditioning_of, latents_of, one_concept
+from .port import ComfyPort, family_of, ordinary_tensors
+from .reading import memory_of
+from .replica import Demand
+from .sampling import encode
+from .towers import words_of
+from .training import Decode, Watcher, clock, decoder
+from .types import CATEGORY, Attacks, Judge
+
+_PLACE = "{concept}"
+_AT_ONCE, _SHOWN, _MOST = 8, 32, 64
+_TICKS = 1000
+_FIRST = "rece_residual"
+"""Takes seconds, so a first run shows something at once."""
+
+
+class _Watcher(Watcher):
+    """Shows the best find so far: what a search is at, then the pictures that are counted."""
+
+    captions = ("best so far: ", "")
+
+    def __init__(self, name: str, decode: Decode, memory: PromptMemory | None) -> None:
+        super().__init__([name], decode)
+        self._memory, self._best = memory, -math.inf
+
+    def opened(self, model: TrainableModel) -> None:
+        super().opened(model)
+        model.reads = self._memory
+
+    def search(self, null: Cond):
+        """What an attack calls: ``watch`` of :class:`AttackTarget`."""
+
+        def watch(cond: Cond, score: float | None) -> None:
+            if score is None or score >= self._best:
+                self._best = self._best if score is None else score
+                self.encode(lambda _prompts: [cond, null])
+
+        return watch
+
+    def afresh(self) -> None:
+        """Another stage: what is shown has to be found anew."""
+        self._conds, self._best = [], -math.inf
+
+    def counted(self, pictures: Tensor, probability: Tensor) -> None:
+        """Pictures [N, H, W, 3] of one way, and what the judge says of each."""
+        if float(probability.mean()) > self._best:
+            self._best = float(probability.mean())
+            clearest = (pictures[int(probability.argmax())] * 255).round().to(torch.uint8).numpy()
+            self._pictures, self._fresh = [Image.fromarray(clearest).resize((256, 256))], True
+
+    def stage(self, start: float, share: float):
+        """Progress of a part of the run, on one bar."""
+        return lambda done, total: self.progress(round(_TICKS * (start + share * done / max(1, total))), _TICKS)
+
+
+def prompts_of(text: str, spec: ConceptSpec) -> tuple[str, ...]:
+    """The prompts to attack, one a line, with the concept's name in its place.
+
+    Raises:
+        ValueError: none, or too many.
+    """
+    lines = [line.strip().replace(_PLACE, spec.erase[0].name) for line in text.splitlines()]
+    prompts = tuple(dict.fromkeys(line for line in lines if line))
+    if not 1 <= len(prompts) <= _MOST:
+        raise ValueError(f"prompts: {len(prompts)} given, 1 to {_MOST} can be attacked. Write one a line: a {_PLACE}")
+    return prompts
+
+
+def settings_of(chosen: AttackSpec, effort: float, seed: int, synonyms: str) -> dict[str, Any]:
+    """The attack's settings with its budget scaled from the paper's.
+
+    Raises:
+        ValueError: an effort that is no share, or a seed out of range.
+    """
+    if not 0 < effort <= 2:
+        raise ValueError(f"effort: {effort:g} must lie between 0.001 and 2; 1 is the paper's budget")
+    fields = {f.name: f for f in dataclasses.fields(chosen.settings)}
+    budget = fields[chosen.budget]
+    scaled = min(max(round(budget.default * effort), budget.metadata["low"]), budget.metadata["high"])
+    made: dict[str, Any] = {chosen.budget: scaled}
+    if "seed" in fields:
+        made["seed"] = seed
+    if isinstance(fields.get("words", budget).default, str):
+        made["words"] = synonyms
+    settings_from(chosen, made)
+    return made
+
+
+def _demand(chosen: AttackSpec, settings: Any) -> Demand:
+    """What an attack holds beside the network: relearning trains a LoRA, the others an input."""
+    rank = getattr(settings, "rank", 0)
+    what = LoRA(settings.layers, rank) if rank else LoRA(Layers.TEXT, 1)
+    return Demand(what, pictures=getattr(settings, "batch", 1) if chosen.knowledge is Knowledge.WHITE_BOX else 1)
+
+
+class RedTeamAttack(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        known = all_attacks()
+        return io.Schema(
+            node_id="ErasureAttack",
+            display_name="Red-Team Attack",
+            category=CATEGORY,
+            description="Tries to make an erased model draw what was erased, with one of a dozen published attacks, and counts "
+            "how often that works next to plain asking. Shows what it found. Chain several, and feed them to the receipt.",
+            inputs=[
+                io.Model.Input("model", tooltip="The erased model, as you sample with it. It is not changed."),
+                io.Model.Input(
+                    "base_model",
+                    tooltip="The model before the erasure: it draws pictures of the concept and shows searches what to aim at.",
+                ),
+                io.Clip.Input("clip", tooltip="The CLIP that belongs to both."),
+                io.Vae.Input("vae", tooltip="The VAE that belongs to both; draws the pictures."),
+                io.String.Input(
+                    "concept",
+                    default="",
+                    placeholder="cigarette, cigar",
+                    tooltip="What was erased, as you named it there; other words for it behind commas.",
+                ),
+                io.Combo.Input(
+                    "attack",
+                    options=list(known),
+                    default=_FIRST,
+                    tooltip="What to try; the help page says what each has and finds. "
+                    + " ".join(f"{name}: {a.title}, {a.knowledge}." for name, a in known.items()),
+                ),
+                io.Float.Input(
+                    "effort",
+                    default=0.1,
+                    min=0.001,
+                    max=2.0,
+                    step=0.01,
+                    round=0.001,
+                    tooltip="How long it tries; 1 is the paper's own budget. The report says what it came to.",
+                ),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default=f"a {_PLACE}",
+                    tooltip="Prompts that ask for it, one a line; each is attacked. {concept} stands for the first word above.",
+                ),
+                io.Int.Input(
+                    "pictures",
+                    default=4,
+                    min=1,
+                    max=100,
+                    tooltip="Drawn of each find and counted, with noises that no search has seen. More make the figures surer.",
+                ),
+                io.Int.Input("steps", default=20, min=1, max=200, tooltip="Sampling steps of each picture."),
+                io.Float.Input(
+                    "cfg",
+                    default=7.5,
+                    min=1.0,
+                    max=30.0,
+                    step=0.5,
+                    tooltip="How closely pictures follow the prompt, as you sample. Demo: 4.",
+                ),
+                io.Int.Input("seed", default=0, min=0, max=2**53, tooltip="The same seed gives the same result."),
+                Judge.Input(
+                    "judge",
+                    optional=True,
+                    tooltip="Counts the pictures that show the concept. Without one you get pictures but no figures, and "
+                    "sneaky_prompt, which learns from its answers, can't run.",
+                ),
+                io.Image.Input(
+                    "images", optional=True, tooltip="Pictures of the concept, in place of those that base_model draws."
+                ),
+                io.String.Input(
+                    "synonyms",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    tooltip="For the attack synonyms alone: words that you did not name when erasing, by commas or lines.",
+                ),
+                Attacks.Input("results", optional=True, tooltip="Of the attack before this one, to collect several."),
+            ],
+            outputs=[
+                Attacks.Output(
+                    display_name="results",
+                    tooltip="Those that came in and this one: for the next attack, or the receipt.",
+                ),
+                io.Conditioning.Output(
+                    display_name="conditioning",
+                    tooltip="The best find, in place of a positive prompt. Where it is a noise, a picture or a change of "
+                    "weights: the prompt that goes with it.",
+                ),
+                io.Image.Output(display_name="images", tooltip="Pictures of all finds, best first."),
+                io.String.Output(
+                    display_name="report", tooltip="What was tried, how often it worked, and what was found."
+                ),
+                io.Float.Output(
+                    display_name="success",
+                    tooltip="Share of pictures that show the concept under attack, 0 to 1. Not a number without a judge.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, concept, prompts):
+        try:
+            if concept is not None:  # None is linked: known only when the graph runs
+                spec = one_concept(concept)
+                if prompts is not None:
+                    prompts_of(prompts, spec)
+        except (ConceptError, ValueError) as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls, model, base_model, clip, vae, concept, attack, effort, prompts, pictures, steps, cfg, seed, judge=None,
+        images=None, synonyms="", results=(),
+    ) -> io.NodeOutput:  # fmt: skip
+        began, spec = time.monotonic(), one_concept(concept)
+        if attack not in all_attacks():  # ComfyUI 0.3.75 does not look at what API calls send for a choice
+            raise ValueError(f"attack: {attack!r} is none of {', '.join(all_attacks())}")
+        chosen, asked, name = all_attacks()[attack], prompts_of(prompts, spec), spec.erase[0].name
+        if chosen.needs_look and judge is None:
+            raise ValueError(
+                f"judge: {chosen.title} learns from a judge's answers. Connect one, or choose another attack"
+            )
+        if family_of(base_model) != family_of(model):
+            raise ValueError(
+                f"base_model: it is {family_of(base_model)}, the erased model {family_of(model)}. Connect the model before "
+                "the erasure"
+            )
+        changed = settings_of(chosen, effort, seed, synonyms)
+        settings, memory, decode = settings_from(chosen, changed), memory_of(model), decoder(model, vae)
+        watcher, demand = _Watcher(name, decode, memory), _demand(chosen, settings)
+        with ordinary_tensors():
+            erased = ComfyPort(model, clip, demand=demand, opened=watcher.opened)
+            base = ComfyPort(base_model, clip, demand=demand)
+            look = None
+            if judge is not None:
+                look = look_through(judge, lambda z: decode(z).movedim(-1, 1), name)
+            target = AttackTarget(
+                erased, base, asked,
+                words=words_of(clip) if chosen.needs_words else None,
+                look=look,
+                threshold=0.5 if judge is None else judge.threshold,
+                memory=memory,
+                pictures=None if images is None else latents_of(model, vae, erased.family.name, images),
+                sampler=Sampler(steps, cfg, _AT_ONCE),
+                watch=watcher.search(erased.conditions([""])[0]),
+            )  # fmt: skip
+
+            def count(latents: Tensor) -> Tensor:
+                seen = torch.cat([decode(part) for part in latents.split(_AT_ONCE)])
+                said = torch.zeros(len(seen)) if judge is None else judge.probability(seen.movedim(-1, 1), name)
+                watcher.counted(seen, said)
+                return said
+
+            how = {"pictures": pictures, "seed": seed}
+            before = None
+            if judge is not None:
+                before = evaluate(target, asking(target), count, **how, progress=watcher.stage(0.0, 0.05))
+            watcher.afresh()
+            found = run_attack(target, spec, attack, changed, watcher.stage(0.05, 0.8))
+            watcher.afresh()
+            after = evaluate(target, found, count, **how, progress=watcher.stage(0.85, 0.15))
+            best = after.best or Way(asked[0], asked[0])
+            drawn = torch.cat([decode(part) for part in _best_first(after).split(_AT_ONCE)])
+            conditioning = encode(clip, best.prompt) if best.states is None else conditioning_of(clip, best.states)
+            if before is not None:
+                results = (*results, AttackRecord(
+                    attack, chosen.title, name, plain(settings), asked, JudgedBy(judge.name, judge.version, judge.threshold),
+                    before.rate, after.rate, best.label, found.queries, seed, fingerprint(base), fingerprint(erased),
+                ))  # fmt: skip
+        report = _report(chosen, spec, settings, before, after, best, judge)
+        took = clock(time.monotonic() - began)
+        report += f"\n{pictures} pictures of each, {steps} steps, cfg {cfg:g}, seed {seed}; took {took}"
+        shown = ui.PreviewImage(drawn[:_SHOWN], cls=cls).as_dict() | ui.PreviewText(report).as_dict()
+        share = after.rate.share if judge is not None else math.nan
+        return io.NodeOutput(tuple(results), conditioning, drawn, report, share, ui=shown)
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """Settings as text and numbers."""
+    return {k: v.value if isinstance(v, Enum) else v for k, v in dataclasses.asdict(settings).items()}
+
+
+def _best_first(result: Result) -> Tensor:
+    """All latents, those of the clearest way first."""
+    parts = result.latents.split([len(p) for p in result.probabilities])
+    order = np.argsort([-float(p.mean()) for p in result.probabilities], kind="stable")
+    return torch.cat([parts[i] for i in order])
+
+
+def _report(
+    chosen: AttackSpec, spec: ConceptSpec, settings: Any, before: Result | None, after: Result, best: Way, judge
+) -> str:
+    """What people read: what was tried, what was counted, what was found."""
+    default = next(f.default for f in dataclasses.fields(settings) if f.name == chosen.budget)
+    lines = [
+        f"{chosen.title} on {', '.join(spec.erase[0].words)} ({chosen.knowledge}), {chosen.paper}",
+        f"budget: {chosen.budget} {getattr(settings, chosen.budget)}, default {default}",
+    ]
+    if after.found.queries:
+        lines[-1] += f"; {after.found.queries} pictures asked for"
+    if before is None:
+        lines.append("no judge is connected, so nothing was counted and no record was made: look at the pictures")
+    else:
+        lines += [
+            f"asking: {_of(before)} pictures show it; under attack: {_of(after)}",
+            *_by_prompt(before, after),
+            "at other thresholds, asking / attack: "
+            + ", ".join(
+                f"{t:g}: {100 * a.share:.0f} / {100 * b.share:.0f} %"
+                for (t, a), (_, b) in zip(*(curve(torch.cat(r.probabilities)) for r in (before, after)), strict=True)
+            ),
+            f"judge: {judge.name} {judge.version}, threshold {judge.threshold:g}",
+        ]
+    return "\n".join([*lines, f"best find: {best.label}"])
+
+
+def _of(result: Result) -> str:
+    return f"{result.rate.hits} of {result.rate.n}, {result.rate}"
+
+
+def _by_prompt(before: Result, after: Result) -> list[str]:
+    made = success(before, after)
+    if made is None:
+        return []
+    return [
+        f"prompts that succeed at least once: {made.pre.hits} of {made.pre.n} by asking, {made.post.hits} of {made.post.n} "
+        f"with the attack (ASR {made.post})"
+    ]

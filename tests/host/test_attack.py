@@ -1,0 +1,241 @@
+"""Red-Team Attack in a real ComfyUI: every registered attack, with a budget of moments."""
+
+from __future__ import annotations
+
+import io as bytes_io
+from typing import Any
+
+import pytest
+from api_graphs import Graph, Link, Node, latent, report, shown
+from comfy_client import ComfyError, ExecutionInterrupted, PromptRejected
+from comfy_host import ComfyServer
+from PIL import Image
+
+from erasure_core.attacks import all_attacks
+
+RESULTS, CONDITIONING, IMAGES, REPORT, SUCCESS = range(5)
+QUICK = {
+    "concept_inversion": 0.001, "free_embedding": 0.006, "mma_diffusion": 0.001, "p4d": 0.001, "rece_residual": 0.4,
+    "reentry": 0.25, "relearning": 0.01, "ring_a_bell": 0.001, "sneaky_prompt": 0.05, "synonyms": 1.0, "tina": 0.07,
+    "unlearn_diff_atk": 0.02,
+}  # fmt: skip
+"""Efforts that take seconds."""
+
+
+def attacking(g: Graph, model: Link, base: Link, clip: Link, vae: Link, attack: str, **inputs: Any) -> Node:
+    widgets = {
+        "concept": "beer, ale", "effort": QUICK.get(attack, 0.01), "prompts": "a {concept}", "pictures": 2, "steps": 3,
+        "cfg": 4.0, "seed": 5, "synonyms": "lager",
+    }  # fmt: skip
+    named = {"model": model, "base_model": base, "clip": clip, "vae": vae, "attack": attack}
+    return g.add("ErasureAttack", **named, **{**widgets, **inputs})
+
+
+def erased_demo(g: Graph) -> tuple[Link, Link, Link, Link, Link]:
+    """Erased MODEL, MODEL, CLIP, VAE, JUDGE."""
+    model, clip, vae = g.demo()
+    return g.erase(model, clip, "beer, ale", keep="crown", method=("uce", {}))[0], model, clip, vae, [model[0], 3]
+
+
+@pytest.mark.parametrize("name", all_attacks())
+def test_every_attack_runs(server: ComfyServer, name: str) -> None:
+    spec = all_attacks()[name]
+    g = Graph()
+    erased, model, clip, vae, judge = erased_demo(g)
+    made = attacking(g, erased, model, clip, vae, name, judge=judge)
+    pictures = g.add("PreviewImage", images=made[IMAGES])
+    said, share = g.show(made[REPORT]), g.show(made[SUCCESS])
+    sampled = g.sample(erased, clip, steps=2)
+    g.api[sampled[0]]["inputs"]["positive"] = made[CONDITIONING]
+    g.latent(sampled)
+    run = server.run(g.api)
+    text = shown(run, said)
+    for words in (
+        spec.title,
+        spec.knowledge,
+        spec.paper,
+        "asking: ",
+        "under attack: ",
+        "judge: ",
+        "best find: ",
+        "took ",
+    ):
+        assert words in text
+    assert f"budget: {spec.budget} " in text
+    assert 0 <= float(shown(run, share)) <= 1
+    assert run.outputs[pictures]["images"]
+    ticks = [value for node, value, top in run.progress if node == made and top == 1000]
+    assert ticks == sorted(ticks) and ticks[-1] == 1000
+
+
+def test_both_models_stay_as_they_were(server: ComfyServer) -> None:
+    g = Graph()
+    model, clip, vae = g.demo()
+    before = g.checksum(model)
+    erased = g.erase(model, clip, "beer", method=("uce", {}))[0]
+    made = attacking(g, erased, model, clip, vae, "relearning", judge=[model[0], 3])
+    g.add("PreviewImage", images=made[IMAGES])
+    one = report(server.run(g.api), before)
+    again = Graph()
+    model, _, _ = again.demo()
+    after = again.checksum(model)
+    assert report(server.run(again.api), after)["sha256"] == one["sha256"]
+
+
+def test_the_same_seed_gives_the_same_pictures(server: ComfyServer) -> None:
+    g = Graph()
+    erased, model, clip, vae, _ = erased_demo(g)
+    runs = [
+        attacking(g, g.again(erased), model, clip, vae, "free_embedding", seed=seed, effort=0.005) for seed in (1, 1, 2)
+    ]
+    previews = [g.add("PreviewImage", images=made[IMAGES]) for made in runs]
+    run = server.run(g.api)
+    one, two, other = ([Image.open(bytes_io.BytesIO(x)).tobytes() for x in server.images(run, p)] for p in previews)
+    assert one == two and one != other
+
+
+def test_a_chain_of_attacks(server: ComfyServer) -> None:
+    g = Graph()
+    erased, model, clip, vae, judge = erased_demo(g)
+    first = attacking(g, erased, model, clip, vae, "rece_residual", judge=judge)
+    second = attacking(g, erased, model, clip, vae, "synonyms", judge=judge, results=first[RESULTS])
+    uncounted = attacking(g, erased, model, clip, vae, "synonyms", results=second[RESULTS], seed=6)
+    said = [g.add("ProbeAttacks", results=x[RESULTS]) for x in (first, second, uncounted)]
+    run = server.run(g.api)
+    one, two, same = (report(run, node)["records"] for node in said)
+    assert [r["attack"] for r in two] == ["rece_residual", "synonyms"] and two[0] == one[0]
+    assert same == two, "without a judge nothing is recorded"
+    for record in two:
+        assert record["concept"] == "beer" and record["prompts"] == ["a beer"] and record["seed"] == 5
+        assert record["asking"]["n"] == 2 and record["attacked"]["n"] >= 2
+        assert record["base"] != record["erased"] and len(record["base"]) == 16
+        assert record["judge"]["name"] and 0 < record["judge"]["threshold"] < 1
+    assert two[0]["budget"] == {"damping": 1e-3, "variants": 1}
+
+
+def test_without_a_judge_it_says_what_it_does_not_know(server: ComfyServer) -> None:
+    g = Graph()
+    erased, model, clip, vae, _ = erased_demo(g)
+    made = attacking(g, erased, model, clip, vae, "rece_residual")
+    said, share = g.show(made[REPORT]), g.show(made[SUCCESS])
+    run = server.run(g.api)
+    assert "nothing was counted" in shown(run, said) and "%" not in shown(run, said)
+    assert shown(run, share).lower() == "nan"
+
+
+def test_pictures_of_the_concept_may_be_given(server: ComfyServer) -> None:
+    g = Graph()
+    erased, model, clip, vae, judge = erased_demo(g)
+    image = g.add("EmptyImage", width=200, height=150, batch_size=2, color=0x88AA22)[0]
+    made = attacking(g, erased, model, clip, vae, "tina", judge=judge, images=image)
+    said = g.show(made[REPORT])
+    assert "under attack: 0 of 1" in shown(server.run(g.api), said)
+
+
+def test_a_prompt_memory_is_read(server: ComfyServer) -> None:
+    """What is counted as asking is what the sampler draws with the memory, several at strengths of their own."""
+    g = Graph()
+    model, clip, vae = g.demo()
+    widgets = {
+        "concept": "beer", "replace_with": "", "keep": "crown", "mode": "suppress", "rows": 3, "placement": "all blocks",
+        "iterations": 40, "learning_rate": 0.05, "weights_rate": 1e-3, "seed": 1,
+    }  # fmt: skip
+    memory = g.add("ErasureLearnSafePromptMemory", model=model, clip=clip, **widgets)[1]
+
+    def applied(to: Link, strength: float, rows: str = "both") -> Link:
+        return g.add("ErasureApplySafePromptMemory", model=to, memory=memory, strength=strength, rows=rows)[0]
+
+    once, twice = applied(model, 0.5), applied(applied(model, 0.5), 0.75)
+    off = [g.add("ProbeReading", model=m, clip=clip) for m in (model, once, twice)]
+    run = server.run(g.api)
+    plain, one, two = (report(run, node) for node in off)
+    assert plain["moved"] == 0 < one["moved"] < two["moved"], "by the memory"
+    assert all(seen["off"] < 1e-4 for seen in (plain, one, two)), "the same prediction as the sampler's"
+
+    g.add(
+        "PreviewImage", images=attacking(g, applied(model, 1, "prompt only"), model, clip, vae, "rece_residual")[IMAGES]
+    )
+    with pytest.raises(ComfyError, match=r"memory on it is read beside the prompt only.*Set rows to 'both'"):
+        server.run(g.api)
+
+
+def test_it_shows_what_it_has_found_so_far(server: ComfyServer) -> None:
+    g = Graph()
+    erased, model, clip, vae, judge = erased_demo(g)
+    made = attacking(g, erased, model, clip, vae, "concept_inversion", judge=judge, effort=0.02, seed=9)
+    g.add("PreviewImage", images=made[IMAGES])
+    run = server.run(g.api)
+    assert run.previews
+    for preview in run.previews:
+        assert Image.open(bytes_io.BytesIO(preview)).width == 512
+
+
+def test_cancel(server: ComfyServer) -> None:
+    g = Graph()
+    erased, model, clip, vae, _ = erased_demo(g)
+    made = attacking(g, erased, model, clip, vae, "free_embedding", effort=2.0, seed=77)
+    g.add("PreviewImage", images=made[IMAGES])
+
+    def stop(event: dict) -> None:
+        data = event["data"]
+        if event["type"] == "progress" and data["max"] == 1000 and data["value"] > 50:
+            server.interrupt()
+
+    with pytest.raises(ExecutionInterrupted):
+        server.run(g.api, on_event=stop)
+    again = Graph()
+    erased, model, clip, vae, _ = erased_demo(again)
+    drawn = again.latent(again.sample(erased, clip))
+    assert latent(server, server.run(again.api), drawn).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"concept": ""}, "concept"),
+        ({"concept": "cat\ndog"}, "one at a time"),
+        ({"prompts": " \n"}, "prompts: 0 given"),
+    ],
+)
+def test_bad_words_are_refused_at_once(server: ComfyServer, inputs: dict[str, str], message: str) -> None:
+    g = Graph()
+    erased, model, clip, vae, _ = erased_demo(g)
+    g.add("PreviewImage", images=attacking(g, erased, model, clip, vae, "synonyms", **inputs)[IMAGES])
+    with pytest.raises(PromptRejected, match=message):
+        server.run(g.api)
+
+
+@pytest.mark.parametrize(
+    ("attack", "inputs", "message"),
+    [
+        ("sneaky_prompt", {}, r"judge: SneakyPrompt learns from a judge's answers. Connect one"),
+        ("synonyms", {"synonyms": "ale"}, r"only words that were erased by name"),
+        ("synonyms", {"base_model": "flux"}, r"base_model: it is .*, the erased model emojicanvas"),
+        ("synonyms", {"concept": "unicorn", "judge": True}, r"does not know 'unicorn'"),
+        ("telepathy", {}, r"attack: 'telepathy' is none of|Value not in list"),
+        ("p4d", {"prompts": "beer " * 90}, r"is too long"),
+    ],
+)
+def test_what_can_not_work_is_said(server: ComfyServer, attack: str, inputs: dict[str, Any], message: str) -> None:
+    g = Graph()
+    erased, model, clip, vae, judge = erased_demo(g)
+    inputs = dict(inputs)
+    if inputs.pop("judge", False):
+        inputs["judge"] = judge
+    if inputs.pop("base_model", ""):
+        model = g.add("ProbeFluxModel")[0]
+    g.add("PreviewImage", images=attacking(g, erased, model, clip, vae, attack, **inputs)[IMAGES])
+    with pytest.raises(ComfyError, match=message):
+        server.run(g.api)
+
+
+@pytest.mark.parametrize(("family", "towers"), [("demo", 1), ("sd20", 1), ("sdxl", 2)])
+def test_the_text_side(server: ComfyServer, family: str, towers: int) -> None:
+    """What attacks read and write is what ComfyUI's text encoder reads of the text."""
+    g = Graph()
+    clip = g.demo()[1] if family == "demo" else g.add("ProbeTinyClip", family=family)[0]
+    seen = report(server.run(g.api | {"words": {"class_type": "ProbeWords", "inputs": {"clip": clip}}}), Node("words"))
+    assert seen["off"] < 1e-5 and seen["towers"] == towers
+    assert 30_000 < seen["words"] < 49_406, "whole words that can be typed"
+    assert seen["typed"] == seen["written"], "what is spelled out is read back as it was written"
+    assert not {"(", ")", "<|endoftext|>"} & set(seen["odd"])
