@@ -9,7 +9,6 @@ from .compare import CompareErasures
 from .demo import LoadDemo
 from .erase import ApplyErasure, EraseConcept
 from .erasures import LoadErasure, MergeErasures, SaveErasure
-from .gate import GateErasures
 from .judges import JudgeCLIP, JudgeExamples, JudgePictures
 from .memory import ApplySafePromptMemory, LearnSafePromptMemory, LoadPromptMemory, SavePromptMemory
 from .methods import method_nodes
@@ -25,7 +24,6 @@ class ConceptErasureExtension(ComfyExtension):
             LoadDemo,
             EraseConcept,
             ApplyErasure,
-            GateErasures,
             SaveErasure,
             LoadErasure,
             MergeErasures,
