@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .concept import ConceptSpec
 from .port import Family, Role, Site
+
+if TYPE_CHECKING:
+    from .receipt import Receipt
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Erasure:
 
     header: Header
     deltas: Mapping[str, Delta] = field(repr=False)
+    receipt: Receipt | None = field(default=None, repr=False)
+    """What was measured of exactly this change. Whatever makes another change of it, scaling too, leaves it behind."""
 
     def scaled(self, strength: float) -> Erasure:
         """The same erasure at another strength: 0 changes nothing, 1 is as computed."""
@@ -103,6 +108,23 @@ class Erasure:
             f"suppressed: {erased}{kept}\nmethod: {h.method}; made for {h.family}; "
             f"{len(self.deltas)} weights{added}, rank {span}; strength {h.strength:g}; library {h.version}"
         )
+
+
+def digest(deltas: Mapping[str, Delta]) -> str:
+    """SHA-256 of all changes, in hex: names, shapes and float32 numbers of the factors; those of rank 0 don't count.
+
+    It tells the same numbers from others, whatever file they come from. It can't tell that two pairs of factors have one
+    product, and it is no signature: who changes a file can compute it anew.
+    """
+    seen = hashlib.sha256()
+    for name, delta in sorted(deltas.items()):
+        if delta.rank:
+            seen.update(f"{name}\n".encode())
+            for factor in (delta.up, delta.down):
+                if factor is not None:
+                    seen.update(f"{tuple(factor.shape)}\n".encode())
+                    seen.update(factor.detach().cpu().contiguous().float().numpy().astype("<f4", copy=False).data)
+    return seen.hexdigest()
 
 
 class WrongModelError(ValueError):

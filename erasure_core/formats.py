@@ -4,21 +4,20 @@ Three layouts, all with the same header in the metadata key ``erasure``:
 ``lora`` (``lora_unet_*.lora_up/lora_down/alpha``: ComfyUI's Load LoRA, kohya, A1111, Forge; a change without factors as in
 ``full``), ``diffusers`` (``unet.*.lora_A/lora_B``: ``load_lora_weights``; a change without factors gets an identity as one),
 ``full`` (``diffusion_model.*.diff``: dense, ComfyUI's Load LoRA).
+An erasure's receipt is in the metadata key ``erasure_receipt``, with a digest of the numbers that the file reads back as.
 
 Reading trusts nothing: sizes, names, shapes, types and numbers are checked before anything is used; there is no pickle.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 import struct
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from enum import StrEnum
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +27,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import names
-from .artifact import Delta, Erasure, Header
-from .concept import Concept, ConceptError, ConceptSpec, clean
+from .artifact import Delta, Erasure, Header, digest
+from .checked import FileError
+from .concept import clean
+from .header import Layout, header_json, parse_header
 from .port import Family
+from .receipt import Receipt
+from .receipt_file import parse_receipt, receipt_json
 
 MAX_FILE_BYTES = 8 << 30
 MAX_HEADER_BYTES = 8 << 20
-MAX_JSON_CHARACTERS = 1 << 20
-MAX_SITES = 5000
+RECEIPT = "erasure_receipt"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_FORMAT = 1
-_SITE = re.compile(r"^(input_blocks|output_blocks|middle_block)(\.[A-Za-z0-9_]+){1,12}$")
 _RESERVED = {"con", "prn", "aux", "nul", "conin$", "conout$", *(d + i for d in ("com", "lpt") for i in "123456789¹²³")}
-
-
-class Layout(StrEnum):
-    LORA = "lora"
-    DIFFUSERS = "diffusers"
-    FULL = "full"
-
-
-class FileError(ValueError):
-    """A file can't be read or written as an erasure; the message names the file, the fault, and what to do."""
 
 
 def check_file_name(name: str) -> str:
@@ -70,30 +60,6 @@ def check_file_name(name: str) -> str:
     if stem.split(".")[0].rstrip().casefold() in _RESERVED:
         raise FileError(f"name: {stem!r} is reserved by Windows. Choose another one")
     return stem
-
-
-def header_json(header: Header, sites: list[str], layout: Layout) -> str:
-    return json.dumps(
-        {
-            "format": _FORMAT,
-            "layout": layout.value,
-            "method": header.method,
-            "settings": dict(header.settings),
-            "erase": [{"words": list(c.words), "to": c.to} for c in header.spec.erase],
-            "keep": list(header.spec.keep),
-            "family": {
-                "name": header.family.name,
-                "context_dim": header.family.context_dim,
-                "num_res_blocks": header.family.num_res_blocks,
-                "levels": header.family.levels,
-            },
-            "base": header.base,
-            "version": header.version,
-            "strength": header.strength,
-            "sites": sites,
-        },
-        ensure_ascii=True,
-    )
 
 
 def tensors(erasure: Erasure, layout: Layout, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -131,9 +97,11 @@ def save(
     """Write ``erasure`` to ``path``: first to a temporary file beside it, then in one move.
 
     Raises:
-        FileError: nothing to save, a value does not fit ``dtype``, or the disk refuses. No half file is left.
+        FileError: nothing to save, a value does not fit ``dtype``, the receipt belongs to another erasure, or the disk
+            refuses. No half file is left.
     """
     path = Path(path)
+    receipt = receipt_of(erasure, layout, dtype)
     out = tensors(erasure, layout, dtype)
     if not out:
         raise FileError("erasure: it changes nothing (rank 0), so there is nothing to save")
@@ -149,7 +117,38 @@ def save(
         "modelspec.implementation": "ComfyUI Concept Erasure",
         "modelspec.description": erasure.summary()[:2000],
     }
+    if receipt is not None:
+        metadata[RECEIPT] = receipt_json(receipt)
     return write(path, out, metadata)
+
+
+def receipt_of(erasure: Erasure, layout: Layout, dtype: torch.dtype = torch.float32) -> Receipt | None:
+    """The receipt that a file of ``erasure`` in ``layout`` and ``dtype`` carries: its digest is that of what is read back.
+
+    Raises:
+        FileError: the receipt belongs to another erasure.
+    """
+    if erasure.receipt is None:
+        return None
+    if why := erasure.receipt.mismatch(erasure):
+        raise FileError(f"receipt: it belongs to another erasure: {why}. Make a new one with Erasure Receipt")
+    out = tensors(erasure, layout, dtype)
+    deltas = {
+        site: _read_delta(lambda name, ndim: out[name].float(), out, site, erasure.header.family, layout, "receipt")
+        for site, delta in erasure.deltas.items()
+        if delta.rank
+    }
+    rounded = erasure.receipt.rounded if dtype is torch.float32 else str(dtype).removeprefix("torch.")
+    return replace(erasure.receipt, digest=digest(deltas), rounded=rounded)
+
+
+def write_bytes(path: Path, contents: bytes) -> Path:
+    """Write a file that lies beside an erasure, as :func:`write` does.
+
+    Raises:
+        FileError: the disk refuses. No half file is left, and an older one stays as it was.
+    """
+    return _replaced(path, lambda temporary: temporary.write_bytes(contents))
 
 
 def write(path: Path, contents: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
@@ -158,11 +157,15 @@ def write(path: Path, contents: Mapping[str, Tensor], metadata: Mapping[str, str
     Raises:
         FileError: the disk refuses. No half file is left, and an older one stays as it was.
     """
+    return _replaced(path, lambda temporary: save_file(dict(contents), temporary, dict(metadata)))
+
+
+def _replaced(path: Path, fill: Callable[[Path], object]) -> Path:
     temporary = path.parent / f".erasure-{uuid.uuid4().hex}.tmp"
     try:
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode  # what the user's umask gives; safetensors itself writes for the owner only
-        save_file(dict(contents), temporary, dict(metadata))
+        fill(temporary)
         temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
@@ -172,96 +175,6 @@ def write(path: Path, contents: Mapping[str, Tensor], metadata: Mapping[str, str
     finally:
         temporary.unlink(missing_ok=True)
     return path
-
-
-def _text(value: Any, what: str, limit: int = 2000) -> str:
-    if not isinstance(value, str) or len(value) > limit:
-        raise FileError(f"header: {what} must be text of at most {limit} characters")
-    return clean(value)
-
-
-def _int(value: Any, what: str, low: int, high: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise FileError(f"header: {what} must be a whole number from {low} to {high}")
-    return value
-
-
-def _list(value: Any, what: str, limit: int) -> list[Any]:
-    if not isinstance(value, list) or len(value) > limit:
-        raise FileError(f"header: {what} must be a list of at most {limit} entries")
-    return value
-
-
-def _dict(value: Any, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or len(value) > 100:
-        raise FileError(f"header: {what} must be an object")
-    return value
-
-
-def parse_header(text: str) -> tuple[Header, list[str], Layout]:
-    """Read the JSON of the metadata key ``erasure``; every field is checked.
-
-    Raises:
-        FileError: the first thing that is wrong with it.
-    """
-    if len(text) > MAX_JSON_CHARACTERS:
-        raise FileError(f"header: {len(text)} characters, at most {MAX_JSON_CHARACTERS} are read")
-    try:
-        raw = _dict(json.loads(text), "it")
-    except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
-        if isinstance(error, FileError):
-            raise
-        raise FileError(f"header: it is not valid JSON ({type(error).__name__})") from None
-    number = _int(raw.get("format"), "format", 0, 1 << 30)
-    if number != _FORMAT:
-        raise FileError(f"header: format {number} is not {_FORMAT}. Update Concept Erasure to read newer files")
-    settings = _dict(raw.get("settings", {}), "settings")
-    for key, value in settings.items():
-        if not isinstance(value, str | int | float | bool) or len(str(value)) > 2000 or len(key) > 100:
-            raise FileError("header: settings must be short plain values")
-    settings = {clean(key): clean(value) if isinstance(value, str) else value for key, value in settings.items()}
-    strength = raw.get("strength", 1.0)
-    if not isinstance(strength, int | float) or isinstance(strength, bool) or not abs(strength) <= 1e6:
-        raise FileError("header: strength must be a number")
-    family = _dict(raw.get("family"), "family")
-    erase = [_dict(c, "erase") for c in _list(raw.get("erase"), "erase", 1000)]
-    try:
-        spec = ConceptSpec(
-            tuple(
-                Concept(
-                    tuple(_text(w, "word") for w in _list(c.get("words"), "words", 1000)) or ("",),
-                    _text(c.get("to", ""), "to"),
-                )
-                for c in erase
-            ),
-            tuple(_text(k, "keep") for k in _list(raw.get("keep", []), "keep", 100_000)),
-        )
-    except ConceptError as error:
-        raise FileError(f"header: {error}") from None
-    sites = [_text(s, "site", 200) for s in _list(raw.get("sites"), "sites", MAX_SITES)]
-    for site in sites:
-        if not _SITE.match(site):
-            raise FileError(f"header: {site[:60]!r} is not the name of a UNet weight")
-    if len(set(sites)) != len(sites):
-        raise FileError("header: sites are listed twice")
-    layout_name = _text(raw.get("layout", "lora"), "layout", 20)
-    if layout_name not in list(Layout):
-        raise FileError(f"header: layout {layout_name!r} is unknown")
-    header = Header(
-        _text(raw.get("method"), "method", 100),
-        settings,
-        spec,
-        Family(
-            _text(family.get("name"), "family name", 60),
-            _int(family.get("context_dim"), "context_dim", 1, 65536),
-            _int(family.get("num_res_blocks"), "num_res_blocks", 1, 64),
-            _int(family.get("levels"), "levels", 1, 64),
-        ),
-        _text(raw.get("base", ""), "base", 128),
-        _text(raw.get("version", ""), "version", 40),
-        float(strength),
-    )
-    return header, sites, Layout(layout_name)
 
 
 def check_container(path: Path) -> None:
@@ -338,49 +251,71 @@ def _erasure_key(metadata: Mapping[str, str] | None, path: Path) -> str:
     return metadata["erasure"]
 
 
+def read_receipt(path: str | os.PathLike[str]) -> Receipt | None:
+    """The receipt in a file, whether or not it belongs to the tensors there (:func:`load` looks); None: there is none.
+
+    Raises:
+        FileError: as :func:`load`, or the receipt can't be read; the message begins with ``receipt:`` then.
+    """
+    path = Path(path)
+    with opened(path) as f:
+        metadata = f.metadata() or {}
+    return parse_receipt(metadata[RECEIPT]) if RECEIPT in metadata else None
+
+
 def load(path: str | os.PathLike[str]) -> Erasure:
     """Read an erasure from a file in any of the three layouts, as float32.
+
+    Its receipt comes along if it can be read and belongs to these tensors; the erasure works the same without.
 
     Raises:
         FileError: missing, cut off, oversized, pickled, foreign, or with tensors that contradict the header.
     """
     path = Path(path)
     with opened(path) as f:
-        header, sites, layout = parse_header(_erasure_key(f.metadata(), path))
+        metadata = f.metadata()
+        header, sites, layout = parse_header(_erasure_key(metadata, path))
         present = set(f.keys())
-        deltas = {site: _read_delta(f, present, site, header.family, layout, path) for site in sites}
+
+        def take(name: str, ndim: int) -> Tensor:
+            if name not in present:
+                raise FileError(f"{path.name}: {name} is missing; the file is incomplete")
+            present.discard(name)
+            return read_tensor(f, name, ndim, path)
+
+        deltas = {site: _read_delta(take, present, site, header.family, layout, path.name) for site in sites}
     if present:
         raise FileError(
             f"{path.name}: it holds {len(present)} tensors that its header does not name, first {min(present)!r:.80}"
         )
-    return Erasure(header, deltas)
+    erasure = Erasure(header, deltas)
+    try:
+        receipt = parse_receipt(metadata[RECEIPT]) if RECEIPT in metadata else None
+    except FileError:  # read_receipt says why
+        receipt = None
+    return erasure if receipt is None or receipt.mismatch(erasure) else replace(erasure, receipt=receipt)
 
 
-def _read_delta(f: Any, present: set[str], site: str, family: Family, layout: Layout, path: Path) -> Delta:
-    def take(name: str, ndim: int) -> Tensor:
-        if name not in present:
-            raise FileError(f"{path.name}: {name} is missing; the file is incomplete")
-        present.discard(name)
-        return read_tensor(f, name, ndim, path)
-
+def _read_delta(
+    take: Callable[[str, int], Tensor], present: Collection[str], site: str, family: Family, layout: Layout, file: str
+) -> Delta:
+    """One change; ``take`` gives a tensor as float32 by its name and number of dimensions."""
     diff = names.to_comfy(site) + ".diff"
     if layout is Layout.FULL or diff in present:
         return Delta(take(diff, 2))
     try:
         base = names.to_kohya(site, family) if layout is Layout.LORA else names.to_peft(site, family)
     except ValueError as error:
-        raise FileError(f"{path.name}: {error}") from None
+        raise FileError(f"{file}: {error}") from None
     up_name, down_name = (
         (".lora_up.weight", ".lora_down.weight") if layout is Layout.LORA else (".lora_B.weight", ".lora_A.weight")
     )
     up, down = take(base + up_name, 2), take(base + down_name, 2)
     if up.shape[1] != down.shape[0]:
-        raise FileError(
-            f"{path.name}: the two factors of {site} do not fit ({tuple(up.shape)} and {tuple(down.shape)})"
-        )
+        raise FileError(f"{file}: the two factors of {site} do not fit ({tuple(up.shape)} and {tuple(down.shape)})")
     if layout is Layout.LORA:
         alpha = float(take(base + ".alpha", 0))
         up = up * (alpha / up.shape[1])
     if not float(up.norm()) * float(down.norm()) < torch.finfo(torch.float32).max:
-        raise FileError(f"{path.name}: the change of {site} is too large for any weight")
+        raise FileError(f"{file}: the change of {site} is too large for any weight")
     return Delta(up, down)

@@ -1,12 +1,24 @@
-"""What is written beside an erasure: what was asked, what was counted, and what was tried to bring it back."""
+"""What is written beside an erasure: what was asked, what was counted, and what was tried to bring it back.
+
+A receipt says what was measured, with which prompts, seeds and judge. It proves nothing about others, and it is no
+signature: its digest tells that a file was changed, not who wrote the figures.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from .metrics.rates import Rate
+from .artifact import Erasure, digest, same_base
+from .concept import ConceptSpec
+from .metrics.judge_error import Corrected, corrected
+from .metrics.rates import Rate, pooled
+from .metrics.rounding import RoundingLoss
+from .metrics.weights import TextMeasures
+
+_SHOWN = 6
+"""Words, attacks and settings that the summary lists one by one."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +28,9 @@ class JudgedBy:
     name: str
     version: str
     threshold: float
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}, threshold {self.threshold:g}"
 
 
 @dataclass(frozen=True)
@@ -44,3 +59,210 @@ class AttackRecord:
     """Fingerprint of the weights that read the text, of the model before the erasure."""
     erased: str
     """The same of the model under attack: it tells which erasure, at which strength, was attacked."""
+
+    def fault(self, spec: ConceptSpec, base: str, erased: str) -> str:
+        """Why it doesn't belong to an erasure of ``spec`` between these two fingerprints; "" where it does."""
+        words = {w.casefold() for c in spec.erase for w in c.words}
+        if self.concept.casefold() not in words:
+            return f"{self.title} attacked {self.concept!r}, which this erasure does not suppress"
+        if not same_base(self.base, base):
+            return f"{self.title} was run on an erasure of another base model"
+        if self.erased != erased:
+            return f"{self.title} attacked another erasure, or this one at another strength"
+        return ""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """How the pictures were drawn: each word at each seed, before and after from the same noise."""
+
+    template: str
+    """The prompt; ``{}`` stands for the word."""
+    seeds: tuple[int, ...]
+    steps: int
+    cfg: float
+    sampler: str
+    scheduler: str
+    width: int
+    """Pixels."""
+    height: int
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The pictures of one word."""
+
+    word: str
+    asked: str
+    """What the judge was asked for: the concept's name where the word is an alias; "" where nobody could be asked."""
+    before: Rate | None
+    after: Rate | None
+    moved: float
+    """Root mean square difference of the pictures before and after, values in [0, 1], from the same noise; their mean."""
+    alarms: Rate | None = None
+    """Of a kept word, before the erasure: pictures in which the judge sees what is erased all the same."""
+
+
+@dataclass(frozen=True)
+class Survival:
+    """The erased model with its changed weights stored in fewer bits."""
+
+    stored: str
+    """A name of ``metrics.rounding.ROUNDINGS``."""
+    loss: RoundingLoss
+    after: Rate | None
+    """Pictures of the erased words that show it then."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """All that was measured of one erasure."""
+
+    spec: ConceptSpec
+    method: str
+    settings: Mapping[str, Any]
+    base: str
+    """Fingerprint of the model that was measured on."""
+    version: str
+    """Of the library that measured."""
+    digest: str
+    """Of the erasure's numbers, see :func:`erasure_core.artifact.digest`."""
+    strength: float
+    """At which everything here was measured."""
+    text: TextMeasures
+    drift: float
+    """||all dW|| / ||all W|| over the matrices that read text."""
+    drawn: Drawn
+    judge: JudgedBy | None
+    words: tuple[Counted, ...]
+    kept: tuple[Counted, ...]
+    attacks: tuple[AttackRecord, ...] = ()
+    survival: tuple[Survival, ...] = ()
+    rounded: str = ""
+    """Type that the file stores the numbers in, where that rounded them after they were measured."""
+    sheet: bytes = field(default=b"", repr=False, compare=False)
+    """The pictures as a PNG file; it lies beside the file, not in it."""
+
+    @property
+    def before(self) -> Rate:
+        """Of all pictures of the erased words, those that showed it."""
+        return pooled(c.before for c in self.words if c.before is not None)
+
+    @property
+    def after(self) -> Rate:
+        return pooled(c.after for c in self.words if c.after is not None)
+
+    @property
+    def kept_before(self) -> Rate:
+        return pooled(c.before for c in self.kept if c.before is not None)
+
+    @property
+    def kept_after(self) -> Rate:
+        return pooled(c.after for c in self.kept if c.after is not None)
+
+    @property
+    def alarms(self) -> Rate:
+        """The judge's false alarms, on base pictures of kept words."""
+        return pooled(c.alarms for c in self.kept if c.alarms is not None)
+
+    @property
+    def after_corrected(self) -> Corrected | None:
+        """``after`` once the judge's error is taken out; None where that error isn't known.
+
+        Its hit rate is what it saw in base pictures of the words, so what the base model fails to draw counts as missed.
+        """
+        try:
+            return corrected(self.after, hits=self.before, alarms=self.alarms) if self.after.n else None
+        except ValueError:
+            return None
+
+    def mismatch(self, erasure: Erasure) -> str:
+        """Why it isn't the receipt of ``erasure``, in words; "" where it is."""
+        header = erasure.header
+        if (self.spec, self.method, dict(self.settings)) != (header.spec, header.method, dict(header.settings)):
+            return "it tells of other words or another method"
+        if self.digest != digest(erasure.deltas):
+            return "the numbers were changed after it was made"
+        return ""
+
+    def other_base(self, fingerprint: str) -> str:
+        """A sentence where the model with this fingerprint isn't the one that was measured on; "" where it is."""
+        if same_base(self.base, fingerprint):
+            return ""
+        return (
+            f"this is not the model that the receipt was made on (fingerprint {fingerprint}, the receipt's {self.base}): its "
+            "figures say nothing of this one. Make a receipt here"
+        )
+
+    def summary(self) -> str:
+        """All of it for people, on one screen."""
+        lines = [
+            f"receipt: {_names([c.name for c in self.spec.erase])} suppressed by {self.method}, measured at strength "
+            f"{self.strength:g} on base {self.base} with Concept Erasure {self.version}",
+            *self._counted(),
+            *self._attacked(),
+            *self._survived(),
+            f"weights that read text: moved by {_percent(self.drift)}; their answers to the erased words changed by "
+            f"{_percent(self.text.erased)}, to kept words by {_percent(self.text.kept)} (worst "
+            f"{_percent(self.text.kept_worst)}), to the empty prompt by {_percent(self.text.empty)}",
+        ]
+        if self.rounded:
+            lines.append(f"the file stores the numbers in {self.rounded}; all this was measured before that rounding")
+        lines.append("measured with these prompts and seeds; nothing is said about others")
+        return "\n".join(lines)
+
+    def _counted(self) -> list[str]:
+        d, seeds = self.drawn, self.drawn.seeds
+        span = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds from {seeds[0]}"
+        who = "no judge: pictures were compared, not counted" if self.judge is None else f"judge {self.judge}"
+        lines = [
+            f'pictures of "{d.template}": {span}, {d.steps} steps {d.sampler} {d.scheduler}, cfg {d.cfg:g}, {d.width} x '
+            f"{d.height}; {who}"
+        ]
+        for group, counted, before, after in (
+            ("suppressed", self.words, self.before, self.after),
+            ("kept", self.kept, self.kept_before, self.kept_after),
+        ):
+            for c in counted[:_SHOWN]:
+                seen = "" if c.before is None else f"seen in {c.before} before, {c.after} after; "
+                lines.append(f"  {group} {c.word}: {seen}pixels moved by {c.moved:.3f}")
+            if len(counted) > 1:
+                seen = f"seen in {before} before, {after} after; " if before.n else ""
+                moved = sum(c.moved for c in counted) / len(counted)
+                lines.append(f"  {group}, all {len(counted)}: {seen}pixels moved by {moved:.3f}")
+        if not self.kept:
+            lines.append("  no kept word was looked at")
+        if (best := self.after_corrected) is not None:
+            lines.append(f"  still there: {best} (base pictures: {self.before} seen, {self.alarms} false alarms)")
+        return lines
+
+    def _attacked(self) -> list[str]:
+        if not self.attacks:
+            return ["attacks: none was run, so nothing is said about whoever tries to bring it back"]
+        shown = [
+            f"  {a.title}: {a.concept} in {a.attacked} of pictures (asking: {a.asking}); {_budget(a)}; found: {a.found:.120}"
+            for a in self.attacks[:_SHOWN]
+        ]
+        more = len(self.attacks) - len(shown)
+        return [f"attacks: {len(self.attacks)}", *shown, *([f"  and {more} more"] if more else [])]
+
+    def _survived(self) -> list[str]:
+        return [
+            f"stored in {s.stored}: {_percent(s.loss.left)} of the change left under noise of {_percent(s.loss.noise)} of it"
+            + ("" if s.after is None else f"; concept seen in {s.after}")
+            for s in self.survival
+        ]
+
+
+def _budget(a: AttackRecord) -> str:
+    shown = [f"{k} {v}" for k, v in a.budget.items() if v != ""][:_SHOWN]
+    return ", ".join([*shown, *([f"{a.queries} queries"] if a.queries else []), f"seed {a.seed}"])
+
+
+def _names(words: Sequence[str]) -> str:
+    more = len(words) - _SHOWN
+    return ", ".join(words[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"

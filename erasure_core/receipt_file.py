@@ -1,0 +1,177 @@
+"""A receipt as JSON and back. Reading trusts nothing: what is off by a field's type, size or range is not read at all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from .checked import Checked
+from .header import read_spec, spec_json
+from .metrics.rates import Rate
+from .metrics.rounding import ROUNDINGS, RoundingLoss
+from .metrics.weights import TextMeasures
+from .receipt import AttackRecord, Counted, Drawn, JudgedBy, Receipt, Survival
+
+_FORMAT = 1
+_MOST = 1e12
+"""No figure here is larger."""
+_SEED = (1 << 64) - 1
+_READ = Checked("receipt")
+
+
+def receipt_json(receipt: Receipt, indent: int | None = None) -> str:
+    """All of it but the sheet; rates with their shares and intervals, so that nobody has to compute them."""
+    raw = {
+        "format": _FORMAT,
+        **spec_json(receipt.spec),
+        "method": receipt.method,
+        "settings": dict(receipt.settings),
+        "base": receipt.base,
+        "version": receipt.version,
+        "digest": receipt.digest,
+        "strength": receipt.strength,
+        "rounded": receipt.rounded,
+        "text": asdict(receipt.text),
+        "drift": receipt.drift,
+        "drawn": asdict(receipt.drawn),
+        "judge": None if receipt.judge is None else asdict(receipt.judge),
+        "words": [_counted_json(c) for c in receipt.words],
+        "kept": [_counted_json(c) for c in receipt.kept],
+        "attacks": [_attack_json(a) for a in receipt.attacks],
+        "survival": [{"stored": s.stored, **asdict(s.loss), "after": _rate_json(s.after)} for s in receipt.survival],
+    }
+    best = receipt.after_corrected
+    raw["pooled"] = {
+        "before": _rate_json(receipt.before),
+        "after": _rate_json(receipt.after),
+        "kept_before": _rate_json(receipt.kept_before),
+        "kept_after": _rate_json(receipt.kept_after),
+        "after_corrected": None if best is None else {k: round(x, 4) for k, x in asdict(best).items()},
+    }
+    return json.dumps(raw, ensure_ascii=True, allow_nan=False, indent=indent)
+
+
+def parse_receipt(text: str) -> Receipt:
+    """Read what :func:`receipt_json` wrote; intervals and pooled figures are computed anew.
+
+    Raises:
+        FileError: the first thing that is wrong with it, with the field's name.
+    """
+    raw = _READ.parse(text)
+    number = _READ.whole(raw.get("format"), "format", 0, 1 << 30)
+    if number != _FORMAT:
+        raise _READ.wrong(f"format {number} is not {_FORMAT}. Update Concept Erasure to read newer files")
+    judge = raw.get("judge")
+    return Receipt(
+        spec=read_spec(_READ, raw),
+        method=_text(raw, "method", 100),
+        settings=_READ.plain(raw.get("settings"), "settings"),
+        base=_text(raw, "base", 128),
+        version=_text(raw, "version", 40),
+        digest=_text(raw, "digest", 64),
+        strength=_number(raw, "strength", -1e6),
+        rounded=_text(raw, "rounded", 20),
+        text=_measures(_READ.fields(raw.get("text"), "text")),
+        drift=_number(raw, "drift"),
+        drawn=_drawn(_READ.fields(raw.get("drawn"), "drawn")),
+        judge=None if judge is None else _judge(judge),
+        words=tuple(_counted(c, "words") for c in _READ.entries(raw.get("words"), "words", 1000)),
+        kept=tuple(_counted(c, "kept") for c in _READ.entries(raw.get("kept"), "kept", 1000)),
+        attacks=tuple(_attack(a) for a in _READ.entries(raw.get("attacks"), "attacks", 200)),
+        survival=tuple(_survival(s) for s in _READ.entries(raw.get("survival"), "survival", 20)),
+    )
+
+
+def _rate_json(rate: Rate | None) -> dict[str, Any] | None:
+    return None if rate is None else rate.to_json()
+
+
+def _counted_json(c: Counted) -> dict[str, Any]:
+    rates = {name: _rate_json(getattr(c, name)) for name in ("before", "after", "alarms")}
+    return {"word": c.word, "asked": c.asked, "moved": c.moved, **rates}
+
+
+def _attack_json(a: AttackRecord) -> dict[str, Any]:
+    raw = asdict(a) | {"asking": a.asking.to_json(), "attacked": a.attacked.to_json()}
+    return raw | {"budget": dict(a.budget), "prompts": list(a.prompts)}
+
+
+def _text(raw: dict[str, Any], name: str, limit: int = 2000) -> str:
+    return _READ.text(raw.get(name), name, limit)
+
+
+def _number(raw: dict[str, Any], name: str, low: float = 0.0) -> float:
+    return _READ.number(raw.get(name), name, low, _MOST)
+
+
+def _rate(raw: dict[str, Any], name: str) -> Rate:
+    values = _READ.fields(raw.get(name), name)
+    n = _READ.whole(values.get("n"), f"{name}.n", 0, 1_000_000)
+    return Rate(_READ.whole(values.get("hits"), f"{name}.hits", 0, n), n)
+
+
+def _rate_or_none(raw: dict[str, Any], name: str) -> Rate | None:
+    return None if raw.get(name) is None else _rate(raw, name)
+
+
+def _measures(raw: dict[str, Any]) -> TextMeasures:
+    return TextMeasures(*(_number(raw, name) for name in ("erased", "kept", "kept_worst", "empty", "residual")))
+
+
+def _drawn(raw: dict[str, Any]) -> Drawn:
+    seeds = _READ.entries(raw.get("seeds"), "seeds", 10_000)
+    if not seeds:
+        raise _READ.wrong("seeds must not be empty")
+    return Drawn(
+        _text(raw, "template"),
+        tuple(_READ.whole(s, "seeds", 0, _SEED) for s in seeds),
+        _READ.whole(raw.get("steps"), "steps", 1, 100_000),
+        _number(raw, "cfg"),
+        _text(raw, "sampler", 100),
+        _text(raw, "scheduler", 100),
+        _READ.whole(raw.get("width"), "width", 1, 1 << 20),
+        _READ.whole(raw.get("height"), "height", 1, 1 << 20),
+    )
+
+
+def _judge(value: Any) -> JudgedBy:
+    raw = _READ.fields(value, "judge")
+    return JudgedBy(_text(raw, "name", 200), _text(raw, "version", 100), _number(raw, "threshold"))
+
+
+def _counted(value: Any, where: str) -> Counted:
+    raw = _READ.fields(value, where)
+    return Counted(
+        _text(raw, "word"), _text(raw, "asked"), _rate_or_none(raw, "before"), _rate_or_none(raw, "after"),
+        _number(raw, "moved"), _rate_or_none(raw, "alarms"),
+    )  # fmt: skip
+
+
+def _survival(value: Any) -> Survival:
+    raw = _READ.fields(value, "survival")
+    stored = _text(raw, "stored", 20)
+    if stored not in ROUNDINGS:
+        raise _READ.wrong(f"stored: {stored!r} is none of {', '.join(ROUNDINGS)}")
+    loss = RoundingLoss(_number(raw, "worst"), _number(raw, "noise"), _number(raw, "left", -_MOST))
+    return Survival(stored, loss, _rate_or_none(raw, "after"))
+
+
+def _attack(value: Any) -> AttackRecord:
+    raw = _READ.fields(value, "attacks")
+    prompts = _READ.entries(raw.get("prompts"), "prompts", 1000)
+    return AttackRecord(
+        attack=_text(raw, "attack", 100),
+        title=_text(raw, "title", 200),
+        concept=_text(raw, "concept"),
+        budget=_READ.plain(raw.get("budget"), "budget"),
+        prompts=tuple(_READ.text(p, "prompts") for p in prompts),
+        judge=_judge(raw.get("judge")),
+        asking=_rate(raw, "asking"),
+        attacked=_rate(raw, "attacked"),
+        found=_text(raw, "found"),
+        queries=_READ.whole(raw.get("queries"), "queries", 0, 1 << 40),
+        seed=_READ.whole(raw.get("seed"), "seed", 0, _SEED),
+        base=_text(raw, "base", 128),
+        erased=_text(raw, "erased", 128),
+    )
