@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import folder_paths
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
 from ..erasure_core import Aids, ConceptError, ConceptSpec, all_methods, erase
 from ..erasure_core.methods import settings_from
+from ..erasure_core.operators.checkpoint import Checkpoint
 from ..erasure_core.presets import PRESETS
 from .patching import apply_erasure
 from .port import ComfyPort, family_of, ordinary_tensors
 from .training import Decode, Watcher, decoder, demand_of, prompts_to_show
 from .types import CATEGORY, Dark, Erasure, Judge, Method, Pairs
+
+_KEPT_EVERY = 10.0
+"""Seconds from one writing of a training's state to the next."""
 
 
 def check_words_are_read(port: ComfyPort, spec: ConceptSpec) -> None:
@@ -62,6 +68,13 @@ def aids_of(port: ComfyPort, spec: ConceptSpec, watcher: Watcher, decode: Decode
         look=None if judge is None else lambda latents: judge.probability(decode(latents).movedim(-1, 1), name),
         watch=watcher.watch,
     )
+
+
+def unfinished(method: str) -> Checkpoint:
+    """Where the state of a training with this method is kept; one of them, the last."""
+    folder = Path(folder_paths.get_user_directory()) / "concept_erasure"
+    folder.mkdir(parents=True, exist_ok=True)
+    return Checkpoint(folder / f"unfinished-{method}.safetensors", _KEPT_EVERY)
 
 
 class EraseConcept(io.ComfyNode):
@@ -128,6 +141,13 @@ class EraseConcept(io.ComfyNode):
                     optional=True,
                     tooltip="Says when Dark Miner may stop: once it no longer sees the concept. Needs the vae.",
                 ),
+                io.Boolean.Input(
+                    "resume",
+                    default=False,
+                    optional=True,
+                    tooltip="For methods that train: keeps the state of a training that is cut off, and goes on from there "
+                    "when the same thing is run again. The file lies in ComfyUI's user folder until the training has ended.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model without the concept, at full strength."),
@@ -148,7 +168,19 @@ class EraseConcept(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, concept, replace_with, keep, quality, method=None, vae=None, pairs=None, dark=None, judge=None
+        cls,
+        model,
+        clip,
+        concept,
+        replace_with,
+        keep,
+        quality,
+        method=None,
+        vae=None,
+        pairs=None,
+        dark=None,
+        judge=None,
+        resume=False,
     ) -> io.NodeOutput:
         spec = ConceptSpec.parse(concept, replace_with, keep)
         if method is None and quality not in PRESETS:
@@ -162,6 +194,8 @@ class EraseConcept(io.ComfyNode):
             port = ComfyPort(model, clip, demand=demand, opened=watcher.opened)
             check_words_are_read(port, spec)
             aids = aids_of(port, spec, watcher, decode, vae=vae, pairs=pairs, dark=dark, judge=judge)
+            if resume:
+                aids = replace(aids, checkpoint=unfinished(name))
             if chosen.trains:
                 watcher.encode(port.conditions)
             erasure = erase(port, spec, name, settings, watcher.progress, aids)

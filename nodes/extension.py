@@ -9,6 +9,7 @@ from .compare import CompareErasures
 from .demo import LoadDemo
 from .erase import ApplyErasure, EraseConcept
 from .erasures import LoadErasure, MergeErasures, SaveErasure
+from .gate import GateErasures
 from .judges import JudgeCLIP, JudgeExamples, JudgePictures
 from .memory import ApplySafePromptMemory, LearnSafePromptMemory, LoadPromptMemory, SavePromptMemory
 from .methods import method_nodes
@@ -24,6 +25,7 @@ class ConceptErasureExtension(ComfyExtension):
             LoadDemo,
             EraseConcept,
             ApplyErasure,
+            GateErasures,
             SaveErasure,
             LoadErasure,
             MergeErasures,

@@ -14,7 +14,7 @@ from api_graphs import Graph, Node, latent, report, shown
 from comfy_client import ExecutionFailed, ExecutionInterrupted, Run
 from comfy_host import ComfyServer
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from erasure_core import Erasure, all_methods, load
@@ -271,6 +271,39 @@ def test_cancel(server: ComfyServer, method: tuple[str, dict[str, Any]]) -> None
     assert time.monotonic() - sent[0] < 5
     assert sorted(server.models.rglob("*")) == files
     assert checksum(server) == before
+
+
+def test_a_training_that_was_cut_off_goes_on(server: ComfyServer) -> None:
+    """Cancelled and run again it ends with the same erasure as one that was never cut off, and leaves no state behind."""
+
+    def graph(resume: bool, name: str) -> tuple[Graph, str]:
+        g = Graph()
+        model, clip, _ = g.demo()
+        node = g.erase(model, clip, "frog", keep="dog", method=small("esd", iterations=400))
+        g.api[node]["inputs"]["resume"] = resume
+        g.save(node[1], name, folder="erasure")
+        return g, node
+
+    state = server.base / "user" / "concept_erasure" / "unfinished-esd.safetensors"
+    g, node = graph(True, "resumed")
+    seen: list[float] = []
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["type"] == "progress" and event["data"]["node"] == node and state.exists() and not seen:
+            seen.append(event["data"]["value"])
+            server.interrupt()
+
+    with pytest.raises(ExecutionInterrupted):
+        server.run(g.api, on_event=interrupt)
+    assert state.exists() and seen
+    again, node = graph(True, "resumed")
+    run = server.run(again.api)
+    ticks = [value for at, value, _ in run.progress if at == node]
+    assert min(ticks) >= 1 and ticks[0] > 1, "it does not begin anew"
+    assert not state.exists()
+    server.run(graph(False, "uncut")[0].api)
+    one, two = (load_file(server.models / "erasure" / f"{n}.safetensors") for n in ("resumed", "uncut"))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
 @pytest.mark.slow
