@@ -45,6 +45,9 @@ ATTACKS: dict[str, Mapping[str, Any]] = {
     "free_embedding": {"steps": 400},
     "unlearn_diff_atk": {"times": 10, "steps": 20},
     "p4d": {"steps": 400},
+    "ring_a_bell": {"generations": 300, "population": 100},
+    "mma_diffusion": {"rounds": 60, "tries": 64},
+    "relearning": {"learning_rate": 1e-3},
 }
 """Budgets of attacks on the testbed, where they are not the papers'."""
 

@@ -11,7 +11,8 @@ Unverified (METHODS 2.3, 10): the authors' code is unpublished. The equations co
 embedding (here a full conditioning, or pseudo-words), every number, and the preservation term (here the
 empty prompt and the user's kept words at the same latents) are ours. Departures: the words of the concept, and embeddings
 that were mined before, are in the pool from the start; a round mines a population of embeddings in one batch, and goes on
-while the best of them still works; half of what a step erases is of the last round.
+while the best of them still works; half of what a step erases is of the last round; at the end RECE solves for the words on
+the weights that training leaves (``seal``), since among many finds the words themselves get few steps.
 
 Verifying looks at pictures drawn from c. What looks is pluggable: any judge, or :func:`difference_look`, the paper's s(c)
 over a picture encoder E. Without anything that looks, every round is made.
@@ -21,7 +22,8 @@ A run that is cut off goes on from the last whole round.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +32,13 @@ from torch import Tensor
 from ..artifact import Erasure
 from ..concept import ConceptSpec
 from ..devices import moved
+from ..fusion import added
 from ..operators.regress import TargetTerm, keep_term, regress
 from ..operators.search import Variable, free, mine
 from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, Layers, LoRA, TrainableModel, TrainablePort
+from ..port import ModelPort, Site
+from . import rece
 from ._training import KEEP, NULL, Prompts, draw_pictures, erasure_of, kept
 from .registry import Aids, Look, MethodSpec, Progress, setting
 
@@ -71,6 +76,7 @@ class Settings:
         4.0, "Guidance of these pictures and of those that verifying looks at.", low=0.0, high=30.0, step=0.5
     )
     sample_steps: int = setting(20, "Sampler steps of these pictures.", low=2, high=1000, step=1)
+    seal: bool = setting(True, "At the end also solve for the words themselves, which takes a moment.")
     looks: int = setting(2, "Pictures of each find that a verification looks at.", low=1, high=256, step=1)
     seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
 
@@ -206,8 +212,32 @@ def mine_and_erase(
         if keep is not None:
             keep.remove()
         made = erasure_of(port, spec, "dark_miner", settings, model.deltas())
+        if settings.seal:
+            made = sealed(port, spec, made, aids)
         exhausted = bool(scores) and scores[-1] <= settings.threshold
         return Mined(made, tuple(c.context[0].float().cpu() for c in found), tuple(scores), exhausted)
+
+
+class _Changed:
+    """A port whose text projections carry a change."""
+
+    def __init__(self, port: ModelPort, change: Erasure) -> None:
+        self._port, self._deltas = port, change.deltas
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._port, name)
+
+    def weight(self, site: Site) -> Tensor:
+        weight = self._port.weight(site)
+        delta = self._deltas.get(site.name)
+        return weight if delta is None else weight + delta.dense().to(weight)
+
+
+def sealed(port: ModelPort, spec: ConceptSpec, made: Erasure, aids: Aids) -> Erasure:
+    """``made``, and on top of it what RECE at its defaults solves for on the weights that it leaves."""
+    solved = rece.run(_Changed(port, made), spec, rece.Settings(), lambda done, total: None, Aids(dark=aids.dark))
+    every = dict.fromkeys([*made.deltas, *solved.deltas])
+    return replace(made, deltas={name: added(name, [made, solved]) for name in every})
 
 
 def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
