@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .concept import ConceptSpec
-from .port import Family, Role, Site
+from .port import Family, ModelPort, Role, Site
 
 if TYPE_CHECKING:
     from .receipt import Receipt
@@ -159,6 +159,24 @@ class Fingerprint:
 
     def hexdigest(self) -> str:
         return f"{sum(1 << i for i, s in enumerate(self._sums.tolist()) if s > 0):016x}"
+
+
+_SAMPLED = 4096
+
+
+def weights_digest(port: ModelPort) -> str:
+    """SHA-256 of up to 4096 numbers, evenly spread, of every linear layer that an erasure may change.
+
+    Where :class:`Fingerprint` recognises a model through small changes, this tells a model from itself at another strength.
+    It is the same only where the weights were computed on one kind of machine.
+    """
+    seen = hashlib.sha256()
+    for site in getattr(port, "linears", port.sites)():
+        flat = port.weight(site).detach().flatten()
+        some = flat[:: max(1, flat.numel() // _SAMPLED)].float().cpu().contiguous()
+        seen.update(f"{site.name}\n".encode())
+        seen.update(some.numpy().astype("<f4", copy=False).data)
+    return seen.hexdigest()
 
 
 def same_base(one: str, other: str) -> bool:

@@ -58,16 +58,24 @@ class AttackRecord:
     base: str
     """Fingerprint of the weights that read the text, of the model before the erasure."""
     erased: str
-    """The same of the model under attack: it tells which erasure, at which strength, was attacked."""
+    """The same of the model under attack."""
+    weights: str = ""
+    """:func:`erasure_core.artifact.weights_digest` of the model under attack: it tells which erasure, at which strength, was
+    attacked. "" where it wasn't taken: fingerprints alone can't tell small changes apart."""
 
-    def fault(self, spec: ConceptSpec, base: str, erased: str) -> str:
-        """Why it doesn't belong to an erasure of ``spec`` between these two fingerprints; "" where it does."""
+    def fault(self, spec: ConceptSpec, base: str, erased: str, weights: str) -> str:
+        """Why it doesn't belong to an erasure of ``spec``; "" where it does.
+
+        Args:
+            base, erased: fingerprints of the model before and after.
+            weights: digest of the weights after.
+        """
         words = {w.casefold() for c in spec.erase for w in c.words}
         if self.concept.casefold() not in words:
             return f"{self.title} attacked {self.concept!r}, which this erasure does not suppress"
         if not same_base(self.base, base):
             return f"{self.title} was run on an erasure of another base model"
-        if self.erased != erased:
+        if self.erased != erased or self.weights not in ("", weights):
             return f"{self.title} attacked another erasure, or this one at another strength"
         return ""
 

@@ -174,4 +174,5 @@ def _attack(value: Any) -> AttackRecord:
         seed=_READ.whole(raw.get("seed"), "seed", 0, _SEED),
         base=_text(raw, "base", 128),
         erased=_text(raw, "erased", 128),
+        weights=_READ.text(raw.get("weights", ""), "weights", 64),
     )

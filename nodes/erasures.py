@@ -10,8 +10,11 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
+from ..erasure_core import Erasure as CoreErasure
 from ..erasure_core import FileError, Layout, load, merge, read_header, save
-from ..erasure_core.formats import check_file_name
+from ..erasure_core.formats import check_file_name, read_receipt, receipt_of, write_bytes
+from ..erasure_core.methods._training import fingerprint
+from ..erasure_core.receipt_file import receipt_json
 from .patching import apply_erasure
 from .port import ComfyPort, ordinary_tensors
 from .types import CATEGORY, Erasure
@@ -121,12 +124,49 @@ class SaveErasure(io.ComfyNode):
                 raise FileError(f"{what}: {value!r} is not one of {', '.join(choices)}")
         root = Path(folder_paths.get_folder_paths(folder)[0])
         root.mkdir(parents=True, exist_ok=True)
-        if (root / file).exists() and not overwrite:
-            raise FileError(f"name: {file} is already in models/{folder}. Choose another name or switch overwrite on")
-        save(erasure, root / file, layout=_LAYOUTS[layout], dtype=_PRECISIONS[precision])
+        written = [root / file, *_beside(root / file)]
+        if not overwrite and (there := [path for path in written if path.exists()]):
+            raise FileError(
+                f"name: {there[0].name} is already in models/{folder}. Choose another name or switch overwrite on"
+            )
+        with ordinary_tensors():
+            save(erasure, root / file, layout=_LAYOUTS[layout], dtype=_PRECISIONS[precision])
+            receipt = receipt_of(erasure, _LAYOUTS[layout], _PRECISIONS[precision])
+        for path, contents in zip(
+            _beside(root / file),
+            (b"", b"") if receipt is None else (receipt_json(receipt, indent=1).encode(), receipt.sheet),
+            strict=True,
+        ):
+            if contents:
+                write_bytes(path, contents)
+            else:
+                path.unlink(missing_ok=True)  # it would tell of the erasure that was overwritten
         size = (root / file).stat().st_size
         shown = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} KB"
-        return io.NodeOutput(f"{folder}/{file}", ui=ui.PreviewText(f"saved models/{folder}/{file} ({shown})"))
+        said = [f"saved models/{folder}/{file} ({shown})"]
+        said.append("no receipt" if receipt is None else "with its receipt, inside and beside it")
+        return io.NodeOutput(f"{folder}/{file}", ui=ui.PreviewText("\n".join(said)))
+
+
+def _beside(file: Path) -> tuple[Path, Path]:
+    """The receipt of an erasure file as JSON and as a picture."""
+    return file.with_name(f"{file.stem}.receipt.json"), file.with_name(f"{file.stem}.receipt.png")
+
+
+def receipt_report(path: str, erasure: CoreErasure, model=None) -> str:
+    """What the file's receipt says, or why it says nothing."""
+    if erasure.receipt is None:
+        try:
+            found = read_receipt(path)
+        except FileError as error:
+            return f"receipt: it can't be read, so nothing is known of what this erasure does ({error})"
+        if found is None:
+            return "no receipt: nothing was measured of this erasure. Erasure Receipt makes one"
+        return (
+            f"WARNING: the receipt in this file is not that of this erasure: {found.mismatch(erasure)}. Don't trust it"
+        )
+    other = "" if model is None else erasure.receipt.other_base(fingerprint(ComfyPort(model)))
+    return erasure.receipt.summary() + (f"\nWARNING: {other}" if other else "")
 
 
 class LoadErasure(io.ComfyNode):
@@ -142,11 +182,16 @@ class LoadErasure(io.ComfyNode):
                     "file",
                     options=saved_erasures() or [_NONE],
                     tooltip="Erasures in models/loras and models/erasure, newest first. Press R to refresh the list.",
-                )
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The model that you will use it on: the report then says if its receipt was made on another one.",
+                ),
             ],
             outputs=[
                 Erasure.Output(display_name="erasure", tooltip="For Apply Erasure and Merge Erasures."),
-                io.String.Output(display_name="report", tooltip="What the file says of itself."),
+                io.String.Output(display_name="report", tooltip="What the file and its receipt say."),
             ],
         )
 
@@ -161,15 +206,17 @@ class LoadErasure(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, file):
+    def fingerprint_inputs(cls, file, model=None):
         stat = os.stat(resolve(file))
         return f"{stat.st_mtime_ns}:{stat.st_size}"
 
     @classmethod
-    def execute(cls, file) -> io.NodeOutput:
+    def execute(cls, file, model=None) -> io.NodeOutput:
+        path = resolve(file)
         with ordinary_tensors():
-            erasure = load(resolve(file))
-        return io.NodeOutput(erasure, erasure.summary(), ui=ui.PreviewText(erasure.summary()))
+            erasure = load(path)
+            report = f"{erasure.summary()}\n\n{receipt_report(path, erasure, model)}"
+        return io.NodeOutput(erasure, report, ui=ui.PreviewText(report))
 
 
 class MergeErasures(io.ComfyNode):

@@ -16,6 +16,7 @@ from .methods import method_nodes
 from .mine import LoadDarkEmbeddings, MineDarkEmbeddings, SaveDarkEmbeddings
 from .onnx_judge import JudgeONNX
 from .pairs import LoadPairs, SavePairs
+from .receipt import ErasureReceipt
 from .sdedit import MakeSDEditPair
 
 
@@ -45,6 +46,7 @@ class ConceptErasureExtension(ComfyExtension):
             LoadPromptMemory,
             RedTeamAttack,
             CompareErasures,
+            ErasureReceipt,
             *method_nodes(),
         ]
 

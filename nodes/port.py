@@ -69,7 +69,7 @@ class ComfyPort:
         self.family = family_of(model)
         self.prediction = prediction_of(model)
         self.latent_shape = latent_shape(model, self.family.name)
-        self._patches = {k: v for k, v in model.get_key_patches(PREFIX).items() if _TEXT_SITE.match(k)}
+        self._patches = model.get_key_patches(PREFIX)
 
     def sites(self) -> Sequence[Site]:
         out = []
@@ -92,7 +92,7 @@ class ComfyPort:
 
     def weight(self, site: Site) -> Tensor:
         """The weight with all patches of the incoming MODEL (user LoRAs) applied, float32, on the compute device."""
-        key = f"{PREFIX}{site.name}.weight"
+        key = f"{PREFIX}{site.name}.weight"  # any linear layer's, not only of :meth:`sites`
         return effective(self._patches[key], key, mm.get_torch_device())
 
     def trainable(self) -> TrainableModel:

@@ -36,6 +36,7 @@ NODES = (
     "ErasureLoadPromptMemory",
     "ErasureAttack",
     "ErasureCompare",
+    "ErasureReceipt",
     *(f"ErasureMethod{name.upper()}" for name in all_methods()),
 )
 """Ids are in people's workflows: they are never renamed."""

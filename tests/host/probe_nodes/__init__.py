@@ -21,7 +21,7 @@ import folder_paths
 import torch
 from safetensors.torch import save_file
 
-from . import attacks, small_towers
+from . import attacks, records, small_towers
 
 PREFIX = "diffusion_model."
 
@@ -291,4 +291,5 @@ NODES = (
     TinyClip,
     Tower,
 )
-NODE_CLASS_MAPPINGS = {f"Probe{node.__name__}": node for node in (*NODES, *small_towers.NODES, *attacks.NODES)}
+ALL = (*NODES, *small_towers.NODES, *attacks.NODES, *records.NODES)
+NODE_CLASS_MAPPINGS = {f"Probe{node.__name__}": node for node in ALL}

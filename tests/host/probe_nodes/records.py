@@ -1,0 +1,46 @@
+"""A record of an attack that was not run: what it says is the test's choice."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+
+def pack(module: str):
+    """A module of the pack under test, as ComfyUI loaded it."""
+    return next(m for name, m in list(sys.modules.items()) if name.endswith(f"concept-erasure.{module}"))
+
+
+class AttackRecord:
+    """Two of four pictures of an attack between two MODELs; fingerprints are theirs unless given."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "run", ("ATTACK_RESULTS",)
+    INPUT_TYPES = classmethod(
+        lambda cls: {
+            "required": {
+                "model": ("MODEL",),
+                "erased_model": ("MODEL",),
+                "concept": ("STRING", {}),
+                "base": ("STRING", {}),
+                "erased": ("STRING", {}),
+                "exact": ("BOOLEAN", {}),
+            }
+        }
+    )
+
+    def run(self, model, erased_model, concept, base, erased, exact):
+        receipt, rates = pack("erasure_core.receipt"), pack("erasure_core.metrics.rates")
+        port, fingerprint = pack("nodes.port"), pack("erasure_core.methods._training").fingerprint
+        with torch.inference_mode(False), torch.no_grad():
+            before, after = (fingerprint(port.ComfyPort(m)) for m in (model, erased_model))
+            weights = pack("erasure_core.artifact").weights_digest(port.ComfyPort(erased_model)) if exact else ""
+        judge = receipt.JudgedBy("probe", "1", 0.5)
+        record = receipt.AttackRecord(
+            "probe", "Probe", concept, {"steps": 3, "lr": 0.1}, ("a bomb",), judge, rates.Rate(0, 4), rates.Rate(2, 4),
+            "a find", 7, 1, base or before, erased or after, weights,
+        )  # fmt: skip
+        return ((record,),)
+
+
+NODES = (AttackRecord,)
