@@ -8,7 +8,7 @@ from torch import Tensor
 
 from erasure_core import ConceptSpec
 from erasure_core.emojicanvas.text import TextConfig, TextEncoder
-from erasure_core.methods import Aids, dark_miner
+from erasure_core.methods import Aids, dark_miner, rece
 from erasure_core.methods._training import Prompts
 from erasure_core.operators.memory import Placement, PromptMemory
 from erasure_core.operators.search import (
@@ -280,7 +280,7 @@ def test_dark_miner_runs_until_nothing_is_found(tiny) -> None:
             return torch.full((len(latents),), next(left))
 
         chosen = Aids(pictures=latents, look=look, **aids)
-        return dark_miner.mine_and_erase(tiny, SPEC, dark_miner.Settings(**SMALL), quiet, chosen)
+        return dark_miner.mine_and_erase(tiny, SPEC, dark_miner.Settings(**SMALL, seal=False), quiet, chosen)
 
     latents = torch.randn(3, 4, 4, 4)
     done = mined(0.9, 0.1)
@@ -299,3 +299,23 @@ def test_dark_miner_runs_until_nothing_is_found(tiny) -> None:
     blind = dark_miner.mine_and_erase(tiny, SPEC, dark_miner.Settings(**SMALL, pictures=2), quiet, Aids())
     assert len(blind.pool) == 4 and not blind.scores and not blind.exhausted, "nobody looks: every round is made"
     assert tiny.untouched()
+
+
+def test_dark_miner_ends_by_solving_for_the_words_on_what_training_left(tiny64, monkeypatch) -> None:
+    aids = Aids(pictures=torch.randn(3, 4, 4, 4, dtype=torch.float64), look=lambda z: torch.full((len(z),), 0.1))
+    trained, whole = (
+        dark_miner.mine_and_erase(tiny64, SPEC, dark_miner.Settings(**SMALL, seal=seal), quiet, aids).erasure
+        for seal in (False, True)
+    )
+    plain = type(tiny64).weight
+    change = {name: d.dense() for name, d in trained.deltas.items()}
+    monkeypatch.setattr(
+        type(tiny64),
+        "weight",
+        lambda self, site: plain(self, site) + change.get(site.name, torch.zeros(())).to(torch.float64),
+    )
+    solved = rece.run(tiny64, SPEC, rece.Settings(), quiet, Aids())
+    assert whole.header.method == "dark_miner" and solved.deltas.keys() <= whole.deltas.keys()
+    for name, delta in whole.deltas.items():
+        expected = change.get(name, 0.0) + (solved.deltas[name].dense() if name in solved.deltas else 0.0)
+        assert torch.allclose(delta.dense().double(), torch.as_tensor(expected).double(), atol=1e-5), name
