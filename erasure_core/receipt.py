@@ -138,6 +138,7 @@ class Receipt:
     strength: float
     """At which everything here was measured."""
     text: TextMeasures
+    """Of all words of the spec, in the prompt that was drawn."""
     drift: float
     """||all dW|| / ||all W|| over the matrices that read text."""
     drawn: Drawn
@@ -210,8 +211,8 @@ class Receipt:
             *self._counted(),
             *self._attacked(),
             *self._survived(),
-            f"weights that read text: moved by {_percent(self.drift)}; their answers to the erased words changed by "
-            f"{_percent(self.text.erased)}, to kept words by {_percent(self.text.kept)} (worst "
+            f"weights that read text: moved by {_percent(self.drift)}; their answers to prompts with the erased words changed "
+            f"by {_percent(self.text.erased)}, with kept words by {_percent(self.text.kept)} (worst "
             f"{_percent(self.text.kept_worst)}), to the empty prompt by {_percent(self.text.empty)}",
         ]
         if self.rounded:

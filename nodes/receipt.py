@@ -7,7 +7,7 @@ from io import BytesIO
 
 from comfy_api.latest import io, ui
 
-from ..erasure_core import __version__
+from ..erasure_core import ConceptSpec, __version__
 from ..erasure_core.artifact import digest, same_base, weights_digest
 from ..erasure_core.methods._training import fingerprint
 from ..erasure_core.metrics.rounding import ROUNDINGS
@@ -140,6 +140,12 @@ def _no_place(prompt: str) -> str:
     return f"prompt: {prompt[:60]!r} has no {{}}, the place of the word. For example: a picture of {{}}"
 
 
+def _in_prompts(spec: ConceptSpec, prompt: str) -> ConceptSpec:
+    """Words as they are drawn: some text encoders hardly tell words apart that stand alone."""
+    erase = tuple(replace(c, words=tuple(prompt.replace("{}", w) for w in c.words)) for c in spec.erase)
+    return ConceptSpec(erase, tuple(prompt.replace("{}", w) for w in spec.keep))
+
+
 def _measure(model, clip, vae, erasure, strength, prompt, seeds, how, counts, stored, judge, attacks):
     """(Receipt, its sheet)."""
     spec = erasure.header.spec
@@ -154,7 +160,7 @@ def _measure(model, clip, vae, erasure, strength, prompt, seeds, how, counts, st
         clip, vae, judge, how, prompt, seeds,
         erased_words(spec, counts[0]), spread(spec.keep, counts[1]) if counts[1] else [], len(stored) if judge else 0,
     )  # fmt: skip
-    text, drift = text_measures(before, after, spec), total_drift(before, after)
+    text, drift = text_measures(before, after, _in_prompts(spec, prompt)), total_drift(before, after)
     measuring.before(model)
     measuring.after(erased)
     seen_with = measuring.seen_with if judge is not None else lambda _: None
