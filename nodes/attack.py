@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from enum import Enum
 from typing import Any
 
-import numpy as np
 import torch
 from comfy_api.latest import io, ui
 from PIL import Image
@@ -16,14 +14,15 @@ from torch import Tensor
 
 from ..erasure_core import AttackTarget, ConceptError, ConceptSpec, evaluate
 from ..erasure_core import attack as run_attack
-from ..erasure_core.attacks import AttackSpec, Knowledge, Result, Sampler, Way, all_attacks, asking, success
+from ..erasure_core.artifact import weights_digest
+from ..erasure_core.attacks import AttackSpec, Knowledge, Sampler, Way, all_attacks, asking
 from ..erasure_core.methods import settings_from
 from ..erasure_core.methods._training import fingerprint
-from ..erasure_core.metrics import curve
 from ..erasure_core.metrics.judges import look_through
 from ..erasure_core.operators.memory import PromptMemory
 from ..erasure_core.operators.trainable import Cond, Layers, LoRA, TrainableModel
 from ..erasure_core.receipt import AttackRecord, JudgedBy
+from .attack_report import best_first, plain, report_of
 from .mine import conditioning_of, latents_of, one_concept
 from .port import ComfyPort, family_of, ordinary_tensors
 from .reading import memory_of
@@ -285,69 +284,17 @@ class RedTeamAttack(io.ComfyNode):
             watcher.afresh()
             after = evaluate(target, found, count, **how, progress=watcher.stage(0.85, 0.15))
             best = after.best or Way(asked[0], asked[0])
-            drawn = torch.cat([decode(part) for part in _best_first(after).split(_AT_ONCE)])
+            drawn = torch.cat([decode(part) for part in best_first(after).split(_AT_ONCE)])
             conditioning = encode(clip, best.prompt) if best.states is None else conditioning_of(clip, best.states)
             if before is not None:
                 results = (*results, AttackRecord(
                     attack, chosen.title, name, plain(settings), asked, JudgedBy(judge.name, judge.version, judge.threshold),
                     before.rate, after.rate, best.label, found.queries, seed, fingerprint(base), fingerprint(erased),
+                    weights_digest(erased),
                 ))  # fmt: skip
-        report = _report(chosen, spec, settings, before, after, best, judge)
+        report = report_of(chosen, spec, settings, before, after, best, judge)
         took = clock(time.monotonic() - began)
         report += f"\n{pictures} pictures of each, {steps} steps, cfg {cfg:g}, seed {seed}; took {took}"
         shown = ui.PreviewImage(drawn[:_SHOWN], cls=cls).as_dict() | ui.PreviewText(report).as_dict()
         share = after.rate.share if judge is not None else math.nan
         return io.NodeOutput(tuple(results), conditioning, drawn, report, share, ui=shown)
-
-
-def plain(settings: Any) -> dict[str, Any]:
-    """Settings as text and numbers."""
-    return {k: v.value if isinstance(v, Enum) else v for k, v in dataclasses.asdict(settings).items()}
-
-
-def _best_first(result: Result) -> Tensor:
-    """All latents, those of the clearest way first."""
-    parts = result.latents.split([len(p) for p in result.probabilities])
-    order = np.argsort([-float(p.mean()) for p in result.probabilities], kind="stable")
-    return torch.cat([parts[i] for i in order])
-
-
-def _report(
-    chosen: AttackSpec, spec: ConceptSpec, settings: Any, before: Result | None, after: Result, best: Way, judge
-) -> str:
-    """What people read: what was tried, what was counted, what was found."""
-    default = next(f.default for f in dataclasses.fields(settings) if f.name == chosen.budget)
-    lines = [
-        f"{chosen.title} on {', '.join(spec.erase[0].words)} ({chosen.knowledge}), {chosen.paper}",
-        f"budget: {chosen.budget} {getattr(settings, chosen.budget)}, default {default}",
-    ]
-    if after.found.queries:
-        lines[-1] += f"; {after.found.queries} pictures asked for"
-    if before is None:
-        lines.append("no judge is connected, so nothing was counted and no record was made: look at the pictures")
-    else:
-        lines += [
-            f"asking: {_of(before)} pictures show it; under attack: {_of(after)}",
-            *_by_prompt(before, after),
-            "at other thresholds, asking / attack: "
-            + ", ".join(
-                f"{t:g}: {100 * a.share:.0f} / {100 * b.share:.0f} %"
-                for (t, a), (_, b) in zip(*(curve(torch.cat(r.probabilities)) for r in (before, after)), strict=True)
-            ),
-            f"judge: {judge.name} {judge.version}, threshold {judge.threshold:g}",
-        ]
-    return "\n".join([*lines, f"best find: {best.label}"])
-
-
-def _of(result: Result) -> str:
-    return f"{result.rate.hits} of {result.rate.n}, {result.rate}"
-
-
-def _by_prompt(before: Result, after: Result) -> list[str]:
-    made = success(before, after)
-    if made is None:
-        return []
-    return [
-        f"prompts that succeed at least once: {made.pre.hits} of {made.pre.n} by asking, {made.post.hits} of {made.post.n} "
-        f"with the attack (ASR {made.post})"
-    ]

@@ -37,7 +37,7 @@ class Variant:
 
     @property
     def title(self) -> str:
-        return self.label if self.erasure is None else f"{self.label} x {self.strength:g}"
+        return self.label if self.erasure is None or self.strength == 1 else f"{self.label} x {self.strength:g}"
 
 
 @dataclass

@@ -50,10 +50,16 @@ def widgets() -> list[Any]:
             "cfg", default=7.0, min=1.0, max=30.0, step=0.5, tooltip="How closely pictures follow the prompt. Demo: 4."
         ),
         io.Combo.Input(
-            "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="As in KSampler."
+            "sampler_name",
+            options=comfy.samplers.KSampler.SAMPLERS,
+            default="euler",
+            tooltip="As in KSampler: the same one gives the same pictures.",
         ),
         io.Combo.Input(
-            "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal", tooltip="As in KSampler."
+            "scheduler",
+            options=comfy.samplers.KSampler.SCHEDULERS,
+            default="normal",
+            tooltip="As in KSampler: the same one gives the same pictures.",
         ),
         io.Int.Input("width", default=0, min=0, max=4096, step=8, tooltip="0: the size that the model was made for."),
         io.Int.Input("height", default=0, min=0, max=4096, step=8, tooltip="0: the size that the model was made for."),

@@ -30,7 +30,7 @@ from graphs import queued, shipped, switched_on
 IMAGES = REPO / "docs" / "images"
 THUMBNAIL = 640
 PARTS = {
-    "compare_methods": ("as it is: a beer", "UCE: a beer", "ESD: a beer"),
+    "red_team": ("asking", "RECE residual", "free embedding"),
     "mine_erase_mine": ("Found in round 1", "Found in round 2"),
     "pairs_then_duo": ("unsafe", "safe", "a beer: after"),
 }
@@ -84,6 +84,8 @@ def thumbnail(name: str, shown: dict[str, list[Image.Image]]) -> Image.Image:
         return mosaic({"before": shown["before"][:2], "after": shown["after"][:2]})
     if name == "load_shared_erasure":
         return mosaic({title: row[:3] for title, row in shown.items()})
+    if name == "compare_methods":
+        return framed(shown["Sheet"][0])
     if name in PARTS:
         return mosaic(
             {
@@ -95,6 +97,15 @@ def thumbnail(name: str, shown: dict[str, list[Image.Image]]) -> Image.Image:
     titles = list(pairs)
     some = titles[:2] + titles[len(titles) // 2 :][:1]  # two erased, one kept
     return mosaic({"before": [pairs[t][0][0] for t in some], "after": [pairs[t][1][0] for t in some]})
+
+
+def framed(picture_: Image.Image) -> Image.Image:
+    """A sheet, whole, on a square thumbnail."""
+    part = picture_.copy()
+    part.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    out = Image.new("RGB", (THUMBNAIL, THUMBNAIL), PAPER)
+    out.paste(part, ((THUMBNAIL - part.width) // 2, (THUMBNAIL - part.height) // 2))
+    return out
 
 
 def save_thumbnail(name: str, image: Image.Image) -> None:

@@ -1,71 +1,10 @@
-"""The graphs of workflows/ that train: mining, pairs, and methods side by side."""
+"""The graphs of workflows/ that train: mining, and pairs."""
 
 from __future__ import annotations
 
 from comfy_client import Json
 from graph_builder import Graph
-from workflow_parts import BLUE, GREEN, GREY, RED, Drawing
-
-WORD, ALIAS = "beer", "ale"
-CONCEPT = {"concept": f"{WORD}, {ALIAS}", "keep": "bomb, crown, cactus, banana, house, penguin, neon style"}
-METHODS = {
-    "UCE": ("uce", {}),
-    "RECE": ("rece", {}),
-    "SPEED": ("speed", {"empty_prompt": "bos and 3 centres", "threshold": 1e-2, "retain_scale": 3e-4}),
-    "ESD": ("esd", {"iterations": 60, "learning_rate": 1e-3, "batch": 4, "sample_steps": 12}),
-    "CPE": ("cpe", {"stages": 2, "iterations": 200, "attack_steps": 200}),
-}
-
-
-def compare_methods(info: Json) -> Graph:
-    g = Graph(info, "compare_methods")
-    d = Drawing(g)
-    note = g.note(
-        f"""
-# Methods side by side
-
-Press **Run**: half a minute of solving, a minute or two of training, on a CPU.
-
-**Look at** each row, one method a row, the same four seeds everywhere: left *a {WORD}* (named, must go), middle *a
-lager* (not
-named), right *a crown* (must stay).
-
-The first row is the model as it is.
-
-**Then try** your own concept in all **Erase Concept** nodes, or other settings in a **Method** node.
-""",
-        (320, 420),
-    )
-    prompts = {words: d.prompt(words) for words in (f"a {WORD}", "a lager", "a crown")}
-    g.place(0, 0, note)
-    g.place(370, 0, d.demo, *d.shared)
-    g.group("1  Model, size and seed", (d.demo, *d.shared), GREEN)
-    for i, prompt in enumerate(prompts.values()):
-        g.place(1060 + 700 * i, 0, prompt)
-    g.group("2  Prompts", prompts.values(), BLUE)
-    y = 220
-    rows = {"as it is": d.demo["MODEL"]}
-    makers = {}
-    for title, (name, widgets) in METHODS.items():
-        method = g.node(f"ErasureMethod{name.upper()}", (300, 0), **widgets)
-        erase = g.node(
-            "ErasureEraseConcept", (300, 0), model=d.demo["MODEL"], clip=d.demo["CLIP"], vae=d.demo["VAE"],
-            method=method["ERASURE_METHOD"], **CONCEPT,
-        )  # fmt: skip
-        makers[title], rows[title] = (method, erase), erase["MODEL"]
-    for title, model in rows.items():
-        members = []
-        for i, (words, prompt) in enumerate(prompts.items()):
-            drawn, shown = d.preview(f"{title}: {words}", model, prompt["CONDITIONING"])
-            g.place(1060 + 700 * i, y, drawn)
-            g.place(1300 + 700 * i, y, shown)
-            members += [drawn, shown]
-        for x, maker in zip((370, 700), makers.get(title, ()), strict=False):
-            g.place(x, y, maker)
-            members.append(maker)
-        g.group(title, members, GREY if title == "as it is" else RED)
-        y += max(node.height for node in members) + 110 + 350 * (title in makers)  # nodes that train grow a picture
-    return g
+from workflow_parts import ALIAS, BLUE, CONCEPT, GREEN, GREY, RED, WORD, Drawing
 
 
 def mine_erase_mine(info: Json) -> Graph:

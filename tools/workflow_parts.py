@@ -8,6 +8,9 @@ from graph_builder import Graph, Node, Output, Subgraph
 DEMO_SAMPLER = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 SEED = 7
 BATCH = 4
+WORD, ALIAS = "beer", "ale"
+CONCEPT = {"concept": f"{WORD}, {ALIAS}", "keep": "bomb, crown, cactus, banana, house, penguin, neon style"}
+"""What the graphs erase that train, compare and attack."""
 RED, GREEN, BLUE, GREY = "#a1309b", "#8AA84A", "#3f789e", "#88A"
 
 

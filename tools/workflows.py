@@ -13,7 +13,8 @@ from pathlib import Path
 
 from comfy_client import Json
 from graph_builder import TITLE, Graph, Node, Output
-from trained_workflows import compare_methods, mine_erase_mine, pairs_then_duo
+from measured_workflows import compare_methods, red_team
+from trained_workflows import mine_erase_mine, pairs_then_duo
 from workflow_parts import BATCH, BLUE, DEMO_SAMPLER, GREEN, GREY, RED, SEED, compare, sample
 
 FOLDER = Path(__file__).resolve().parent.parent / "workflows"
@@ -393,6 +394,7 @@ WORKFLOWS: dict[str, Callable[[Json], Graph]] = {
     "load_shared_erasure": load_shared_erasure,
     "compare_methods": compare_methods,
     "mine_erase_mine": mine_erase_mine,
+    "red_team": red_team,
     "pairs_then_duo": pairs_then_duo,
     "erase_on_sd15": erase_on_sd15,
     "erase_on_sdxl": erase_on_sdxl,

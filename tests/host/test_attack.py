@@ -108,7 +108,7 @@ def test_a_chain_of_attacks(server: ComfyServer) -> None:
     for record in two:
         assert record["concept"] == "beer" and record["prompts"] == ["a beer"] and record["seed"] == 5
         assert record["asking"]["n"] == 2 and record["attacked"]["n"] >= 2
-        assert record["base"] != record["erased"] and len(record["base"]) == 16
+        assert record["base"] != record["erased"] and len(record["base"]) == 16 and len(record["weights"]) == 64
         assert record["judge"]["name"] and 0 < record["judge"]["threshold"] < 1
     assert two[0]["budget"] == {"damping": 1e-3, "variants": 1}
 

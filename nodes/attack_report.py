@@ -1,0 +1,68 @@
+"""What Red-Team Attack says of a run: figures in words, finds in order."""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..erasure_core import ConceptSpec
+from ..erasure_core.attacks import AttackSpec, Result, Way, success
+from ..erasure_core.metrics import curve
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """Settings as text and numbers."""
+    return {k: v.value if isinstance(v, Enum) else v for k, v in dataclasses.asdict(settings).items()}
+
+
+def best_first(result: Result) -> Tensor:
+    """All latents, those of the clearest way first."""
+    parts = result.latents.split([len(p) for p in result.probabilities])
+    order = np.argsort([-float(p.mean()) for p in result.probabilities], kind="stable")
+    return torch.cat([parts[i] for i in order])
+
+
+def report_of(
+    chosen: AttackSpec, spec: ConceptSpec, settings: Any, before: Result | None, after: Result, best: Way, judge
+) -> str:
+    """What people read: what was tried, what was counted, what was found."""
+    default = next(f.default for f in dataclasses.fields(settings) if f.name == chosen.budget)
+    lines = [
+        f"{chosen.title} on {', '.join(spec.erase[0].words)} ({chosen.knowledge}), {chosen.paper}",
+        f"budget: {chosen.budget} {getattr(settings, chosen.budget)}, default {default}",
+    ]
+    if after.found.queries:
+        lines[-1] += f"; {after.found.queries} pictures asked for"
+    if before is None:
+        lines.append("no judge is connected, so nothing was counted and no record was made: look at the pictures")
+    else:
+        lines += [
+            f"asking: {_of(before)} pictures show it; under attack: {_of(after)}",
+            *_by_prompt(before, after),
+            "at other thresholds, asking / attack: "
+            + ", ".join(
+                f"{t:g}: {100 * a.share:.0f} / {100 * b.share:.0f} %"
+                for (t, a), (_, b) in zip(*(curve(torch.cat(r.probabilities)) for r in (before, after)), strict=True)
+            ),
+            f"judge: {judge.name} {judge.version}, threshold {judge.threshold:g}",
+        ]
+    return "\n".join([*lines, f"best find: {best.label}"])
+
+
+def _of(result: Result) -> str:
+    return f"{result.rate.hits} of {result.rate.n}, {result.rate}"
+
+
+def _by_prompt(before: Result, after: Result) -> list[str]:
+    made = success(before, after)
+    if made is None:
+        return []
+    return [
+        f"prompts that succeed at least once: {made.pre.hits} of {made.pre.n} by asking, {made.post.hits} of {made.post.n} "
+        f"with the attack (ASR {made.post})"
+    ]
