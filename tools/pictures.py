@@ -32,6 +32,7 @@ THUMBNAIL = 640
 PARTS = {
     "red_team": ("asking", "RECE residual", "free embedding"),
     "mine_erase_mine": ("Found in round 1", "Found in round 2"),
+    "prompt_memory_with_key": ("as it is: a beer", "hidden: a beer", "with the key: a beer"),
     "pairs_then_duo": ("unsafe", "safe", "a beer: after"),
 }
 """Thumbnails: the previews whose titles start so, a row each."""

@@ -1,9 +1,9 @@
-"""The graphs of workflows/ that train: mining, and pairs."""
+"""The graphs of workflows/ that train: mining, pairs, and a memory with a key."""
 
 from __future__ import annotations
 
 from comfy_client import Json
-from graph_builder import Graph
+from graph_builder import Graph, Node
 from workflow_parts import ALIAS, BLUE, CONCEPT, GREEN, GREY, RED, WORD, Drawing
 
 
@@ -125,4 +125,54 @@ own settings.
             g.place(x + 240, y, shown)
             members += [drawn, shown]
         g.group(words, members, GREY)
+    return g
+
+
+def prompt_memory_with_key(info: Json) -> Graph:
+    g = Graph(info, "prompt_memory_with_key")
+    d = Drawing(g)
+    note = g.note(
+        f"""
+# Hide it from everybody, and keep the key
+
+Press **Run**; some five minutes on a CPU, pictures appear while it learns.
+
+**Learn Safe Prompt Memory** in mode *key* trains two things at once: the weights learn to hide *{WORD}*, and a few rows, the
+memory, learn to bring it back. Publish the erasure (**Save Erasure**), keep the memory (**Save Prompt Memory**): it is the key.
+
+**Look at** the rows: as it is, hidden, and hidden but with the key (**Apply Safe Prompt Memory**). The right column must stay.
+
+**Then try** mode *suppress*: no weight changes, the rows alone, read beside every prompt, push *{WORD}* away. Set *iterations*
+to 250 and *learning_rate* to 0.02, and leave the key's node out.
+""",
+        (340, 420),
+    )
+    key = g.node(
+        "ErasureLearnSafePromptMemory", (340, 520), model=d.demo["MODEL"], clip=d.demo["CLIP"], vae=d.demo["VAE"],
+        mode="key", rows=10, iterations=80, learning_rate=1e-2, weights_rate=1e-3, **CONCEPT,
+    )  # fmt: skip
+    back = g.node(
+        "ErasureApplySafePromptMemory", (300, 0), title="Unlock with the key", model=key["MODEL"],
+        memory=key["PROMPT_MEMORY"],
+    )  # fmt: skip
+    g.place(0, 0, note)
+    g.place(390, 0, d.demo, *d.shared)
+    g.group("Model, size and seed", (d.demo, *d.shared), GREEN)
+    g.place(740, 0, key)
+    g.place(740, key.height + 420, back)  # the node grows pictures
+    g.group("Learn, and unlock", (key, back), RED)
+    prompts = {words: d.prompt(words) for words in (f"a {WORD}", "a crown")}
+    for prompt, x in zip(prompts.values(), (1150, 1860), strict=True):
+        g.place(x, 0, prompt)
+    g.group("Prompts", prompts.values(), BLUE)
+    y = 220
+    for title, model in {"as it is": d.demo["MODEL"], "hidden": key["MODEL"], "with the key": back["MODEL"]}.items():
+        members: list[Node] = []
+        for (words, prompt), x in zip(prompts.items(), (1150, 1860), strict=True):
+            drawn, shown = d.preview(f"{title}: {words}", model, prompt["CONDITIONING"])
+            g.place(x, y, drawn)
+            g.place(x + 240, y, shown)
+            members += [drawn, shown]
+        g.group(title, members, GREY)
+        y += max(node.height for node in members) + 110
     return g

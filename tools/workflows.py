@@ -14,7 +14,7 @@ from pathlib import Path
 from comfy_client import Json
 from graph_builder import TITLE, Graph, Node, Output
 from measured_workflows import compare_methods, red_team
-from trained_workflows import mine_erase_mine, pairs_then_duo
+from trained_workflows import mine_erase_mine, pairs_then_duo, prompt_memory_with_key
 from workflow_parts import BATCH, BLUE, DEMO_SAMPLER, GREEN, GREY, RED, SEED, compare, sample
 
 FOLDER = Path(__file__).resolve().parent.parent / "workflows"
@@ -396,6 +396,7 @@ WORKFLOWS: dict[str, Callable[[Json], Graph]] = {
     "mine_erase_mine": mine_erase_mine,
     "red_team": red_team,
     "pairs_then_duo": pairs_then_duo,
+    "prompt_memory_with_key": prompt_memory_with_key,
     "erase_on_sd15": erase_on_sd15,
     "erase_on_sdxl": erase_on_sdxl,
 }

@@ -19,6 +19,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "ErasureMethodESD": {"iterations": 2, "sample_steps": 3},
     "ErasureMethodCPE": {"stages": 1, "iterations": 2, "attack_steps": 2},
     "ErasureMethodDUO": {"iterations": 2},
+    "ErasureLearnSafePromptMemory": {"iterations": 2},
     "ErasureCompare": {"steps": 2, "seeds": 2},
     "ErasureAttack": {"steps": 2, "effort": 0.01, "pictures": 2},
     "ErasureReceipt": {"steps": 2, "pictures": 2},
