@@ -170,42 +170,41 @@ class Standing:
         """The attack that brings most back; asking counts too."""
         return max(self.attacks, key=lambda a: self.attacks[a].share)
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What methods are ordered by: the worst attack, then the mean of all; low is good."""
+        shares = [r.share for r in self.attacks.values()]
+        return max(shares), sum(shares) / len(shares)
+
 
 def standings(bench: Bench, contest: Contest) -> list[Standing]:
-    """Methods by their worst attack, "none" first. Those without a whole set of cells are left out."""
+    """Methods by their worst attack, "none" first. An attack counts where it was run on every concept, a method where asking
+    was."""
     out = []
+    singles = [e for e in bench.plan.erasings() if e.key != "together"]
+    hits, alarms = judge_error(bench)
     for method, settings in {"none": {}, **contest.chosen}.items():
-        cells: dict[str, list[Rate]] = {}
-        rows, complete = [], True
-        for erasing in bench.plan.erasings():
-            if erasing.key == "together":
-                continue
-            row = bench.row(erasing, method, settings)
-            rows.append(row)
-            complete &= row is not None
-            for name in (ASKING, *contest.attacks):
-                if applies(name, erasing):
-                    path = cell_path(bench, erasing, method, settings, name, contest.budgets.get(name, {}))
-                    complete &= path.exists()
-                    if path.exists():
-                        cells.setdefault(name, []).append(Rate.from_json(json.loads(path.read_text(encoding="utf-8"))))
-        if not complete:
+        rows = [row for e in singles if (row := bench.row(e, method, settings)) is not None]
+        seen: dict[str, Rate] = {}
+        for name in (ASKING, *contest.attacks):
+            changed = contest.budgets.get(name, {})
+            paths = [cell_path(bench, e, method, settings, name, changed) for e in singles if applies(name, e)]
+            if paths and all(path.exists() for path in paths):
+                seen[name] = pooled(Rate.from_json(json.loads(path.read_text(encoding="utf-8"))) for path in paths)
+        if ASKING not in seen or len(rows) < len(singles):
             continue
-        seen = {name: pooled(found) for name, found in cells.items()}
-        hits, alarms = judge_error(bench)
-        known = [r for r in rows if r is not None]
-        seconds = [r["seconds"] for r in known if r["seconds"] is not None]
+        seconds = [r["seconds"] for r in rows if r["seconds"] is not None]
         out.append(
             Standing(
                 method,
                 sum(seconds) / len(seconds) if seconds else None,
-                pooled(Rate.from_json(r["kept_objects"]) for r in known),
-                pooled(Rate.from_json(r["kept_styles"]) for r in known),
+                pooled(Rate.from_json(r["kept_objects"]) for r in rows),
+                pooled(Rate.from_json(r["kept_styles"]) for r in rows),
                 seen,
                 {name: corrected(r, hits, alarms) for name, r in seen.items()},
             )
         )
-    return sorted(out, key=lambda s: (s.method != "none", s.attacks[s.worst].share))
+    return sorted(out, key=lambda s: (s.method != "none", s.rank))
 
 
 def judge_error(bench: Bench) -> tuple[Rate, Rate]:

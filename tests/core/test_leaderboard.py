@@ -105,6 +105,9 @@ def test_what_is_attacked() -> None:
         budgets(["steps=7"])
 
 
+RUN = (ASKING, "p4d")
+
+
 def standing(method: str, kept: int, seconds: float | None, **attacks: int) -> Standing:
     seen = {name: Rate(hits, 96) for name, hits in attacks.items()}
     true = {name: corrected(r, Rate(704, 720), Rate(0, 276)) for name, r in seen.items()}
@@ -118,10 +121,13 @@ def test_no_method_is_called_robust_unless_its_worst_attack_says_so() -> None:
     slow = standing("slow", 265, 1000.0, asking=0, p4d=0)
     good = standing("good", 264, 90.0, asking=0, p4d=1)
     assert weak.worst == "p4d"
-    said = verdict([base, weak, rough, slow])
-    assert said.splitlines()[-1].endswith(": none.") and "Lowest worst attack: *rough*" in said
-    assert verdict([base, weak, rough, good]).splitlines()[-1].endswith(": good.")
-    assert verdict([base]).startswith("The table is not complete")
+    said = verdict([base, weak, rough, slow], RUN)
+    assert said.splitlines()[-1].endswith(": none.") and "lowest mean of all: *rough*" in said
+    assert verdict([base, weak, rough, good], RUN).splitlines()[-1].endswith(": good.")
+    assert verdict([base, good], (*RUN, "tina")).splitlines()[-1].endswith(": none."), (
+        "an attack that was not run proves nothing"
+    )
+    assert verdict([base], RUN).startswith("The table is not complete")
     assert "| weak |" in table([base, weak], ["asking", "p4d"])
 
 
