@@ -1,7 +1,7 @@
 """The qualities of Erase Concept: a method and settings for people who don't want to choose.
 
-*fast* and *balanced* were chosen by what they do on the testbed (docs/results/effect.md). *thorough* was chosen on the tuning
-split and has no figures of the scoring split yet; its settings for large models follow from those by their width alone.
+*fast* and *balanced* were chosen by what they do on the testbed (docs/results/effect.md), *thorough* by what attacks do to it
+(docs/results/leaderboard.md). Its settings for large models follow from those of the testbed by their width alone.
 """
 
 from __future__ import annotations
