@@ -112,6 +112,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="leaderboard: three concepts, the three cheapest attacks")
     parser.add_argument("--plan", action="store_true", help="leaderboard: only say what it will cost")
+    parser.add_argument("--report", action="store_true", help="leaderboard: only write the page of what is measured")
     parser.add_argument(
         "--ray", default="", metavar="ADDRESS", help='leaderboard: on a Ray cluster; "local" starts one'
     )
@@ -166,7 +167,7 @@ def main() -> None:
     if a.what == "leaderboard":
         attacks = a.attack or (QUICK_ATTACKS if a.quick else all_attacks())
         contest = Contest(chosen, list(attacks), budgets(a.budget))
-        leaderboard(Bench(plan), contest, jobs=a.jobs, ray=a.ray, fresh=a.fresh, plan=a.plan)
+        leaderboard(Bench(plan), contest, jobs=a.jobs, ray=a.ray, fresh=a.fresh, plan=a.plan, report=a.report)
         return
     (effect if a.what == "effect" else tune)(Bench(plan), chosen, a.fresh, a.jobs)
 

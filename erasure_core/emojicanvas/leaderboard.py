@@ -96,7 +96,14 @@ def clock(seconds: float) -> str:
 
 
 def leaderboard(
-    bench: Bench, contest: Contest, *, jobs: int, ray: str = "", fresh: bool = False, plan: bool = False
+    bench: Bench,
+    contest: Contest,
+    *,
+    jobs: int,
+    ray: str = "",
+    fresh: bool = False,
+    plan: bool = False,
+    report: bool = False,
 ) -> None:
     """Measure what isn't known yet and write the page.
 
@@ -104,6 +111,7 @@ def leaderboard(
         jobs: processes of this machine.
         ray: the address of a Ray cluster to use instead, or "local".
         plan: only say what it will cost.
+        report: only write the page, from what is measured.
     """
     tasks = contest.tasks(bench)
     todo = [t for t in tasks if fresh or not t.results(bench)[0].exists()]
@@ -118,6 +126,8 @@ def leaderboard(
         print(f"not timed before, counted as {_UNKNOWN:.0f} s each: {', '.join(unknown)}")
     if plan:
         return
+    if report:
+        todo = []
     for task in todo if fresh else ():
         for path in task.results(bench):
             path.unlink(missing_ok=True)

@@ -74,6 +74,9 @@ def test_stopping_and_starting_loses_nothing(measured, monkeypatch, capsys) -> N
     lost.unlink()
     leaderboard(bench, CONTEST, jobs=1, plan=True)
     assert not lost.exists() and f"{len(tasks)} tasks, {len(tasks) - 1} of them done" in capsys.readouterr().out
+    leaderboard(bench, CONTEST, jobs=1, report=True)
+    page = Path("docs/results/leaderboard.md").read_text(encoding="utf-8")
+    assert not lost.exists() and "| uce |" in page, "the page of what there is"
     leaderboard(bench, CONTEST, jobs=1)
     again = json.loads(lost.read_text(encoding="utf-8"))
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in kept.items() if k != "seconds"}
