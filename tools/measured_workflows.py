@@ -13,6 +13,7 @@ METHODS = {
     "ESD": ("esd", {"iterations": 60, "learning_rate": 1e-3, "batch": 4, "sample_steps": 12}),
     "CPE": ("cpe", {"stages": 2, "iterations": 200, "attack_steps": 200}),
 }
+_TRAIN = ("ESD", "CPE")
 _SAMPLING = {name: DEMO_SAMPLER[name] for name in ("steps", "cfg", "sampler_name", "scheduler")}
 
 
@@ -51,7 +52,7 @@ right *a crown* (must stay). The judge counts, below each cell, what is still th
     for method, erase in makers:
         g.place(410, y, method)
         g.place(750, y, erase)
-        y += max(method.height, erase.height) + 420  # nodes that train grow a picture
+        y += max(method.height, erase.height) + (420 if erase.title.endswith(_TRAIN) else 80)  # those grow a picture
     g.group("1  One erasure for each method", [node for pair in makers for node in pair], RED)
     sheet = g.node(
         "ErasureCompare", (380, 700), model=demo["MODEL"], clip=demo["CLIP"], vae=demo["VAE"], judge=demo["JUDGE"],
@@ -123,7 +124,7 @@ On your own model use *Example Judge*, *CLIP Judge* or *ONNX Judge*; without a j
         "ErasureReceipt", (340, 0), model=d.demo["MODEL"], clip=d.demo["CLIP"], vae=d.demo["VAE"], judge=d.demo["JUDGE"],
         erasure=erase["ERASURE"], attacks=results, prompt="a {}", pictures=4, **_SAMPLING,
     )  # fmt: skip
-    sheet = g.node("PreviewImage", (700, 700), title="Receipt", images=receipt["sheet"])
+    sheet = g.node("PreviewImage", (700, 860), title="Receipt", images=receipt["sheet"])
     g.place(x, 0, receipt)
     g.place(x + 370, 0, sheet)
     g.group("4  Receipt", (receipt, sheet), BLUE)
