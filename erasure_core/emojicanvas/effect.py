@@ -16,6 +16,7 @@ from . import perceptual
 from .bench_settings import settings_for
 from .engines import Task, processes
 from .rows import MEASURES, Bench
+from .splits import erasings
 
 RESULTS = Path("docs/results")
 
@@ -78,7 +79,7 @@ def effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool, j
     """Measure ``chosen`` methods on the scoring split and write the tables, with all other methods' default rows."""
     run(bench, chosen, fresh, jobs)
     known = {"none": {}, **{m: settings_for(m) for m in all_methods()}, **chosen}
-    found = [bench.row(e, m, s) for e in bench.plan.erasings() for m, s in known.items()]
+    found = [bench.row(e, m, s) for e in erasings(bench.plan.split) for m, s in known.items()]  # measured before, too
     rows = [row for row in found if row is not None]
     s, judge = bench.plan.sampler, bench.studio.judge
     bf16 = " --bf16" if s.bf16 else ""
@@ -94,6 +95,7 @@ model trained for {bench.studio.model.steps_trained} steps, {s.steps} Euler step
   what they should. Best as high as "none", the unchanged model.
 - **Rest of the picture**: for the erased prompts, the style where an object was erased, the object where a style was.
 - **Kept distance**: {perceptual.NAME} of kept pictures with and without the erasure, at the same noise.
+- **(n)** behind a kind says over how many erased concepts a method was measured.
 - **Seconds, MB**: to compute the erasure, without encoding the text; the most memory on top, of all rows together.
 
 A style has no synonyms here; its alias is the bare word ("a neon cat"), which captions never used.
