@@ -74,7 +74,7 @@ def red_team(info: Json) -> Graph:
         f"""
 # Erase, then attack
 
-Press **Run**; a minute or two on a CPU.
+Press **Run**; some three minutes on a CPU.
 
 1. **Erase Concept** (quality *fast*) takes *{WORD}* out of the words. Asking for one no longer draws it.
 2. **Red-Team Attack** *rece_residual* computes, in a second, text states that still get through the edited weights.
