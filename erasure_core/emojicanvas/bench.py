@@ -34,7 +34,7 @@ from .judge import Judge
 from .leaderboard import CONCEPTS, QUICK_ATTACKS, QUICK_CONCEPTS, Contest, budgets, leaderboard
 from .memory_effect import memory_effect
 from .rows import Bench, Plan, flags
-from .splits import SCORING, STYLE_OBJECTS, TUNING, Shot
+from .splits import SCORING, STYLE_OBJECTS, TUNING, Shot, erasings
 from .studio import Sampler, Studio, to_bytes
 from .weights import BUNDLE, JUDGE
 
@@ -157,6 +157,10 @@ def main() -> None:
         a.batch,
         tuple(a.only or (QUICK_CONCEPTS if a.quick else CONCEPTS if a.what == "leaderboard" else ())),
     )
+    if unknown := set(a.only) - {e.key for e in erasings(split)}:
+        parser.error(
+            f"--only: {', '.join(unknown)}: the {split.name} split erases {', '.join(e.key for e in erasings(split))}"
+        )
     if a.what == "base":
         base(plan.studio(), a.seeds or 8)
         return

@@ -27,7 +27,7 @@ _WIDTHS = (32, 64, 128, 192)
 
 
 _HELD_OUT = 720
-"""Pictures of the held-out set, where a file doesn't say: 24 objects in 6 styles and grounds, 5 each."""
+"""Pictures of the held-out set, where a file doesn't say: 24 objects, 30 each (docs/emojicanvas.md)."""
 
 
 class JudgeError(ValueError):

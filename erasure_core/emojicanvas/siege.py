@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..attacks import AttackTarget, Found, all_attacks, asking, attack, evaluate, shortlist
+from ..concept import ConceptSpec
 from ..metrics.rates import Rate
 from .bench_settings import ATTACKS
 from .concepts import OBJECT, prompt
@@ -77,7 +78,7 @@ def measure_cell(bench: Bench, erasing: Erasing, method: str, settings: Mapping[
     return row
 
 
-def _attacked(target: AttackTarget, spec: Any, name: str, budget: Mapping[str, Any]) -> tuple[Rate, str]:
+def _attacked(target: AttackTarget, spec: ConceptSpec, name: str, budget: Mapping[str, Any]) -> tuple[Rate, str]:
     assert target.look is not None
     if name == ASKING:
         found = asking(target)
