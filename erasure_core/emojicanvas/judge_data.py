@@ -213,8 +213,7 @@ def decoded(cache: Path, parts: dict[str, Part], seed: int = 0) -> Part:
     """Pictures at 64 pixels as a sampler's output looks: encoded, made imperfect or broken, decoded."""
     path = cache / "judge_decoded.npz"
     if not path.exists():
-        vae = TAESD()
-        vae.load_state_dict(torch.load(cache / "vae.pt", weights_only=True))
+        vae = TAESD.load(cache)
         vae.eval().to(memory_format=torch.channels_last)
         generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
         out, out_labels = [], []

@@ -41,9 +41,9 @@ class BundleError(ValueError):
 
 
 def save_bundle(cache: Path, path: Path = BUNDLE) -> Path:
-    """Collect ``unet.pt`` (its averaged weights) and ``vae.pt`` of ``cache`` into one fp16 file."""
+    """Collect ``unet.pt`` (its averaged weights) and ``vae.safetensors`` of ``cache`` into one fp16 file."""
     trained = torch.load(cache / "unet.pt", weights_only=True)
-    vae = torch.load(cache / "vae.pt", weights_only=True)
+    vae = TAESD.load(cache).state_dict()
     average = trained["average"]
     out: dict[str, Tensor] = {}
     text_config, unet_config = TextConfig(), UNetConfig()

@@ -5,8 +5,14 @@ Architecture: https://github.com/madebyollin/taesd (MIT). Latents have 4 channel
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+TRAINED = "vae.safetensors"
+"""Its weights in the folder of a training."""
 
 SD15_SCALE = 0.18215
 """ComfyUI's SD1.5 latent format multiplies VAE latents by this before they enter the UNet."""
@@ -47,6 +53,21 @@ class TAESD(nn.Module):
         self.taesd_decoder = nn.Sequential(_Clamp(), _conv(latent_channels, 64), nn.ReLU(), *up, _Block(), _conv(64, 3))
         self.vae_scale = nn.Parameter(torch.tensor(1.0), requires_grad=False)
         self.vae_shift = nn.Parameter(torch.tensor(0.0), requires_grad=False)
+
+    @classmethod
+    def load(cls, folder: Path) -> TAESD:
+        """The autoencoder that was trained in ``folder``."""
+        made = cls()
+        made.load_state_dict(load_file(folder / TRAINED))
+        return made
+
+    def save(self, folder: Path) -> None:
+        """Write the weights into ``folder``, in one move."""
+        part = folder / f"{TRAINED}.tmp"
+        save_file(
+            {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in self.state_dict().items()}, part
+        )
+        part.replace(folder / TRAINED)
 
     def encode(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> [B, 4, H/8, W/8]."""

@@ -60,8 +60,7 @@ def latents(cache: Path) -> Tensor:
     path = cache / "latents.npy"
     if not path.exists():
         pictures, _ = data.load(cache)
-        vae = TAESD()
-        vae.load_state_dict(torch.load(cache / "vae.pt", weights_only=True))
+        vae = TAESD.load(cache)
         vae.to(memory_format=torch.channels_last)
         parts = []
         for start in range(0, len(pictures), 64):
@@ -73,8 +72,7 @@ def latents(cache: Path) -> Tensor:
 
 def sample_sheet(net: TextToLatent, cache: Path, path: Path, seed: int = 0) -> None:
     """Every object, in the styles in turn, drawn by the averaged weights."""
-    vae = TAESD()
-    vae.load_state_dict(torch.load(cache / "vae.pt", weights_only=True))
+    vae = TAESD.load(cache)
     prompts = [prompt(o.name, STYLES[i % len(STYLES)].name) for i, o in enumerate(OBJECTS)]
     prompts += [prompt(o.name) for o in OBJECTS]
     with torch.no_grad(), autocast():

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import data
 from .concepts import IMAGE_SIZE
 from .optim import Muon, autocast, split_parameters
-from .taesd import SD15_SCALE, TAESD
+from .taesd import SD15_SCALE, TAESD, TRAINED
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
@@ -74,12 +74,12 @@ def train(cache: Path, minutes: float, *, batch: int = 16, side: int = 64, decod
     pictures = np.asarray(data.load(cache)[0])
     rng = np.random.default_rng(time.time_ns() % 2**32)
     check = to_tensor(pictures[np.random.default_rng(0).choice(len(pictures), 64, replace=False)])
-    vae, state_file = TAESD(), cache / "vae.pt"
+    vae = TAESD()
     for name, p in vae.named_parameters():
         if name.endswith("conv.4.weight"):  # blocks start as the identity
             torch.nn.init.zeros_(p)
-    if state_file.exists():
-        vae.load_state_dict(torch.load(state_file, weights_only=True))
+    if (cache / TRAINED).exists():
+        vae = TAESD.load(cache)
     vae.to(memory_format=torch.channels_last)
     net = vae.taesd_decoder if decoder_only else vae
     ends = ("encoder.0.", "encoder.14.", "decoder.1.", "decoder.18.", "vae_s")
@@ -126,7 +126,7 @@ def train(cache: Path, minutes: float, *, batch: int = 16, side: int = 64, decod
     vae.load_state_dict(average)
     if not decoder_only:
         normalise(vae, check)
-    torch.save(vae.state_dict(), state_file)
+    vae.save(cache)
     print(f"{step} steps, {psnr(vae, check):.2f} dB on whole pictures")
 
 
