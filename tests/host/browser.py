@@ -31,8 +31,9 @@ FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run "
     "--disable-background-networking --disable-component-update --disable-sync --window-size=1600,1000"
 )
-# For a new user the page opens its template gallery over the graph; the map would hide a corner of the pictures.
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
+# For a new user the page opens its template gallery over the graph; the map would hide a corner of the pictures. A page
+# that brings back the last test's graph would also bring back, late, the dialog about a checkpoint that isn't here.
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Workflow.Persist": False}
 NO_BANNER = "localStorage.setItem('vueNodesBannerDismissed', 'true')"
 READY = "return Boolean(window.app && window.app.graph && window.app.vueAppReady && window.LiteGraph)"
 QUEUE = """
