@@ -41,6 +41,8 @@ class ConceptPairs:
     family: Family
     note: str = ""
     """How they were made, in words."""
+    tally: Tally | None = field(default=None, compare=False)
+    """The same in figures; of pairs from a file, None."""
 
     def __post_init__(self) -> None:
         if self.unsafe.shape != self.safe.shape or self.unsafe.ndim != 4 or not len(self.unsafe):
@@ -110,7 +112,11 @@ class Tally:
 
 
 class NoPairsError(ValueError):
-    """Not one pair passed the judge; the message says where they failed and what to try."""
+    """Not one pair passed the judge; the message says where they failed and what to try, ``tally`` how often."""
+
+    def __init__(self, message: str, tally: Tally) -> None:
+        super().__init__(message)
+        self.tally = tally
 
 
 def pair_noise(seed: int, draw: Draw, shape: Sequence[int]) -> Tensor:
@@ -165,7 +171,8 @@ def pair_up(
         happened = "; ".join(tally.report(max_redraws).splitlines())
         raise NoPairsError(
             f"judge: no pair passed. {happened}. Raise the strength or max_redraws, word the prompts more "
-            "plainly, or try the judge on pictures of yours"
+            "plainly, or try the judge on pictures of yours",
+            tally,
         )
     return torch.stack([unsafe[n][0] for n in done]), torch.stack([safe[n][0] for n in done]), tally
 
@@ -287,4 +294,4 @@ def make_pairs(
         count, draw, edit, look, threshold=threshold, max_redraws=max_redraws, drawn=originals is None
     )
     note = f"{tally.report(max_redraws)}\nstrength {strength}, guidance {guidance}, {steps} steps, seed {seed}"
-    return ConceptPairs(bad.float().cpu(), good.float().cpu(), unsafe_prompt, safe_prompt, family, note)
+    return ConceptPairs(bad.float().cpu(), good.float().cpu(), unsafe_prompt, safe_prompt, family, note, tally)

@@ -4,6 +4,7 @@
     python -m erasure_core.emojicanvas.bench effect --method uce rece   # docs/results/effect.{json,md}
     python -m erasure_core.emojicanvas.bench leaderboard --quick          # methods under attack: docs/results/leaderboard.*
     python -m erasure_core.emojicanvas.bench memory       # safe prompt memories: docs/results/memory.{json,md}
+    python -m erasure_core.emojicanvas.bench pairs        # SDEdit pairs, judged both ways: docs/results/pairs.{json,md,png}
     python -m erasure_core.emojicanvas.bench tune --method uce --set ridge=0.01     # one line, on the tuning split
 
 ``effect`` and ``tune`` take every registered method. Pictures of the unchanged model are drawn once and kept in the
@@ -33,6 +34,8 @@ from .effect import RESULTS, effect, tune
 from .judge import Judge
 from .leaderboard import CONCEPTS, QUICK_ATTACKS, QUICK_CONCEPTS, Contest, budgets, leaderboard
 from .memory_effect import memory_effect
+from .pair_page import pairs_page
+from .pair_quality import EACH
 from .rows import Bench, Plan, flags
 from .splits import SCORING, STYLE_OBJECTS, TUNING, Shot, erasings
 from .studio import Sampler, Studio, to_bytes
@@ -99,7 +102,7 @@ def base(studio: Studio, seeds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("base", "effect", "leaderboard", "memory", "tune"))
+    parser.add_argument("what", choices=("base", "effect", "leaderboard", "memory", "pairs", "tune"))
     parser.add_argument(
         "--method", nargs="+", default=list(all_methods()), choices=list(all_methods()), help="default: all"
     )
@@ -117,7 +120,7 @@ def main() -> None:
         "--ray", default="", metavar="ADDRESS", help='leaderboard: on a Ray cluster; "local" starts one'
     )
     parser.add_argument("--only", nargs="+", default=[], help="some of what is erased: cat, neon, together, ...")
-    parser.add_argument("--seeds", type=int, help="pictures a word (base 8, effect 10, tune 6)")
+    parser.add_argument("--seeds", type=int, help="pictures a word (base 8, effect 10, tune 6), or pairs a scene (4)")
     parser.add_argument("--rounds", type=int, help="pictures a kept object (effect 2, tune 1)")
     parser.add_argument("--replace-with", default="", help="what erased things become; nothing by default")
     parser.add_argument("--steps", type=int, default=Sampler.steps)
@@ -167,6 +170,9 @@ def main() -> None:
     chosen = {m: settings_for(m, parse_settings(m, a.set)) for m in a.method}
     if a.what == "memory":
         memory_effect(Bench(plan))
+        return
+    if a.what == "pairs":
+        pairs_page(Bench(plan), a.seeds or EACH)
         return
     if a.what == "leaderboard":
         attacks = a.attack or (QUICK_ATTACKS if a.quick else all_attacks())

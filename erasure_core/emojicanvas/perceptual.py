@@ -1,9 +1,8 @@
 """How different two pictures look: a distance of LPIPS's form over the features of EfficientNet-Lite0.
 
-    d(a, b) = sum over stages of mean over places || f(a) / ||f(a)|| - f(b) / ||f(b)|| ||^2
-
-f(x) are a stage's channels at one place. LPIPS (Zhang et al., CVPR 2018, arXiv:1801.03924) weighs the channels with learned
-weights over another network; here all count the same, so figures must not be compared with LPIPS.
+:func:`~erasure_core.metrics.distances.perceptual_distance` of the stages' feature maps. LPIPS (Zhang et al., CVPR 2018,
+arXiv:1801.03924) weighs the channels with learned weights over another network; here all count the same, so figures must
+not be compared with LPIPS.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..metrics.distances import perceptual_distance
 
 NAME = "EfficientNet-Lite0 feature distance"
 _STAGES = (0, 2, 4, 10, 15)
@@ -32,7 +33,7 @@ def _network() -> nn.Module:
 
 
 def features(pictures: Tensor) -> list[Tensor]:
-    """Unit feature vectors [N, C, h, w] of each stage for pictures [N, 3, H, W] in [-1, 1]."""
+    """Features [N, C, h, w] of each stage for pictures [N, 3, H, W] in [-1, 1]."""
     net = _network()
     mean, deviation = (torch.tensor(x).view(1, 3, 1, 1) for x in (_MEAN, _DEVIATION))
     x = ((pictures + 1) / 2 - mean) / deviation
@@ -41,7 +42,7 @@ def features(pictures: Tensor) -> list[Tensor]:
     for i, block in enumerate(net._blocks):
         x = block(x)
         if i in _STAGES:
-            found.append(F.normalize(x, dim=1))
+            found.append(x)
     return found
 
 
@@ -50,6 +51,5 @@ def distance(one: Tensor, other: Tensor, batch: int = 64) -> Tensor:
     """[N] distances of pictures [N, 3, H, W] in [-1, 1]; 0 for equal ones."""
     out = [torch.empty(0)]
     for a, b in zip(one.split(batch), other.split(batch), strict=True):
-        parts = [(x - y).square().sum(1).mean((1, 2)) for x, y in zip(features(a), features(b), strict=True)]
-        out.append(torch.stack(parts).sum(0))
+        out.append(perceptual_distance(features(a), features(b)))
     return torch.cat(out)
