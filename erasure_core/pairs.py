@@ -9,10 +9,14 @@ prompt; DUO (arXiv:2407.21035) makes its pairs so:
 
 Both members share the noise n and the schedule. A redraw takes the next noise of its pair, so a pair does not depend on
 how many others there are. Pairs of which a member is still wrong after the last redraw are left out.
+
+Beyond the paper, on request: redraws climb from a weak rho to a strong one, so that each pair gets the weakest edit that
+takes the concept out, and a safe member is also redrawn where it lost what should have stayed.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -91,6 +95,8 @@ class Tally:
     judged: bool
     drawn: bool
     """Whether unsafe members were drawn, rather than given."""
+    compared: bool = False
+    """Whether safe members were also compared with the unsafe ones."""
 
     def report(self, max_redraws: int) -> str:
         """In sentences; pairs are counted from 1."""
@@ -99,10 +105,15 @@ class Tally:
             return f"{lines[0]}; no judge looked at them: look yourself"
         if self.drawn:
             lines.append(f"redrawn until the judge saw the concept: {self.unsafe_redraws} times")
-        lines.append(f"redrawn until it no longer did: {self.safe_redraws} times")
+        until = "redrawn until it no longer did" + (" and the rest stayed" if self.compared else "")
+        lines.append(f"{until}: {self.safe_redraws} times")
         for numbers, what in (
             (self.unseen, "left out, because the judge does not see the concept in the unsafe picture"),
-            (self.stubborn, "left out, because the safe picture still showed the concept"),
+            (
+                self.stubborn,
+                "left out, because the safe picture still showed the concept"
+                + (" or lost the rest" if self.compared else ""),
+            ),
         ):
             if numbers:
                 tries = f" after {max_redraws} redraws" if self.drawn or numbers is self.stubborn else ""
@@ -134,6 +145,7 @@ def pair_up(
     *,
     threshold: float,
     max_redraws: int,
+    alike: Callable[[Tensor, Tensor], Tensor] | None = None,
     drawn: bool = True,
     at_once: int = 4,
 ) -> tuple[Tensor, Tensor, Tally]:
@@ -143,16 +155,21 @@ def pair_up(
         draw: unsafe latents of some draws; where they are given (not ``drawn``) it is asked once for each.
         edit: the safe counterparts of unsafe latents, with the noise of some draws.
         look: probability that each latent shows the concept; None accepts everything.
+        alike: whether each safe latent kept the rest of its unsafe one (unsafe, safe) -> [n] bool; None accepts everything.
 
     Raises:
         NoPairsError: nothing is left.
     """
 
-    def shows(latents: Tensor) -> list[bool]:
+    def shows(_: Sequence[Draw], latents: Tensor) -> list[bool]:
         return [True] * len(latents) if look is None else [p >= threshold for p in look(latents).tolist()]
 
-    def silent(latents: Tensor) -> list[bool]:
-        return [True] * len(latents) if look is None else [p < threshold for p in look(latents).tolist()]
+    def silent(draws: Sequence[Draw], latents: Tensor) -> list[bool]:
+        good = [True] * len(latents) if look is None else [p < threshold for p in look(latents).tolist()]
+        if alike is None:
+            return good
+        kept = alike(torch.stack([unsafe[number][0] for number, _ in draws]), latents).tolist()
+        return [a and b for a, b in zip(good, kept, strict=True)]
 
     unsafe, unsafe_redraws = _redrawn(range(count), draw, shows, max_redraws if drawn else 0, at_once)
 
@@ -165,7 +182,7 @@ def pair_up(
     done = sorted(safe)
     tally = Tally(
         count, len(done), tuple(n for n in range(count) if n not in unsafe), tuple(sorted(set(unsafe) - set(safe))),
-        unsafe_redraws, safe_redraws, look is not None, drawn,
+        unsafe_redraws, safe_redraws, look is not None, drawn, alike is not None,
     )  # fmt: skip
     if not done:
         happened = "; ".join(tally.report(max_redraws).splitlines())
@@ -180,7 +197,7 @@ def pair_up(
 def _redrawn(
     numbers: Sequence[int],
     make: Callable[[Sequence[Draw]], Tensor],
-    accept: Callable[[Tensor], list[bool]],
+    accept: Callable[[Sequence[Draw], Tensor], list[bool]],
     max_redraws: int,
     at_once: int,
 ) -> tuple[dict[int, tuple[Tensor, int]], int]:
@@ -192,8 +209,9 @@ def _redrawn(
         rejected = []
         for start in range(0, len(pending), at_once):
             part = pending[start : start + at_once]
-            latents = make([(number, attempt) for number in part])
-            for number, latent, good in zip(part, latents, accept(latents), strict=True):
+            draws = [(number, attempt) for number in part]
+            latents = make(draws)
+            for number, latent, good in zip(part, latents, accept(draws, latents), strict=True):
                 if good:
                     done[number] = latent, attempt
                 else:
@@ -240,11 +258,13 @@ def make_pairs(
     safe_prompt: str,
     family: Family,
     strength: float = 0.75,
+    strongest: float | None = None,
     guidance: float = 7.5,
     steps: int = 20,
     seed: int = 0,
     look: Callable[[Tensor], Tensor] | None = None,
     threshold: float = 0.5,
+    alike: Callable[[Tensor, Tensor], Tensor] | None = None,
     max_redraws: int = 5,
     originals: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -255,7 +275,9 @@ def make_pairs(
         unsafe, safe, null: conditionings of one prompt each, as ``TrainablePort.conditions`` gives them; ``null`` is empty.
         unsafe_prompt, safe_prompt, family: what the pairs say of themselves.
         strength, guidance, steps: of the safe members; unsafe ones are drawn with the same guidance and steps.
+        strongest: the redraws of a safe member climb from ``strength`` to this, evenly; None: they stay there.
         look, threshold: a judge behind a decoder; a latent shows the concept where it comes to the threshold.
+        alike: as in :func:`pair_up`.
         originals: real pictures as clean, scaled latents [count, C, h, w], in place of drawn ones.
         progress: called as progress(draws done, draws expected) after each batch; may raise to cancel.
 
@@ -265,10 +287,13 @@ def make_pairs(
     """
     if originals is not None:
         count = len(originals)
+    if strongest is not None and not strength <= strongest <= 1:
+        raise ValueError(f"strongest must lie between strength {strength} and 1, got {strongest}")
     if not 1 <= count <= MAX_PAIRS or not 0 <= max_redraws <= MAX_REDRAWS:
         raise ValueError(f"pairs: count must be 1 to {MAX_PAIRS} and max_redraws 0 to {MAX_REDRAWS}")
     stops = model.schedule.trajectory(steps)
-    draws = 0
+    climb = (0.0 if strongest is None else strongest - strength) / max(1, max_redraws)
+    draws, tries = 0, Counter[int]()
 
     def noise(keys: Sequence[Draw]) -> Tensor:
         return torch.cat([pair_noise(seed, key, model.latent_shape) for key in keys]).to(model.device, model.dtype)
@@ -287,11 +312,15 @@ def make_pairs(
         return count_draws(made)
 
     def edit(latents: Tensor, keys: Sequence[Draw]) -> Tensor:
-        made = sdedit(model, latents, noise(keys), safe, unsafe, strength=strength, guidance=guidance, steps=steps)
+        # All of a batch are at the same redraw, and rounding must not take them beyond the last strength.
+        rho = min(strength + climb * tries[keys[0][0]], max(strength, strongest or 0.0))
+        tries.update(number for number, _ in keys)
+        made = sdedit(model, latents, noise(keys), safe, unsafe, strength=rho, guidance=guidance, steps=steps)
         return count_draws(made)
 
     bad, good, tally = pair_up(
-        count, draw, edit, look, threshold=threshold, max_redraws=max_redraws, drawn=originals is None
+        count, draw, edit, look, threshold=threshold, max_redraws=max_redraws, alike=alike, drawn=originals is None
     )
-    note = f"{tally.report(max_redraws)}\nstrength {strength}, guidance {guidance}, {steps} steps, seed {seed}"
+    reach = f"{strength}" if strongest is None else f"{strength} to {strongest}"
+    note = f"{tally.report(max_redraws)}\nstrength {reach}, guidance {guidance}, {steps} steps, seed {seed}"
     return ConceptPairs(bad.float().cpu(), good.float().cpu(), unsafe_prompt, safe_prompt, family, note, tally)

@@ -160,6 +160,37 @@ def test_given_pictures_are_not_redrawn() -> None:
     assert [key for key in asked if not key[0]] == [(False, 0, 0), (False, 1, 0)]
 
 
+def test_a_safe_member_is_redrawn_until_the_rest_stays() -> None:
+    draw, edit, look, _ = scripted({0: ("ny", "n"), 1: ("y", "n")})
+
+    def alike(unsafe: Tensor, safe: Tensor) -> Tensor:
+        assert torch.equal(unsafe[:, 0], safe[:, 0]), "pair by pair"
+        return (safe[:, 1, 0, 0] >= 2) & (safe[:, 0, 0, 0] == 0)
+
+    _, safe, tally = pair_up(2, draw, edit, look, threshold=0.5, max_redraws=3, alike=alike)
+    assert safe[:, :2, 0, 0].tolist() == [[0, 2]] and tally.stubborn == (1,)
+    assert "and the rest stayed" in tally.report(3) and "or lost the rest" in tally.report(3)
+
+
+def test_redraws_climb_to_the_weakest_edit_that_works(tiny64, monkeypatch) -> None:
+    used: list[float] = []
+    monkeypatch.setattr("erasure_core.pairs.sdedit", lambda *a, strength, **k: (used.append(strength), sdedit(
+        *a, strength=strength, **k))[1])  # fmt: skip
+
+    def weak(unsafe: Tensor, safe: Tensor) -> Tensor:
+        return torch.full((len(safe),), len(used) >= 3)
+
+    pairs = made_by(tiny64, count=2, strength=0.5, strongest=0.9, max_redraws=4, alike=weak)
+    assert used == pytest.approx([0.5, 0.6, 0.7]) and "strength 0.5 to 0.9" in pairs.note
+    assert pairs.tally is not None and pairs.tally.safe_redraws == 4
+    with pytest.raises(ValueError, match="strongest must lie between"):
+        made_by(tiny64, strength=0.5, strongest=0.4)
+    used.clear()
+    with pytest.raises(NoPairsError) as caught:
+        made_by(tiny64, count=1, strength=0.5, strongest=0.9, max_redraws=2, alike=lambda a, b: torch.zeros(len(b)) > 0)
+    assert used == pytest.approx([0.5, 0.7, 0.9]) and caught.value.tally.stubborn == (0,)
+
+
 def test_a_judge_that_is_never_satisfied() -> None:
     draw, edit, look, _ = scripted({0: ("n", "n")})
     with pytest.raises(NoPairsError, match=r"no pair passed. 0 of 1 pairs made.*after 3 redraws"):
