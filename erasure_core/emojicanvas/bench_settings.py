@@ -21,7 +21,6 @@ from .concepts import prompt
 from .judge import Judge
 from .model import EmojiCanvasPort
 from .splits import Erasing
-from .taesd import SD15_SCALE
 
 _QUICK = {"sample_steps": 12, "batch": 4}
 TESTBED: dict[str, Mapping[str, Any]] = {
@@ -86,7 +85,7 @@ def look_for(port: EmojiCanvasPort, name: str, judge: Judge) -> Look:
     """The judge behind the decoder: the probability that latents show an object or a style."""
 
     def look(latents: Tensor) -> Tensor:
-        return judge.judge(port.model.vae.decode(latents / SD15_SCALE).clamp(-1, 1)).probability(name)
+        return judge.judge(port.decode(latents)).probability(name)
 
     return look
 
@@ -98,20 +97,13 @@ def aids_for(method: str, port: EmojiCanvasPort, erasing: Erasing, judge: Judge)
     return Aids(pairs=pairs, look=look)
 
 
-PAIRS: Mapping[str, Any] = {"strength": 0.85, "guidance": 4.0, "steps": 20}
-"""How SDEdit pairs are made here; the guidance is the sampler's."""
-
-SAFE_OBJECT = "house"
-"""What stands in place of an erased object. In place of a style stands the plain one."""
-
-
 def _pairs(port: EmojiCanvasPort, erasing: Erasing, look: Look) -> ConceptPairs:
-    """SDEdit pairs of the first concept, all of one prompt."""
-    unsafe, safe = (prompt(erasing.objects[0]), prompt(SAFE_OBJECT)) if erasing.objects else (
+    """SDEdit pairs of the first concept. What stands for "safe": a house for an object, the plain style for a style."""
+    unsafe, safe = (prompt(erasing.objects[0]), prompt("house")) if erasing.objects else (
         prompt("frog", erasing.styles[0]), prompt("frog"))  # fmt: skip
     one, other, null = port.conditions([unsafe, safe, ""])
     with port.trainable() as model:
         return make_pairs(
-            model, one, other, null, count=32, unsafe_prompt=unsafe, safe_prompt=safe, family=port.family, look=look,
-            **PAIRS,
+            model, one, other, null, count=32, unsafe_prompt=unsafe, safe_prompt=safe, family=port.family, strength=0.85,
+            guidance=4.0, steps=20, look=look,
         )  # fmt: skip

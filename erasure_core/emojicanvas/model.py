@@ -249,6 +249,11 @@ class EmojiCanvasPort:
         with patched(self.model.unet, self.erasure) as unet:
             return unet(z, t, context)
 
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clean, scaled latents [N, 4, h, w] -> pictures [N, 3, 8 h, 8 w] in [-1, 1]."""
+        return self.model.vae.decode(latents / SD15_SCALE).clamp(-1, 1)
+
     def conditions(self, prompts: Sequence[str]) -> list[Cond]:
         return [Cond(text.states[None]) for text in self.text(prompts)]
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ..metrics.rates import Rate, pooled
 from . import perceptual
-from .bench_settings import PAIRS, SAFE_OBJECT
 from .effect import RESULTS
-from .pair_quality import EACH, EDGE, MAX_REDRAWS, SHARES, Made, chosen, every
+from .pair_quality import EACH, EDGE, EDIT, SHARES, Made, chosen, counterpart, every
 from .rows import Bench
 from .studio import to_bytes
 
@@ -68,31 +67,36 @@ def pairs_page(bench: Bench, each: int = EACH) -> None:
     rows, pairs = every(bench, each)
     sampler, judge = bench.plan.sampler, bench.studio.judge
     found = table(rows)
+    beside = ", ".join(f"{o} {counterpart(bench.plan.split, o)}" for o in bench.plan.split.objects)
+    command = f"nox -s bench -- pairs{' --bf16' if sampler.bf16 else ''}"
     text = f"""# SDEdit pairs on EmojiCanvas
 
-Made by `nox -s bench -- pairs{" --bf16" if sampler.bf16 else ""}`: an unsafe picture, and its safe counterpart from the same noise, {each} pairs of
-each of 10 scenes an object (a {SAFE_OBJECT} in its place; six grounds in the plain style, and the other styles) and 12 a style
-(in its place the plain style; twelve objects). Strength {PAIRS["strength"]}, guidance {PAIRS["guidance"]:g}, {PAIRS["steps"]} steps; seeds of the scoring split.
-Shares with 95 % Wilson intervals. What looks is {judge.name} {judge.version}, at {judge.threshold:g}.
+Made by `{command}`: an unsafe picture, and its safe counterpart from the same noise. An object's
+counterpart is a look-alike ({beside}),
+in 10 scenes: six grounds in the plain style, and the other styles. A style's is the plain style, on 12 objects. {each} pairs of
+each scene, seeds of the scoring split, guidance {EDIT["guidance"]:g}, {EDIT["steps"]} steps. Shares with 95 % Wilson intervals.
+What looks is {judge.name} {judge.version}, at {judge.threshold:g}.
 
 ![Pairs](pairs.png)
 
 {found}
 
-- **Pairs made**: a member is redrawn with other noise, at most {MAX_REDRAWS} times, until the judge sees the concept in the unsafe
-  one, or no longer in the safe one; pairs of which a member never comes right are left out. The two shares behind it are of the
-  pairs that were made, as saved pictures of 8 bits: by that rule they should be 100 % and 0 %, so the count of pairs and the
-  redraws say how well the method works.
-- **Same style, same object**: the judge's likeliest label of both members is one, whatever it is. Where the style was the
+- **Pairs made**: a member is redrawn with other noise, at most {EDIT["max_redraws"]} times, until it is right; pairs of which a
+  member never comes right are left out. Right is an unsafe member that shows the concept, and a safe one that doesn't,
+  shows its prompt's object, and has the unsafe one's style. The edit's strength climbs from {EDIT["strength"]} to
+  {EDIT["strongest"]} with the redraws.
+- **Unsafe shows it, safe shows it**: of the pairs that were made, as saved pictures of 8 bits. By that rule they should be
+  100 % and 0 %: how many pairs come out, and after how many redraws, says how well it works.
+- **Same style, same object**: the judge's likeliest label is one for both members, whatever it is. Where the style was the
   concept, the object should stay, and the other way round.
-- **Same ground**: the judge knows no grounds. Measured is the median colour of the outer {EDGE} pixels, called by the nearest of the
-  captions' six and of neon's near black. Neon has a ground of its own, so a plain counterpart can't keep it.
-- **Distance**: {perceptual.NAME} between the members of a pair, and between an unsafe member and the safe one of another
-  pair of the same two prompts: below that, a pair shares more than its prompts. Redraws of the safe member take other noise.
+- **Same ground**: nothing was redrawn for it. The judge knows no grounds; measured is the median colour of the outer {EDGE}
+  pixels, called by the nearest of the captions' six and of neon's near black. A plain counterpart can't keep neon's.
+- **Distance**: {perceptual.NAME} between the members of a pair, and between an unsafe member and the safe
+  one of another pair of the same two prompts: below that, a pair shares more than its prompts.
 """
     RESULTS.mkdir(parents=True, exist_ok=True)
     sheet(pairs).save(RESULTS / "pairs.png", optimize=True)
     (RESULTS / "pairs.md").write_text(text, encoding="utf-8")
-    whole = {"sampler": dataclasses.asdict(sampler), "sdedit": PAIRS, "each": each, "rows": rows}
+    whole = {"sampler": dataclasses.asdict(sampler), "sdedit": dict(EDIT), "each": each, "rows": rows}
     (RESULTS / "pairs.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
     print(found)

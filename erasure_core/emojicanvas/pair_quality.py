@@ -1,8 +1,8 @@
 """SDEdit pairs looked at: is the concept in every unsafe member and in no safe one, and does the rest stay?
 
-Objects are paired with a house, in several styles and on several grounds that both prompts name, styles with the plain one,
-on several objects. The judge knows no grounds, so these are measured: the median colour of the outer pixels, called by the
-nearest ground of the captions.
+Objects are paired with a look-alike, in several styles and on several grounds that both prompts name, styles with the plain
+one, on several objects. The judge knows no grounds, so these are measured: the median colour of the outer pixels, called by
+the nearest ground of the captions.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,17 +21,17 @@ from tqdm import tqdm
 from ..metrics.rates import Rate, rate
 from ..pairs import NoPairsError, Tally, make_pairs
 from . import perceptual
-from .bench_settings import PAIRS, SAFE_OBJECT, look_for
-from .concepts import BACKGROUNDS, STYLE, prompt
+from .bench_settings import look_for
+from .concepts import BACKGROUNDS, NEIGHBOURS, STYLE, prompt
 from .model import EmojiCanvasPort
 from .rows import Bench, keep
-from .splits import STYLE_OBJECTS, Erasing
+from .splits import STYLE_OBJECTS, Erasing, Split
 from .studio import to_bytes
-from .taesd import SD15_SCALE
 
-EACH = 4
+EACH = 3
 """Pairs of a scene."""
-MAX_REDRAWS = 10
+EDIT: Mapping[str, Any] = {"strength": 0.5, "strongest": 0.85, "guidance": 4.0, "steps": 20, "max_redraws": 10}
+"""How they are made; chosen on the tuning split."""
 EDGE = 4
 """Outer pixels whose median colour is the ground's."""
 _DARK = "dark"
@@ -39,27 +40,34 @@ _GROUNDS = {**BACKGROUNDS, _DARK: (8, 5, 20)}  # what neon is drawn on
 
 @dataclass(frozen=True)
 class Scene:
-    """The two prompts of some pairs. ``ground`` is empty where the styles bring grounds of their own."""
+    """The two prompts of some pairs, and the object that the safe member should show.
+
+    ``ground`` is empty where the styles bring grounds of their own.
+    """
 
     unsafe: str
     safe: str
+    object: str
     ground: str
 
 
-def scenes(erasing: Erasing) -> list[Scene]:
+def counterpart(split: Split, name: str) -> str:
+    """What stands in place of an object: the first of its look-alikes that the split doesn't erase as well."""
+    return next(x for x in NEIGHBOURS[name] if x not in split.objects)
+
+
+def scenes(split: Split, erasing: Erasing) -> list[Scene]:
     """Every ground in the plain style and each other style once, or a style on each object that styles are judged on."""
     grounds = list(BACKGROUNDS)
     if erasing.styles:
         style = erasing.styles[0]
         kept = STYLE[style].keeps_background
         on = [(o, grounds[i % len(grounds)] if kept else "white") for i, o in enumerate(STYLE_OBJECTS)]
-        return [Scene(prompt(o, style, g), prompt(o, "plain", g), g if kept else "") for o, g in on]
+        return [Scene(prompt(o, style, g), prompt(o, "plain", g), o, g if kept else "") for o, g in on]
     drawn = [("plain", g) for g in grounds]
     drawn += [("pixel", "blue"), ("brindlewash", "pink"), ("sketch", "white"), ("neon", "white")]
-    return [
-        Scene(prompt(erasing.objects[0], s, g), prompt(SAFE_OBJECT, s, g), _DARK if s == "neon" else g)
-        for s, g in drawn
-    ]
+    name, other = erasing.objects[0], counterpart(split, erasing.objects[0])
+    return [Scene(prompt(name, s, g), prompt(other, s, g), other, _DARK if s == "neon" else g) for s, g in drawn]
 
 
 def grounds_of(pictures: Tensor) -> list[str]:
@@ -91,9 +99,7 @@ class Made:
 def made(bench: Bench, erasing: Erasing, each: int) -> Made:
     """The pairs of every scene, made once and then read from their files."""
     sampler, split = bench.plan.sampler, bench.plan.split
-    path = bench.path(
-        "rows", ".safetensors", "pairs", split.name, each, MAX_REDRAWS, sampler.bf16, PAIRS, erasing.label
-    )
+    path = bench.path("rows", ".safetensors", "pairs", split.name, each, sampler.bf16, EDIT, erasing.label)
     if not path.exists():
         _make(bench, erasing, each, path)
     stored, counts = load_file(path), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -103,16 +109,23 @@ def made(bench: Bench, erasing: Erasing, each: int) -> Made:
 
 def _make(bench: Bench, erasing: Erasing, each: int, path: Path) -> None:
     port = EmojiCanvasPort(bench.studio.model, bf16=bench.plan.sampler.bf16)
-    look = look_for(port, (*erasing.objects, *erasing.styles)[0], bench.studio.judge)
+    judge = bench.studio.judge
+    look = look_for(port, (*erasing.objects, *erasing.styles)[0], judge)
     unsafe, safe, numbers, tallies = [], [], [], list[Tally]()
     with port.trainable() as model:
-        for number, scene in enumerate(scenes(erasing)):
+        for number, scene in enumerate(scenes(bench.plan.split, erasing)):
+
+            def alike(bad: Tensor, good: Tensor, scene: Scene = scene) -> Tensor:
+                before, after = (judge.judge(port.decode(z)) for z in (bad, good))
+                same = before.styles.argmax(1) == after.styles.argmax(1)
+                return after.shows(scene.object) & (same | bool(erasing.styles))
+
             one, other, null = port.conditions([scene.unsafe, scene.safe, ""])
             try:
                 pairs = make_pairs(
                     model, one, other, null, count=each, unsafe_prompt=scene.unsafe, safe_prompt=scene.safe,
-                    family=port.family, seed=bench.plan.split.first_seed + number, look=look,
-                    threshold=bench.studio.judge.threshold, max_redraws=MAX_REDRAWS, **PAIRS,
+                    family=port.family, seed=bench.plan.split.first_seed + number, look=look, threshold=judge.threshold,
+                    alike=alike, **EDIT,
                 )  # fmt: skip
             except NoPairsError as error:
                 tallies.append(error.tally)
@@ -126,7 +139,7 @@ def _make(bench: Bench, erasing: Erasing, each: int, path: Path) -> None:
     def drawn(latents: list[Tensor]) -> Tensor:
         none = torch.zeros(0, *model.latent_shape)
         parts = torch.cat([none, *latents]).split(bench.plan.batch)
-        return torch.cat([to_bytes(bench.studio.model.vae.decode(z / SD15_SCALE).clamp(-1, 1)) for z in parts])
+        return torch.cat([to_bytes(port.decode(z)) for z in parts])
 
     counts = {
         "asked": sum(t.asked for t in tallies),
@@ -149,7 +162,7 @@ def measured(bench: Bench, erasing: Erasing, each: int = EACH) -> dict:
     ``within`` is between the members of a pair; ``between`` from an unsafe member to the safe one of another pair of the
     same prompts.
     """
-    pairs, asked, judge = made(bench, erasing, each), scenes(erasing), bench.studio.judge
+    pairs, asked, judge = made(bench, erasing, each), scenes(bench.plan.split, erasing), bench.studio.judge
     name = (*erasing.objects, *erasing.styles)[0]
     one, other = judge.judge(pairs.unsafe), judge.judge(pairs.safe)
     nothing, n = Rate(0, 0), len(pairs.scene)
