@@ -24,6 +24,7 @@ from .splits import Erasing
 
 _QUICK = {"sample_steps": 12, "batch": 4}
 TESTBED: dict[str, Mapping[str, Any]] = {
+    "adversarial": {"iterations": 500, "learning_rate": 2e-3, "sample_steps": 12},
     # All 77 rows of the empty prompt would leave hardly a free direction in a text width of 128.
     "speed": {"empty_prompt": "bos and 3 centres", "threshold": 1e-2, "retain_scale": 3e-4},
     "esd": {**_QUICK, "iterations": 60, "learning_rate": 1e-3},

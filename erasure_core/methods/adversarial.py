@@ -1,0 +1,273 @@
+"""Adversarial erasing: the weights and a population of embeddings that bring the concept back, trained against each other.
+
+    attack:  c_i  down  || eps_theta(x_t, t, c_i) - eps_0(x_t, t, c_e) ||^2       a few conditionings c_i, one step each
+    erase:   || eps_theta(x_t, t, c) - eps_0(x_t, t, c_0) ||^2                    c: one of them, one of former ones, a word
+    keep:    || eps_theta(y_t, t, c_k) - eps_0(y_t, t, c_k) ||^2                  the kept words and "", at their pictures
+
+with x pictures of the concept, y pictures of what is kept, c_0 the replacement. Ours, from three ideas: the min-max of
+AdvUnlearn (Zhang et al., arXiv:2405.15234), the variable of Dark Miner (arXiv:2409.17682), which is the whole conditioning,
+and adversaries that are never begun anew while the weights move (Shafahi et al., arXiv:1904.12843), so that an attack costs one
+step for each step of the weights, not 30.
+
+What differs from AdvUnlearn: it attacks with one prefix token and trains the text encoder; here nothing that could be put in
+place of a text is left out, and what is trained is the network, all linear layers of its transformer blocks. Changing only
+what reads text was not enough on EmojiCanvas: a free search found a way around every such erasure
+(docs/results/leaderboard.md).
+
+Each embedding starts near the empty prompt or near one of the concept's words, half of them each, and retires after ``life``
+steps, one at a time, to a store of former ones. Several concepts share them out. Time is uniform for the weights; for the
+embeddings each step has one time from every part of the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..artifact import Erasure
+from ..concept import ConceptSpec
+from ..operators.regress import TargetTerm, keep_term, regress
+from ..operators.search import free
+from ..operators.train_loop import Optimiser, Phase, Trainer, cosine, generator_for
+from ..operators.trainable import Cond, Layers, LoRA, TrainableModel, TrainablePort
+from ._training import Prompts, draw_pictures, erasure_of, kept
+from .registry import Aids, MethodSpec, Progress, setting
+
+_STORE = 4
+"""So many times the population of former embeddings are kept."""
+_CURRENT, _FORMER = 0.55, 0.25
+"""Shares of what a step erases; the rest are words."""
+_OTHERS = 64
+"""Pictures of what is kept, or one for each kept word if those are more."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    iterations: int = setting(
+        1000, "Training steps. More close more ways back and take longer.", low=1, high=100000, step=50
+    )
+    learning_rate: float = setting(2e-4, "Size of a training step.", low=1e-8, high=1.0, step=1e-5)
+    population: int = setting(
+        8, "Embeddings that search for a way back, side by side, all the time.", low=1, high=64, step=1
+    )
+    life: int = setting(
+        160, "Steps until such an embedding starts anew elsewhere. A longer life finds better hidden ways.",
+        low=1, high=100000, step=10,
+    )  # fmt: skip
+    attack_rate: float = setting(
+        0.03, "Size of their steps, relative to what is searched.", low=1e-6, high=10.0, step=1e-3
+    )
+    keep_weight: float = setting(
+        2.0, "How hard the kept words and the empty prompt are held.", low=0.0, high=1e6, step=0.1
+    )
+    layers: Layers = setting(Layers.ALL, "Which layers are changed. Less than all leaves ways back.")
+    rank: int = setting(32, "Rank of the change.", low=1, high=512, step=1)
+    batch: int = setting(8, "Pictures of the concept, and of what is kept, per step.", low=1, high=64, step=1)
+    pictures: int = setting(32, "Pictures of the concept that are drawn first, where none are given.",
+        low=1, high=10000, step=1)  # fmt: skip
+    guidance: float = setting(4.0, "Guidance of the pictures that training looks at.", low=0.0, high=30.0, step=0.5)
+    sample_steps: int = setting(20, "Sampler steps of these pictures.", low=2, high=1000, step=1)
+    seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One concept: the states of its words, what replaces them, and clean, scaled latents [k, C, h, w] that show it."""
+
+    words: Sequence[Cond]
+    anchor: Cond
+    pictures: Tensor
+
+    def noised(self, model: TrainableModel, t: Tensor, generator: torch.Generator) -> Tensor:
+        """Some of the pictures at the times ``t`` [B]."""
+        return _noised(model, self.pictures, t, generator)
+
+    def word(self, generator: torch.Generator) -> Cond:
+        return self.words[_one_of(len(self.words), generator)]
+
+
+class Adversaries:
+    """The population [N, L - 1, D] and the store of former ones [_STORE N, L - 1, D].
+
+    Embedding n works for concept n mod the number of concepts. One retires every ``life / N`` steps, in turn, so what happens
+    at a step follows from its number alone, and a training that was cut off goes on as it would have.
+    """
+
+    def __init__(self, concepts: Sequence[Wanted], null: Cond, settings: Settings, like: Tensor) -> None:
+        self.concepts, self._null, self._free = concepts, null, free(null)
+        self.count = max(settings.population, len(concepts))
+        self._every = max(1, settings.life // self.count)
+        generator = generator_for(settings.seed, "adversaries", -1)
+        starts = [self._start(n, generator).to(like) for n in range(self.count)]
+        self.now = torch.stack(starts).requires_grad_()
+        self.former = self.now.detach().repeat(_STORE, 1, 1).requires_grad_()
+        """Slots that nobody has retired to hold the starts."""
+        self.unit = self._free.unit
+
+    def concept(self, number: int) -> Wanted:
+        """Whom a member of the population, or of the store, works for."""
+        return self.concepts[number % self.count % len(self.concepts)]
+
+    def _start(self, number: int, generator: torch.Generator) -> Tensor:
+        if torch.rand((), generator=generator) < 0.5:
+            return self._free.start(generator)[0]
+        states = self.concept(number).word(generator).context[0, 1:].detach()
+        spread = 0.1 * states.std(-1, keepdim=True)
+        return states + spread * torch.randn(states.shape, generator=generator).to(states)
+
+    def read(self, values: Tensor) -> Cond:
+        """As the network reads them, BOS in front."""
+        bos = self._null.context[:, :1].to(values)
+        return self._null.with_context(torch.cat([bos.expand(len(values), -1, -1), values], dim=1))
+
+    @torch.no_grad()
+    def retire(self, i: int, generator: torch.Generator) -> None:
+        """Before step ``i``: whose time has come goes to the store and starts anew."""
+        turn, rest = divmod(i, self._every)
+        if rest or not turn:
+            return
+        number = turn % self.count
+        self.former[turn % len(self.former)].copy_(self.now[number])
+        self.now[number].copy_(self._start(number, generator).to(self.now))
+
+    def draw(self, n: int, i: int, generator: torch.Generator) -> list[tuple[Wanted, Cond]]:
+        """``n`` conditionings to erase at step ``i``, each with its concept."""
+        stored = min(i // self._every, len(self.former))
+        drawn = []
+        for kind in torch.rand(n, generator=generator).tolist():
+            if kind < _CURRENT or (kind < _CURRENT + _FORMER and not stored):
+                number = _one_of(self.count, generator)
+                drawn.append((self.concept(number), self.read(self.now[number : number + 1].detach())))
+            elif kind < _CURRENT + _FORMER:
+                # turn 1 went to slot 1: of a store that isn't full, slots 1 to ``stored`` are taken
+                number = (1 + _one_of(stored, generator)) % len(self.former)
+                drawn.append((self.concept(number), self.read(self.former[number : number + 1].detach())))
+            else:
+                concept = self.concepts[_one_of(len(self.concepts), generator)]
+                drawn.append((concept, concept.word(generator)))
+        return drawn
+
+
+def _one_of(n: int, generator: torch.Generator) -> int:
+    return int(torch.randint(n, (), generator=generator))
+
+
+def _noised(model: TrainableModel, pictures: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+    chosen = torch.randint(len(pictures), (len(t),), generator=generator)
+    return model.schedule.add_noise(pictures[chosen.to(pictures.device)], model.noise(len(t), generator), t)
+
+
+def attack_loss(model: TrainableModel, adversaries: Adversaries, generator: torch.Generator) -> Tensor:
+    """How far each adversary is from the original network's prediction for the concept's words: the sum over the population
+    of means over elements, so that one's gradient does not shrink with their number."""
+    n = adversaries.count
+    parts = torch.randperm(n, generator=generator)  # or one and the same always had the cleanest latents
+    t = ((parts + torch.rand(n, generator=generator)) / n * len(model.schedule)).long()
+    owners = [adversaries.concept(k) for k in range(n)]
+    z = torch.cat([c.noised(model, t[k : k + 1], generator) for k, c in enumerate(owners)])
+    target = model.reference(z, t, Cond.cat([c.word(generator) for c in owners]))
+    return n * F.mse_loss(model.predict(z, t, adversaries.read(adversaries.now)), target)
+
+
+def erase_loss(
+    model: TrainableModel, adversaries: Adversaries, batch: int, i: int, generator: torch.Generator
+) -> Tensor:
+    """What is read as the concept, to what its replacement is."""
+    drawn = adversaries.draw(batch, i, generator)
+    t = torch.randint(0, len(model.schedule), (batch,), generator=generator)
+    z = torch.cat([c.noised(model, t[k : k + 1], generator) for k, (c, _) in enumerate(drawn)])
+    conds = {"reads": Cond.cat([x for _, x in drawn]), "anchor": Cond.cat([c.anchor for c, _ in drawn])}
+    return regress(model, [TargetTerm("erase", "reads", {"anchor": 1.0})], z, t, conds)["erase"]
+
+
+def keep_loss(
+    model: TrainableModel,
+    others: Tensor,
+    words: Sequence[Cond],
+    concepts: Sequence[Wanted],
+    null: Cond,
+    batch: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """The kept words at pictures ``others`` of them (picture k shows ``words[k % n]``); the empty prompt at these and at the
+    concept's, and now and then a kept word at the concept's."""
+    t = torch.randint(0, len(model.schedule), (batch,), generator=generator)
+    z, conds = [], []
+    for k in range(batch):
+        number = _one_of(len(others), generator)
+        at_concept = k % 8 in (0, 2) or not words
+        pictures = concepts[_one_of(len(concepts), generator)].pictures if at_concept else others[number : number + 1]
+        z.append(_noised(model, pictures, t[k : k + 1], generator))
+        conds.append(null if k % 8 in (0, 1) or not words else words[number % len(words)])
+    return regress(model, [keep_term("reads")], torch.cat(z), t, {"reads": Cond.cat(conds)})["keep"]
+
+
+def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
+    """Erase by training weights and embeddings against each other. Pictures that are given show the first concept."""
+    prompts = Prompts(port, spec, aids.dark)
+    with port.trainable() as model:
+        parameters = model.train(LoRA(settings.layers, settings.rank), settings.seed)
+        wait: Progress = lambda _done, _total: progress(0, settings.iterations)  # noqa: E731
+        concepts = wanted(model, spec, prompts, settings, aids, wait)
+        words = [prompts[word].on(model.device, model.dtype) for word in prompts.keep]
+        null = prompts.null.on(model.device, model.dtype)
+        others = draw_pictures(model, words or [null], null, _OTHERS if words else 1, settings, wait)
+        adversaries = Adversaries(concepts, prompts.null, settings, others)
+
+        def attack(i: int, generator: torch.Generator) -> dict[str, Tensor]:
+            adversaries.retire(i, generator)
+            return {"attack": attack_loss(model, adversaries, generator)}
+
+        def erase(i: int, generator: torch.Generator) -> dict[str, Tensor]:
+            losses = {"erase": erase_loss(model, adversaries, settings.batch, i, generator)}
+            if settings.keep_weight:
+                held = keep_loss(model, others, words, concepts, null, settings.batch, generator)
+                losses["keep"] = settings.keep_weight * held
+            return losses
+
+        # The store gets no gradient; it is a parameter so that a checkpoint holds it.
+        rate = cosine(settings.iterations, warmup=min(20, settings.iterations // 10))
+        phases = [
+            Phase("adversaries", [adversaries.now, adversaries.former], attack,
+                Optimiser(settings.attack_rate * adversaries.unit)),
+            Phase("weights", parameters, erase, Optimiser(settings.learning_rate), rate),
+        ]  # fmt: skip
+        trainer = Trainer(model, phases, settings.iterations, seed=settings.seed)
+        trainer.run(progress, aids.watch, checkpoint=kept(aids, port, spec, "adversarial", settings))
+        return erasure_of(port, spec, "adversarial", settings, model.deltas())
+
+
+def wanted(
+    model: TrainableModel, spec: ConceptSpec, prompts: Prompts, settings: Settings, aids: Aids, progress: Progress
+) -> list[Wanted]:
+    """Each concept with its words, embeddings that were found before (of the first), and pictures."""
+
+    def read(name: str) -> Cond:
+        return prompts[name].on(model.device, model.dtype)
+
+    found = [read(name) for name, _ in prompts.pairs if name not in prompts.words]
+    concepts = []
+    for number, concept in enumerate(spec.erase):
+        words = [read(word) for word in concept.words]
+        pictures = aids.pictures if not number else None
+        if pictures is None:
+            pictures = draw_pictures(model, words, prompts.null, settings.pictures, settings, progress)
+        reads = words + (found if not number else [])
+        concepts.append(Wanted(reads, read(concept.to), pictures.to(model.device, model.dtype)))
+    return concepts
+
+
+SPEC = MethodSpec(
+    name="adversarial",
+    title="Adversarial",
+    summary="Trains the model against embeddings that search all the time for a way to bring the concept back. "
+    "The most thorough; takes minutes.",
+    paper="https://arxiv.org/abs/2405.15234",
+    settings=Settings,
+    run=run,
+    trains=True,
+)
