@@ -1,0 +1,172 @@
+"""Adversarial erasing: its three losses against passes of the plain network, and who attacks what, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from erasure_core.methods import adversarial
+from erasure_core.methods.adversarial import Adversaries, Settings, Wanted
+from erasure_core.operators.trainable import Cond, FullWeights, TrainableModel
+
+pytestmark = pytest.mark.core
+NULL = 0.01
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def concept(seed: int) -> Wanted:
+    """Two words, an anchor and a picture of its own."""
+    words = [Cond(normal(1, 6, 16, seed=seed + i)) for i in (0, 1)]
+    return Wanted(words, Cond(normal(1, 6, 16, seed=seed + 2)), normal(1, 4, 4, 4, seed=seed + 3))
+
+
+@pytest.fixture
+def null() -> Cond:
+    return Cond(NULL * normal(1, 6, 16, seed=99))
+
+
+@pytest.fixture
+def model(tiny64) -> Iterator[TrainableModel]:
+    with tiny64.trainable() as model:
+        model.train(FullWeights())
+        with torch.no_grad():
+            for i, p in enumerate(model.parameters()):
+                p.add_(0.1 * normal(*p.shape, seed=i))
+        yield model
+
+
+@pytest.fixture
+def passes(model: TrainableModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Tensor, Tensor, Tensor, Tensor]]:
+    """(whose, z, t, states, prediction) of every pass from now on."""
+    seen: list[Any] = []
+    plain = model.predict
+
+    def predict(z: Tensor, t: Tensor, cond: Cond, *args: Any, **kwargs: Any) -> Tensor:
+        out = plain(z, t, cond, *args, **kwargs)
+        whose = "student" if out.requires_grad or not args else str(args[0])
+        seen.append((whose, z, t, cond.expand(len(z)).context, out))
+        return out
+
+    monkeypatch.setattr(model, "predict", predict)
+    return seen
+
+
+def population(null: Cond, concepts: list[Wanted], **settings: Any) -> Adversaries:
+    return Adversaries(concepts, null, Settings(**settings), torch.zeros(1, dtype=torch.float64))
+
+
+def test_each_embedding_is_drawn_to_what_the_original_sees_in_its_own_concept(tiny64, model, passes, null) -> None:
+    concepts = [concept(0), concept(10)]
+    adversaries = population(null, concepts, population=4)
+    loss = adversarial.attack_loss(model, adversaries, torch.Generator().manual_seed(3))
+    (frozen, z, t, words, target), (student, z2, t2, reads, _) = passes
+    assert (frozen, student) == ("frozen", "student") and torch.equal(z, z2) and torch.equal(t, t2)
+    assert sorted((t * 4 // 1000).tolist()) == [0, 1, 2, 3], "one time from every part of the schedule"
+    for k in range(4):
+        own = concepts[k % 2]
+        assert any(torch.equal(words[k], word.context[0]) for word in own.words)
+        signal, noise = (tiny64.schedule.add_noise(x, 1 - x, t[k : k + 1]) for x in torch.eye(2)[:, :, None, None, None])
+        rest = (z[k] - signal.flatten()[0] * own.pictures[0]) / noise.flatten()[0]
+        assert 0.3 < float(rest.std()) < 2, "what is left of the latent is noise"
+        assert torch.equal(reads[k, 1:], adversaries.now[k].detach()) and torch.equal(reads[k, :1], null.context[0, :1])
+    assert torch.allclose(target, tiny64.unet(z, t, words))
+    expected = sum((model.predict(z, t, Cond(reads))[k] - target[k]).square().mean() for k in range(4))
+    assert torch.allclose(loss, expected)
+    slope = torch.autograd.grad(loss, [adversaries.now, adversaries.former], allow_unused=True)
+    assert slope[0] is not None and slope[1] is None, "former ones are not searched on"
+
+
+def test_what_is_erased_goes_to_its_own_replacement(tiny64, model, passes, null) -> None:
+    concepts = [concept(0), concept(10)]
+    adversaries = population(null, concepts, population=2)
+    loss = adversarial.erase_loss(model, adversaries, 16, 0, torch.Generator().manual_seed(3))
+    (_, z, t, reads, student), (_, _, _, anchors, _) = passes
+    assert torch.allclose(loss, (student - tiny64.unet(z, t, anchors)).square().mean())
+    assert torch.autograd.grad(loss, [adversaries.now], allow_unused=True) == (None,), "embeddings are only read here"
+    known = [[*(w.context[0] for w in c.words), adversaries.read(adversaries.now[k : k + 1].detach()).context[0]]
+             for k, c in enumerate(concepts)]  # fmt: skip
+    for states, anchor in zip(reads, anchors, strict=True):
+        owner = [k for k, c in enumerate(concepts) if torch.equal(c.anchor.context[0], anchor)]
+        assert len(owner) == 1 and any(torch.equal(states, x) for x in known[owner[0]])
+
+
+def test_kept_words_are_held_at_pictures_of_their_own(model, passes, null, monkeypatch) -> None:
+    monkeypatch.setattr(model, "noise", lambda n, generator: torch.zeros(n, 4, 4, 4, dtype=torch.float64))
+    monkeypatch.setattr(type(model.schedule), "add_noise", lambda _, x0, noise, t: x0 + noise)
+    words = [Cond(normal(1, 6, 16, seed=i)) for i in range(3)]
+    others = torch.arange(6, dtype=torch.float64)[:, None, None, None].expand(6, 4, 4, 4)  # picture k shows word k mod 3
+    shown = concept(0)
+    loss = adversarial.keep_loss(model, others, words, [shown], null, 8, torch.Generator().manual_seed(3))
+    (_, z, _, reads, student), (_, _, _, again, original) = passes
+    assert torch.equal(reads, again) and torch.allclose(loss, (student - original).square().mean())
+    at_concept = [bool(torch.equal(x, shown.pictures[0])) for x in z]
+    empty = [bool(torch.equal(states, null.context[0])) for states in reads]
+    assert at_concept == [k in (0, 2) for k in range(8)] and empty == [k in (0, 1) for k in range(8)]
+    for k in range(3, 8):
+        assert torch.equal(reads[k], words[int(z[k, 0, 0, 0]) % 3].context[0])
+
+
+def test_one_at_a_time_retires_to_the_store_and_starts_anew(null) -> None:
+    adversaries = population(null, [concept(0), concept(10)], population=4, life=8)
+    before = adversaries.now.detach().clone()
+    for i in range(2 * 16 + 1):
+        was = adversaries.now.detach().clone()
+        adversaries.retire(i, torch.Generator().manual_seed(i))
+        changed = [k for k in range(4) if not torch.equal(adversaries.now[k], was[k])]
+        turn = i // 2
+        assert changed == ([turn % 4] if i and i % 2 == 0 else [])
+        if changed:
+            assert torch.equal(adversaries.former[turn % 16], was[turn % 4]), "the store holds it as it was found"
+    assert not any(torch.equal(adversaries.now[k], before[k]) for k in range(4))
+    assert adversaries.concept(5) is adversaries.concepts[1] and adversaries.concept(14) is adversaries.concepts[0]
+
+
+def test_only_what_has_retired_is_taken_from_the_store(null) -> None:
+    adversaries = population(null, [concept(0)], population=2, life=2)
+    with torch.no_grad():
+        adversaries.now.fill_(1)
+        adversaries.former.copy_(torch.arange(8, dtype=torch.float64)[:, None, None] + 10)
+
+    def kinds(i: int) -> list[float]:
+        drawn = adversaries.draw(400, i, torch.Generator().manual_seed(1))
+        return [float(c.context[0, 1, 0]) for _, c in drawn]
+
+    words = {float(w.context[0, 1, 0]) for w in adversaries.concepts[0].words}
+    assert set(kinds(0)) == {1.0} | words
+    assert set(kinds(3)) == {1.0, 11, 12, 13} | words
+    late = kinds(100)
+    assert set(late) == {1.0, *range(10, 18)} | words
+    assert late.count(1.0) == pytest.approx(220, abs=30) and sum(x in words for x in late) == pytest.approx(80, abs=25)
+
+
+def test_the_population_is_large_enough_for_every_concept(null) -> None:
+    adversaries = population(null, [concept(10 * k) for k in range(5)], population=2)
+    assert {id(adversaries.concept(k)) for k in range(adversaries.count)} == set(map(id, adversaries.concepts))
+
+
+def test_against_weights_that_stand_still_embeddings_find_the_way(tiny64, null) -> None:
+    """With the original's own weights the least of the attack's loss is zero: at the concept's word."""
+    own = Wanted([Cond(normal(1, 6, 16, seed=1))], null, normal(1, 4, 4, 4, seed=2))
+    adversaries = population(null, [own], population=2)
+    with tiny64.trainable() as model:
+        model.train(FullWeights())
+
+        def distance() -> float:
+            """At times and noises that no step has seen."""
+            seen = [adversarial.attack_loss(model, adversaries, torch.Generator().manual_seed(1000 + i)) for i in range(10)]
+            return float(sum(x.detach() for x in seen))
+
+        before, optimiser = distance(), torch.optim.Adam([adversaries.now], 0.05)
+        for i in range(120):
+            loss = adversarial.attack_loss(model, adversaries, torch.Generator().manual_seed(i))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        assert distance() < 0.5 * before
