@@ -1,7 +1,8 @@
 """Adversarial erasing: the weights and a population of embeddings that bring the concept back, trained against each other.
 
     attack:  c_i  down  || eps_theta(x_t, t, c_i) - eps_0(x_t, t, c_e) ||^2       a few conditionings c_i, one step each
-    erase:   || eps_theta(x_t, t, c) - eps_0(x_t, t, c_0) ||^2                    c: one of them, one of former ones, a word
+    erase:   || eps_theta(x_t, t, c) - ( eps_0(x_t, t, c_0) - g (eps_0(x_t, t, c_e) - eps_0(x_t, t, "")) ) ||^2
+                                                                    c: one of them, one of former ones, a word
     keep:    || eps_theta(y_t, t, c_k) - eps_0(y_t, t, c_k) ||^2                  the kept words and "", at their pictures
 
 with x pictures of the concept, y pictures of what is kept, c_0 the replacement. Ours, from three ideas: the min-max of
@@ -30,13 +31,15 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
-from ..operators.regress import TargetTerm, keep_term, regress
+from ..operators.regress import TargetTerm, keep_term, regress, shifted
 from ..operators.search import free
 from ..operators.train_loop import Optimiser, Phase, Trainer, cosine, generator_for
 from ..operators.trainable import Cond, Layers, LoRA, TrainableModel, TrainablePort
-from ._training import Prompts, draw_pictures, erasure_of, kept
+from ._training import ERASE, NULL, TO, Prompts, draw_pictures, erasure_of, kept
 from .registry import Aids, MethodSpec, Progress, setting
 
+READS = "reads"
+"""Key of what a loss's student reads."""
 _STORE = 4
 """So many times the population of former embeddings are kept."""
 _CURRENT, _FORMER = 0.55, 0.25
@@ -60,6 +63,9 @@ class Settings:
     )  # fmt: skip
     attack_rate: float = setting(
         0.03, "Size of their steps, relative to what is searched.", low=1e-6, high=10.0, step=1e-3
+    )
+    negative_guidance: float = setting(
+        1.0, "How far beyond the replacement, away from the concept.", low=0.0, high=20.0, step=0.1
     )
     keep_weight: float = setting(
         2.0, "How hard the kept words and the empty prompt are held.", low=0.0, high=1e6, step=0.1
@@ -174,14 +180,17 @@ def attack_loss(model: TrainableModel, adversaries: Adversaries, generator: torc
 
 
 def erase_loss(
-    model: TrainableModel, adversaries: Adversaries, batch: int, i: int, generator: torch.Generator
+    model: TrainableModel, adversaries: Adversaries, null: Cond, settings: Settings, i: int, generator: torch.Generator
 ) -> Tensor:
-    """What is read as the concept, to what its replacement is."""
+    """What is read as the concept, to what its replacement is, or beyond."""
+    batch = settings.batch
     drawn = adversaries.draw(batch, i, generator)
     t = torch.randint(0, len(model.schedule), (batch,), generator=generator)
     z = torch.cat([c.noised(model, t[k : k + 1], generator) for k, (c, _) in enumerate(drawn)])
-    conds = {"reads": Cond.cat([x for _, x in drawn]), "anchor": Cond.cat([c.anchor for c, _ in drawn])}
-    return regress(model, [TargetTerm("erase", "reads", {"anchor": 1.0})], z, t, conds)["erase"]
+    conds = {READS: Cond.cat([x for _, x in drawn]), TO: Cond.cat([c.anchor for c, _ in drawn]), NULL: null}
+    conds[ERASE] = Cond.cat([c.word(generator) for c, _ in drawn])
+    target = shifted(TO, -settings.negative_guidance, ERASE, NULL)
+    return regress(model, [TargetTerm("erase", READS, target)], z, t, conds)["erase"]
 
 
 def keep_loss(
@@ -203,7 +212,7 @@ def keep_loss(
         pictures = concepts[_one_of(len(concepts), generator)].pictures if at_concept else others[number : number + 1]
         z.append(_noised(model, pictures, t[k : k + 1], generator))
         conds.append(null if k % 8 in (0, 1) or not words else words[number % len(words)])
-    return regress(model, [keep_term("reads")], torch.cat(z), t, {"reads": Cond.cat(conds)})["keep"]
+    return regress(model, [keep_term(READS)], torch.cat(z), t, {READS: Cond.cat(conds)})["keep"]
 
 
 def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
@@ -223,7 +232,7 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
             return {"attack": attack_loss(model, adversaries, generator)}
 
         def erase(i: int, generator: torch.Generator) -> dict[str, Tensor]:
-            losses = {"erase": erase_loss(model, adversaries, settings.batch, i, generator)}
+            losses = {"erase": erase_loss(model, adversaries, null, settings, i, generator)}
             if settings.keep_weight:
                 held = keep_loss(model, others, words, concepts, null, settings.batch, generator)
                 losses["keep"] = settings.keep_weight * held
