@@ -29,17 +29,9 @@ PRESETS: dict[str, Preset] = {
     "fast": Preset("uce", "the named words only, with the least side effects, in a second (UCE)."),
     "balanced": Preset("rece", "also reaches words that you did not name, in seconds (RECE)."),
     "thorough": Preset(
-        "dark_miner",
-        "trains, and searches for what still brings the concept back, in minutes (Dark Miner).",
-        {"rounds": 4, "learning_rate": 4e-4},
-        {
-            "rounds": 4,
-            "mine_steps": 60,
-            "mine_rate": 0.03,
-            "iterations": 60,
-            "learning_rate": 2e-3,
-            "batch": 8,
-            "sample_steps": 12,
-        },
+        "adversarial",
+        "trains against embeddings that search all the time for what still brings the concept back, in minutes (Adversarial).",
+        {"iterations": 500, "learning_rate": 4e-4, "population": 4, "batch": 4},
+        {"iterations": 500, "learning_rate": 2e-3, "sample_steps": 12},
     ),
 }

@@ -85,7 +85,7 @@ edits what words mean; a search that does not go through words finds the concept
 
 **Then try**
 - another **attack**, and a higher **effort**: 1 is its paper's budget
-- quality *thorough* in **Erase Concept** (with *vae* and *judge*), and the same attacks again
+- quality *thorough* in **Erase Concept** (minutes; much longer on a CPU), and the same attacks again
 
 4. **Erasure Receipt** draws before and after at seeds of its own, counts, and keeps it all, attacks included, in the erasure's
 file: connect **Save Erasure** to its *erasure*.

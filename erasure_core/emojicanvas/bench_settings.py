@@ -24,7 +24,7 @@ from .splits import Erasing
 
 _QUICK = {"sample_steps": 12, "batch": 4}
 TESTBED: dict[str, Mapping[str, Any]] = {
-    "adversarial": {"iterations": 500, "learning_rate": 2e-3, "sample_steps": 12},
+    "adversarial": PRESETS["thorough"].small,
     # All 77 rows of the empty prompt would leave hardly a free direction in a text width of 128.
     "speed": {"empty_prompt": "bos and 3 centres", "threshold": 1e-2, "retain_scale": 3e-4},
     "esd": {**_QUICK, "iterations": 60, "learning_rate": 1e-3},
@@ -37,7 +37,15 @@ TESTBED: dict[str, Mapping[str, Any]] = {
     "kpop": {**_QUICK, "iterations": 100, "learning_rate": 1e-3, "memory_rate": 1e-2},
     "duo": {"iterations": 120, "beta": 100.0, "base_learning_rate": 1e-3, "base_prior_weight": 10.0},
     "cpe": {"stages": 2, "iterations": 200, "attack_steps": 200},
-    "dark_miner": PRESETS["thorough"].small,
+    "dark_miner": {
+        **_QUICK,
+        "rounds": 4,
+        "mine_steps": 60,
+        "mine_rate": 0.03,
+        "iterations": 60,
+        "learning_rate": 2e-3,
+        "batch": 8,
+    },
 }
 
 ATTACKS: dict[str, Mapping[str, Any]] = {

@@ -249,7 +249,7 @@ SPEC = MethodSpec(
     name="dark_miner",
     title="Dark Miner",
     summary="Searches for what still brings the concept back and erases that too, round after round, until nothing is "
-    "found. The most thorough, and the slowest.",
+    "found.",
     paper="https://arxiv.org/abs/2409.17682",
     settings=Settings,
     run=run,
