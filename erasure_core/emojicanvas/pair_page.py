@@ -51,7 +51,8 @@ def sheet(pairs: Mapping[str, Made]) -> Image.Image:
         shown = chosen(made, _ACROSS)
         for row, (label, members) in enumerate((("unsafe", made.unsafe), ("safe", made.safe))):
             y = k * block + row * step
-            draw.text((6, y + _TILE / 2 - 18), f"{name}\n{label}", "#a1309b" if label == "unsafe" else "#2f7d4f", font)
+            about = f"{name.removesuffix(' (style)')}\n{label}"
+            draw.text((6, y + _TILE / 2 - 18), about, "#a1309b" if label == "unsafe" else "#2f7d4f", font)
             for column, i in enumerate(shown):
                 picture.paste(_tile(members[i]), (_SIDE + column * step, y))
     return picture
@@ -90,12 +91,16 @@ What looks is {judge.name} {judge.version}, at {judge.threshold:g}.
 - **Same style, same object**: the judge's likeliest label is one for both members, whatever it is. Where the style was the
   concept, the object should stay, and the other way round.
 - **Same ground**: nothing was redrawn for it. The judge knows no grounds; measured is the median colour of the outer {EDGE}
-  pixels, called by the nearest of the captions' six and of neon's near black. A plain counterpart can't keep neon's.
+  pixels, called by the nearest of the captions' six and of neon's near black. A style takes its ground with it: neon's is
+  black, and brindlewash paints most grounds gray, where its plain counterparts have the ground that their prompt names.
 - **Distance**: {perceptual.NAME} between the members of a pair, and between an unsafe member and the safe
   one of another pair of the same two prompts: below that, a pair shares more than its prompts.
+
+The edit was chosen on the tuning split. DUO is trained with other pairs here (a house in place of every object, strength
+0.85, redrawn for the concept alone), with which its settings were chosen.
 """
     RESULTS.mkdir(parents=True, exist_ok=True)
-    sheet(pairs).save(RESULTS / "pairs.png", optimize=True)
+    sheet(pairs).quantize(256).save(RESULTS / "pairs.png", optimize=True)
     (RESULTS / "pairs.md").write_text(text, encoding="utf-8")
     whole = {"sampler": dataclasses.asdict(sampler), "sdedit": dict(EDIT), "each": each, "rows": rows}
     (RESULTS / "pairs.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
