@@ -5,6 +5,7 @@
     python -m erasure_core.emojicanvas.bench leaderboard --quick          # methods under attack: docs/results/leaderboard.*
     python -m erasure_core.emojicanvas.bench memory       # safe prompt memories: docs/results/memory.{json,md}
     python -m erasure_core.emojicanvas.bench pairs        # SDEdit pairs, judged both ways: docs/results/pairs.{json,md,png}
+    python -m erasure_core.emojicanvas.bench passes       # training steps beside their passes: docs/results/passes.{json,md}
     python -m erasure_core.emojicanvas.bench tune --method uce --set ridge=0.01     # one line, on the tuning split
 
 ``effect`` and ``tune`` take every registered method. Pictures of the unchanged model are drawn once and kept in the
@@ -36,6 +37,7 @@ from .leaderboard import CONCEPTS, QUICK_ATTACKS, QUICK_CONCEPTS, Contest, budge
 from .memory_effect import memory_effect
 from .pair_page import pairs_page
 from .pair_quality import EACH
+from .passes_page import passes_page
 from .rows import Bench, Plan, flags
 from .splits import SCORING, STYLE_OBJECTS, TUNING, Shot, erasings
 from .studio import Sampler, Studio, to_bytes
@@ -102,7 +104,7 @@ def base(studio: Studio, seeds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("base", "effect", "leaderboard", "memory", "pairs", "tune"))
+    parser.add_argument("what", choices=("base", "effect", "leaderboard", "memory", "pairs", "passes", "tune"))
     parser.add_argument(
         "--method", nargs="+", default=list(all_methods()), choices=list(all_methods()), help="default: all"
     )
@@ -173,6 +175,9 @@ def main() -> None:
         return
     if a.what == "pairs":
         pairs_page(Bench(plan), a.seeds or EACH)
+        return
+    if a.what == "passes":
+        passes_page(Bench(plan), a.method)
         return
     if a.what == "leaderboard":
         attacks = a.attack or (QUICK_ATTACKS if a.quick else all_attacks())
