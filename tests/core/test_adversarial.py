@@ -83,18 +83,21 @@ def test_each_embedding_is_drawn_to_what_the_original_sees_in_its_own_concept(ti
     assert slope[0] is not None and slope[1] is None, "former ones are not searched on"
 
 
-def test_what_is_erased_goes_to_its_own_replacement(tiny64, model, passes, null) -> None:
+def test_what_is_erased_goes_to_its_own_replacement_or_beyond(tiny64, model, passes, null) -> None:
     concepts = [concept(0), concept(10)]
-    adversaries = population(null, concepts, population=2)
-    loss = adversarial.erase_loss(model, adversaries, 16, 0, torch.Generator().manual_seed(3))
-    (_, z, t, reads, student), (_, _, _, anchors, _) = passes
-    assert torch.allclose(loss, (student - tiny64.unet(z, t, anchors)).square().mean())
+    adversaries, settings = population(null, concepts, population=2), Settings(negative_guidance=0.7, batch=16)
+    loss = adversarial.erase_loss(model, adversaries, null, settings, 0, torch.Generator().manual_seed(3))
+    (_, z, t, reads, student), (_, _, _, aims, _) = passes
+    to, word, empty = aims.split(16)
+    plain = [tiny64.unet(z, t, states) for states in (to, word, empty)]
+    assert torch.allclose(loss, (student - (plain[0] - 0.7 * (plain[1] - plain[2]))).square().mean())
     assert torch.autograd.grad(loss, [adversaries.now], allow_unused=True) == (None,), "embeddings are only read here"
-    known = [[*(w.context[0] for w in c.words), adversaries.read(adversaries.now[k : k + 1].detach()).context[0]]
-             for k, c in enumerate(concepts)]  # fmt: skip
-    for states, anchor in zip(reads, anchors, strict=True):
-        owner = [k for k, c in enumerate(concepts) if torch.equal(c.anchor.context[0], anchor)]
-        assert len(owner) == 1 and any(torch.equal(states, x) for x in known[owner[0]])
+    for k in range(16):
+        (n,) = [n for n, c in enumerate(concepts) if torch.equal(c.anchor.context[0], to[k])]
+        words = [w.context[0] for w in concepts[n].words]
+        searching = adversaries.read(adversaries.now[n : n + 1].detach()).context[0]
+        assert any(torch.equal(word[k], x) for x in words) and torch.equal(empty[k], null.context[0])
+        assert any(torch.equal(reads[k], x) for x in [*words, searching])
 
 
 def test_kept_words_are_held_at_pictures_of_their_own(model, passes, null, monkeypatch) -> None:
