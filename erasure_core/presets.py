@@ -32,6 +32,6 @@ PRESETS: dict[str, Preset] = {
         "adversarial",
         "trains against embeddings that search all the time for what still brings the concept back, in minutes (Adversarial).",
         {"iterations": 500, "learning_rate": 4e-4, "population": 4, "batch": 4},
-        {"iterations": 500, "learning_rate": 2e-3, "sample_steps": 12},
+        {"iterations": 700, "learning_rate": 2e-3, "sample_steps": 12},
     ),
 }
