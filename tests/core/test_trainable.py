@@ -72,6 +72,22 @@ def test_the_student_is_the_network_with_its_weights_changed(tiny64, what) -> No
     assert tiny64.untouched()
 
 
+def test_a_lora_predicts_the_same_with_and_without_gradient(tiny64) -> None:
+    z, t, cond = torch.randn(2, 4, 4, 4).double(), torch.tensor([10, 700]), Cond(torch.randn(2, 6, 16).double())
+    kept: list[torch.Tensor] = []
+    with tiny64.trainable() as model:
+        for p in model.train(LoRA(Layers.ALL, 3, alpha=1.5)):
+            p.data.normal_()
+        layer = model.module(model.sites[0].name)
+        mine = layer.register_forward_hook(lambda _m, _a, out: kept.append(out))
+        learned = model.predict(z, t, cond)
+        assert torch.allclose(model.reference(z, t, cond, Weights.STUDENT), learned, atol=1e-10)
+        assert not torch.allclose(model.reference(z, t, cond), learned)
+        assert len(kept) == 3, "hooks of others hear every pass"
+        mine.remove()
+    assert "forward" not in layer.__dict__ and tiny64.untouched()
+
+
 @pytest.mark.parametrize("what", [FullWeights(Layers.TEXT), LoRA(Layers.ALL, 3, alpha=1.0)])
 def test_what_is_exported_is_what_was_trained(tiny, what, tmp_path) -> None:
     z, t, cond = inputs(dtype=torch.float32)
