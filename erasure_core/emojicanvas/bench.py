@@ -116,6 +116,7 @@ def main() -> None:
         "--budget", nargs="+", action="extend", default=[], metavar="ATTACK.SETTING=VALUE", help="for the leaderboard"
     )
     parser.add_argument("--quick", action="store_true", help="leaderboard: three concepts, the three cheapest attacks")
+    parser.add_argument("--page", default="leaderboard", help="leaderboard: name of its page under docs/results")
     parser.add_argument("--plan", action="store_true", help="leaderboard: only say what it will cost")
     parser.add_argument("--report", action="store_true", help="leaderboard: only write the page of what is measured")
     parser.add_argument(
@@ -181,7 +182,7 @@ def main() -> None:
         return
     if a.what == "leaderboard":
         attacks = a.attack or (QUICK_ATTACKS if a.quick else all_attacks())
-        contest = Contest(chosen, list(attacks), budgets(a.budget))
+        contest = Contest(chosen, list(attacks), budgets(a.budget), a.page)
         leaderboard(Bench(plan), contest, jobs=a.jobs, ray=a.ray, fresh=a.fresh, plan=a.plan, report=a.report)
         return
     (effect if a.what == "effect" else tune)(Bench(plan), chosen, a.fresh, a.jobs)

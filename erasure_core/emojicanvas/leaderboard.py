@@ -43,6 +43,8 @@ class Contest:
     attacks: Sequence[str]
     budgets: Mapping[str, Mapping[str, Any]]
     """Settings of attacks that differ from the testbed's."""
+    page: str = "leaderboard"
+    """Name of the page under docs/results."""
 
     def tasks(self, bench: Bench) -> list[Task]:
         """Erasures first, then the attacks on them, attack by attack, so that a run that is stopped has whole columns."""
@@ -64,15 +66,16 @@ class Costs:
     def __init__(self, bench: Bench) -> None:
         path = RESULTS / "leaderboard.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        self._seconds: dict[str, float] = known.get("seconds", {})
         self.speed = drawing_seconds(bench)
-        self._factor = self.speed / known["seconds_a_picture"] if "seconds_a_picture" in known else 1.0
+        factor = self.speed / known["seconds_a_picture"] if "seconds_a_picture" in known else 1.0
+        self.seconds: dict[str, float] = {k: round(factor * v, 1) for k, v in known.get("seconds", {}).items()}
+        """By kind of task, as this machine would take them."""
 
     def of(self, task: Task) -> float:
-        return self._factor * self._seconds.get(_kind(task), _UNKNOWN)
+        return self.seconds.get(_kind(task), _UNKNOWN)
 
     def unknown(self, tasks: Sequence[Task]) -> list[str]:
-        return sorted({_kind(t) for t in tasks} - set(self._seconds))
+        return sorted({_kind(t) for t in tasks} - set(self.seconds))
 
 
 def _kind(task: Task) -> str:
@@ -137,7 +140,8 @@ def leaderboard(
             for task in _run(bench, part, jobs, ray):
                 bar.set_description(f"{_kind(task)}: {bench.plan.erasings()[task.number].label}")
                 bar.update(round(costs.of(task)))
-    write_page(bench, contest.attacks, standings(bench, contest), timings(bench, tasks) | {"speed": costs.speed})
+    cost = {"seconds": costs.seconds | timings(bench, tasks), "speed": costs.speed}
+    write_page(bench, contest.page, contest.attacks, standings(bench, contest), cost)
 
 
 def _run(bench: Bench, tasks: Sequence[Task], jobs: int, ray: str) -> Iterator[Task]:
@@ -146,7 +150,7 @@ def _run(bench: Bench, tasks: Sequence[Task], jobs: int, ray: str) -> Iterator[T
     return cluster(bench, tasks, ray) if ray else processes(bench, tasks, jobs)
 
 
-def timings(bench: Bench, tasks: Sequence[Task]) -> dict[str, Any]:
+def timings(bench: Bench, tasks: Sequence[Task]) -> dict[str, float]:
     """Median seconds of each kind of task, from what was measured."""
     found: dict[str, list[float]] = {}
     for task in tasks:
@@ -159,7 +163,7 @@ def timings(bench: Bench, tasks: Sequence[Task]) -> dict[str, Any]:
         if row is not None:
             drawn = 0.0 if task.attack else row.get("drawing_seconds", 0.0)
             found.setdefault(_kind(task), []).append((row["seconds"] or 0.0) + drawn)
-    return {"seconds": {k: round(median(v), 1) for k, v in found.items()}}
+    return {k: round(median(v), 1) for k, v in found.items()}
 
 
 @dataclasses.dataclass(frozen=True)

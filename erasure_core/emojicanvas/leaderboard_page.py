@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..metrics.judge_error import Corrected
@@ -20,13 +21,16 @@ WORST, KEPT, MINUTES = 0.10, 0.03, 10
 and how long it may take."""
 
 
-def write_page(bench: Bench, attacks: Sequence[str], found: Sequence[Standing], cost: Mapping[str, Any]) -> None:
-    """docs/results/leaderboard.{md,json,png}."""
+def write_page(
+    bench: Bench, page: str, attacks: Sequence[str], found: Sequence[Standing], cost: Mapping[str, Any]
+) -> None:
+    """docs/results/``page``.{md,json,png}."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     columns = [ASKING, *attacks]
     plan = bench.plan
     only = [e.key for e in plan.erasings() if e.key != "together"]
     options = f"{' --bf16' if plan.sampler.bf16 else ''} --only {' '.join(only)} --attack {' '.join(attacks)}"
+    options += "" if page == "leaderboard" else f" --page {page}"
     judge = bench.studio.judge
     settings = "\n".join(f"- {titles([a])[a]}: {_budget(a)}" for a in attacks)
     text = f"""# Leaderboard
@@ -42,7 +46,7 @@ model: the ceiling of every attack. Lower is better, but for what is kept.
 
 {table(found, columns)}
 
-![Shares under each attack, and what is kept](leaderboard.png)
+![Shares under each attack, and what is kept]({page}.png)
 
 {verdict(found, columns)}
 
@@ -53,7 +57,7 @@ model: the ceiling of every attack. Lower is better, but for what is kept.
 What each attack has and does: [attacks](../attacks.md). A cell that stays low says that this search, at this budget, found
 nothing; "-": not run on every concept.
 """
-    (RESULTS / "leaderboard.md").write_text(text, encoding="utf-8")
+    (RESULTS / f"{page}.md").write_text(text, encoding="utf-8")
     rows = [
         {
             "method": s.method,
@@ -66,11 +70,11 @@ nothing; "-": not run on every concept.
         }
         for s in found
     ]
-    (RESULTS / "leaderboard.json").write_text(
+    (RESULTS / f"{page}.json").write_text(
         json.dumps({"seconds_a_picture": round(cost["speed"], 4), "seconds": cost["seconds"], "rows": rows}, indent=1),
         encoding="utf-8",
     )
-    draw(found, columns)
+    draw(found, columns, RESULTS / f"{page}.png")
     print(table(found, columns))
     print(verdict(found, columns))
 
@@ -129,7 +133,7 @@ def verdict(found: Sequence[Standing], columns: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def draw(found: Sequence[Standing], columns: Sequence[str]) -> None:
+def draw(found: Sequence[Standing], columns: Sequence[str], path: Path) -> None:
     """A heat map of the shares, and the worst attack over what is kept."""
     import matplotlib
 
@@ -157,5 +161,5 @@ def draw(found: Sequence[Standing], columns: Sequence[str]) -> None:
     right.set_ylabel("kept objects or styles,\nthe lower, %")
     right.set_xlim(-5, 112)
     right.grid(alpha=0.3)
-    figure.savefig(RESULTS / "leaderboard.png", dpi=110)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
