@@ -22,19 +22,18 @@ embeddings each step has one time from every part of the schedule.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
-from ..operators.regress import TargetTerm, keep_term, regress, shifted
+from ..operators.regress import combine, keep_term, predictions_of, regress, shifted
 from ..operators.search import free
 from ..operators.train_loop import Optimiser, Phase, Trainer, cosine, generator_for
-from ..operators.trainable import Cond, Layers, LoRA, TrainableModel, TrainablePort
+from ..operators.trainable import Cond, Layers, LoRA, TrainableModel, TrainablePort, Weights
 from ._training import ERASE, NULL, TO, Prompts, draw_pictures, erasure_of, kept
 from .registry import Aids, MethodSpec, Progress, setting
 
@@ -66,6 +65,13 @@ class Settings:
     )
     negative_guidance: float = setting(
         1.0, "How far beyond the replacement, away from the concept.", low=0.0, high=20.0, step=0.1
+    )
+    least_noise: float = setting(
+        0.4,
+        "Where the concept's way through the noise ends, as a share of the schedule: what is drawn is decided before.",
+        low=0.0,
+        high=0.95,
+        step=0.05,
     )
     keep_weight: float = setting(
         2.0, "How hard the kept words and the empty prompt are held.", low=0.0, high=1e6, step=0.1
@@ -167,16 +173,33 @@ def _noised(model: TrainableModel, pictures: Tensor, t: Tensor, generator: torch
     return model.schedule.add_noise(pictures[chosen.to(pictures.device)], model.noise(len(t), generator), t)
 
 
-def attack_loss(model: TrainableModel, adversaries: Adversaries, generator: torch.Generator) -> Tensor:
+def times(model: TrainableModel, settings: Settings, where: Tensor) -> Tensor:
+    """Schedule indices of places in [0, 1) among the times that are trained, 1 the noisiest."""
+    return ((settings.least_noise + (1 - settings.least_noise) * where) * len(model.schedule)).long()
+
+
+def relative(prediction: Tensor, target: Tensor, original: Mapping[str, Tensor]) -> Tensor:
+    """Mean square of the difference, each picture's divided by how far the concept's words are from the empty prompt there, then
+    scaled back by the batch's mean of that."""
+    error, gap = (
+        (a - b).square().flatten(1).mean(1) for a, b in ((prediction, target), (original[ERASE], original[NULL]))
+    )
+    return (error / gap.clamp_min(1e-12)).mean() * gap.mean()
+
+
+def attack_loss(
+    model: TrainableModel, adversaries: Adversaries, null: Cond, settings: Settings, generator: torch.Generator
+) -> Tensor:
     """How far each adversary is from the original network's prediction for the concept's words: the sum over the population
     of means over elements, so that one's gradient does not shrink with their number."""
     n = adversaries.count
     parts = torch.randperm(n, generator=generator)  # or one and the same always had the cleanest latents
-    t = ((parts + torch.rand(n, generator=generator)) / n * len(model.schedule)).long()
+    t = times(model, settings, (parts + torch.rand(n, generator=generator)) / n)
     owners = [adversaries.concept(k) for k in range(n)]
     z = torch.cat([c.noised(model, t[k : k + 1], generator) for k, c in enumerate(owners)])
-    target = model.reference(z, t, Cond.cat([c.word(generator) for c in owners]))
-    return n * F.mse_loss(model.predict(z, t, adversaries.read(adversaries.now)), target)
+    conds = {ERASE: Cond.cat([c.word(generator) for c in owners]), NULL: null}
+    original = predictions_of(model, z, t, conds, conds, Weights.FROZEN, grad=False)
+    return n * relative(model.predict(z, t, adversaries.read(adversaries.now)), original[ERASE], original)
 
 
 def erase_loss(
@@ -185,12 +208,13 @@ def erase_loss(
     """What is read as the concept, to what its replacement is, or beyond."""
     batch = settings.batch
     drawn = adversaries.draw(batch, i, generator)
-    t = torch.randint(0, len(model.schedule), (batch,), generator=generator)
+    t = times(model, settings, torch.rand(batch, generator=generator))
     z = torch.cat([c.noised(model, t[k : k + 1], generator) for k, (c, _) in enumerate(drawn)])
-    conds = {READS: Cond.cat([x for _, x in drawn]), TO: Cond.cat([c.anchor for c, _ in drawn]), NULL: null}
+    conds = {TO: Cond.cat([c.anchor for c, _ in drawn]), NULL: null}
     conds[ERASE] = Cond.cat([c.word(generator) for c, _ in drawn])
-    target = shifted(TO, -settings.negative_guidance, ERASE, NULL)
-    return regress(model, [TargetTerm("erase", READS, target)], z, t, conds)["erase"]
+    original = predictions_of(model, z, t, conds, conds, Weights.FROZEN, grad=False)
+    target = combine(original, shifted(TO, -settings.negative_guidance, ERASE, NULL))
+    return relative(model.predict(z, t, Cond.cat([x for _, x in drawn])), target, original)
 
 
 def keep_loss(
@@ -229,7 +253,7 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
 
         def attack(i: int, generator: torch.Generator) -> dict[str, Tensor]:
             adversaries.retire(i, generator)
-            return {"attack": attack_loss(model, adversaries, generator)}
+            return {"attack": attack_loss(model, adversaries, null, settings, generator)}
 
         def erase(i: int, generator: torch.Generator) -> dict[str, Tensor]:
             losses = {"erase": erase_loss(model, adversaries, null, settings, i, generator)}
