@@ -16,8 +16,11 @@ what reads text was not enough on EmojiCanvas: a free search found a way around 
 (docs/results/leaderboard.md).
 
 Each embedding starts near the empty prompt or near one of the concept's words, half of them each, and retires after ``life``
-steps, one at a time, to a store of former ones. Several concepts share them out. Time is uniform for the weights; for the
-embeddings each step has one time from every part of the schedule.
+steps, one at a time, to a store of former ones. Several concepts share them out.
+
+Attack and erase look only at the noisier part of the way, where what is drawn is decided, and divide each square by the
+concept's own signal there, || eps_0(x_t, t, c_e) - eps_0(x_t, t, "") ||^2. That signal is small where there is most noise, and
+so is what a plain mean of squares makes of it: embeddings that came back did so by these times.
 """
 
 from __future__ import annotations
@@ -179,8 +182,8 @@ def times(model: TrainableModel, settings: Settings, where: Tensor) -> Tensor:
 
 
 def relative(prediction: Tensor, target: Tensor, original: Mapping[str, Tensor]) -> Tensor:
-    """Mean square of the difference, each picture's divided by how far the concept's words are from the empty prompt there, then
-    scaled back by the batch's mean of that."""
+    """Mean square of the difference, each picture's divided by its own signal (how far the concept's words are from the empty
+    prompt there), then scaled back by the batch's mean signal."""
     error, gap = (
         (a - b).square().flatten(1).mean(1) for a, b in ((prediction, target), (original[ERASE], original[NULL]))
     )
