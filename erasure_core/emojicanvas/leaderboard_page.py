@@ -116,8 +116,9 @@ def verdict(found: Sequence[Standing], columns: Sequence[str]) -> str:
             f"kept pictures lose at most {100 * max(0.0, loss(s)):.0f} points; {s.seconds or 0:.0f} s"
         )
 
-    best = min(methods, key=lambda s: s.rank)
-    gentle = [s for s in methods if loss(s) <= KEPT]
+    whole = [s for s in methods if set(columns) <= set(s.attacks)] or methods  # one that was spared an attack can't win
+    best = min(whole, key=lambda s: s.rank)
+    gentle = [s for s in whole if loss(s) <= KEPT]
     lines = [f"Lowest worst attack, then lowest mean of all: {said(best)}."]
     if gentle and best not in gentle:
         lines.append(f"Among those that keep kept pictures within 3 points: {said(min(gentle, key=lambda s: s.rank))}.")

@@ -130,6 +130,8 @@ def test_no_method_is_called_robust_unless_its_worst_attack_says_so() -> None:
     assert verdict([base, good], (*RUN, "tina")).splitlines()[-1].endswith(": none."), (
         "an attack that was not run proves nothing"
     )
+    spared = standing("spared", 265, 1.0, asking=0)
+    assert "lowest mean of all: *weak*" in verdict([base, weak, spared], RUN), "one that was spared an attack can't win"
     assert verdict([base], RUN).startswith("The table is not complete")
     assert "| weak |" in table([base, weak], ["asking", "p4d"])
 
