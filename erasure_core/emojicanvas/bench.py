@@ -3,6 +3,7 @@
     python -m erasure_core.emojicanvas.bench base         # is the model good? docs/results/base.{json,png}
     python -m erasure_core.emojicanvas.bench effect --method uce rece   # docs/results/effect.{json,md}
     python -m erasure_core.emojicanvas.bench leaderboard --quick          # methods under attack: docs/results/leaderboard.*
+    python -m erasure_core.emojicanvas.bench mining       # does a search bring it back? docs/results/mining.{json,md}
     python -m erasure_core.emojicanvas.bench memory       # safe prompt memories: docs/results/memory.{json,md}
     python -m erasure_core.emojicanvas.bench pairs        # SDEdit pairs, judged both ways: docs/results/pairs.{json,md,png}
     python -m erasure_core.emojicanvas.bench passes       # training steps beside their passes: docs/results/passes.{json,md}
@@ -35,6 +36,7 @@ from .effect import RESULTS, effect, tune
 from .judge import Judge
 from .leaderboard import CONCEPTS, QUICK_ATTACKS, QUICK_CONCEPTS, Contest, budgets, leaderboard
 from .memory_effect import memory_effect
+from .mining_effect import METHODS, mining_effect
 from .pair_page import pairs_page
 from .pair_quality import EACH
 from .passes_page import passes_page
@@ -104,7 +106,9 @@ def base(studio: Studio, seeds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("base", "effect", "leaderboard", "memory", "pairs", "passes", "tune"))
+    parser.add_argument(
+        "what", choices=("base", "effect", "leaderboard", "memory", "mining", "pairs", "passes", "tune")
+    )
     parser.add_argument(
         "--method", nargs="+", default=list(all_methods()), choices=list(all_methods()), help="default: all"
     )
@@ -173,6 +177,9 @@ def main() -> None:
     chosen = {m: settings_for(m, parse_settings(m, a.set)) for m in a.method}
     if a.what == "memory":
         memory_effect(Bench(plan))
+        return
+    if a.what == "mining":
+        mining_effect(Bench(plan), {m: chosen[m] for m in chosen if len(a.method) < len(all_methods()) or m in METHODS})
         return
     if a.what == "pairs":
         pairs_page(Bench(plan), a.seeds or EACH)
