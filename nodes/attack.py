@@ -19,8 +19,9 @@ from ..erasure_core.attacks import AttackSpec, Knowledge, Sampler, Way, all_atta
 from ..erasure_core.methods import settings_from
 from ..erasure_core.methods._training import fingerprint
 from ..erasure_core.metrics.judges import look_through
+from ..erasure_core.operators.changes import Layers, LoRA
 from ..erasure_core.operators.memory import PromptMemory
-from ..erasure_core.operators.trainable import Cond, Layers, LoRA, TrainableModel
+from ..erasure_core.operators.trainable import Cond, TrainableModel
 from ..erasure_core.receipt import AttackRecord, JudgedBy
 from .attack_report import best_first, plain, report_of
 from .mine import conditioning_of, latents_of, one_concept

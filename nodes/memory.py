@@ -15,8 +15,8 @@ from ..erasure_core import Aids, ConceptError, ConceptSpec, FileError
 from ..erasure_core import Erasure as CoreErasure
 from ..erasure_core.formats import check_file_name
 from ..erasure_core.methods import kpop
+from ..erasure_core.operators.changes import Layers, LoRA
 from ..erasure_core.operators.memory import Mode, Placement, SavedMemory, load_memory, save_memory
-from ..erasure_core.operators.trainable import Layers, LoRA
 from ..erasure_core.suppress import Settings as SuppressSettings
 from ..erasure_core.suppress import suppress
 from .erase import check_words_are_read

@@ -18,7 +18,8 @@ from ..erasure_core.dark import load_dark, read_dark_header, save_dark, save_wor
 from ..erasure_core.formats import check_file_name
 from ..erasure_core.metrics.judges import look_through
 from ..erasure_core.mining import Settings, mine
-from ..erasure_core.operators.trainable import Cond, Layers, LoRA, TrainableModel
+from ..erasure_core.operators.changes import Layers, LoRA
+from ..erasure_core.operators.trainable import Cond, TrainableModel
 from .erasures import resolve
 from .methods import widget
 from .port import ComfyPort, family_of, ordinary_tensors

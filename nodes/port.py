@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..erasure_core import Family, Role, Site, TextStates
-from ..erasure_core.operators.trainable import Cond, TrainableModel, role_of
+from ..erasure_core.operators.changes import role_of
+from ..erasure_core.operators.trainable import Cond, TrainableModel
 from ..erasure_core.port import token_kinds
 from .replica import PREFIX, Demand, build, effective, latent_shape, prediction_of
 

@@ -17,7 +17,8 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor, nn
 
 from ..erasure_core import Prediction
-from ..erasure_core.operators.trainable import Cond, FullWeights, Layers, LoRA, TrainableModel, blocks_of
+from ..erasure_core.operators.changes import FullWeights, Layers, LoRA
+from ..erasure_core.operators.trainable import Cond, TrainableModel, blocks_of
 from ..erasure_core.schedule import Schedule
 
 PREFIX = "diffusion_model."

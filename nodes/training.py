@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..erasure_core import ConceptSpec
-from ..erasure_core.operators.trainable import Cond, FullWeights, Layers, LoRA, TrainableModel
+from ..erasure_core.operators.changes import FullWeights, Layers, LoRA
+from ..erasure_core.operators.trainable import Cond, TrainableModel
 from .replica import Demand, Replica
 
 Decode = Callable[[Tensor], Tensor]

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..artifact import Delta
 from ..metrics.rates import Rate, rate
 from ..metrics.scores import AttackSuccess, attack_success
-from ..operators.trainable import Cond, FullWeights, Layers, TrainableModel
+from ..operators.changes import FullWeights, Layers
+from ..operators.trainable import Cond, TrainableModel
 from .drawing import Progress, draw, noises
 from .target import AttackTarget, Found, Look, Way
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ..concept import ConceptSpec
+from ..operators.changes import Layers, LoRA
 from ..operators.search import denoising_loss
 from ..operators.train_loop import Kind, Optimiser, Phase, generator_for
-from ..operators.trainable import Layers, LoRA
 from ..vocabulary import VOCABULARY
 from .drawing import Progress, draw, noises, pictures_of
 from .registry import AttackSpec, Knowledge, setting

@@ -18,7 +18,8 @@ from torch import nn
 from ..api import erase
 from ..concept import ConceptSpec
 from ..methods import Aids, all_methods
-from ..operators.trainable import LoRA, TrainableModel
+from ..operators.changes import LoRA
+from ..operators.trainable import TrainableModel
 from ..suppress import Settings as Suppress
 from ..suppress import suppress
 from .bench_settings import aids_for, settings_for

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from .. import names
 from ..artifact import Erasure
-from ..operators.trainable import Cond, TrainableModel, role_of
+from ..operators.changes import role_of
+from ..operators.trainable import Cond, TrainableModel
 from ..port import Family, Prediction, Role, Site, TextStates, token_kinds
 from ..schedule import Schedule
 

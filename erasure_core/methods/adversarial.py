@@ -33,10 +33,11 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
+from ..operators.changes import Layers, LoRA
 from ..operators.regress import combine, keep_term, predictions_of, regress, shifted
 from ..operators.search import free
 from ..operators.train_loop import Optimiser, Phase, Trainer, cosine, generator_for
-from ..operators.trainable import Cond, Layers, LoRA, TrainableModel, TrainablePort, Weights
+from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
 from ._training import ERASE, NULL, TO, Prompts, draw_pictures, erasure_of, kept
 from .registry import Aids, MethodSpec, Progress, setting
 

@@ -38,8 +38,9 @@ from torch import Tensor, nn
 from ..artifact import Erasure
 from ..concept import ConceptSpec
 from ..devices import moved
+from ..operators.changes import Layers, LoRA
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer, cosine, generator_for
-from ..operators.trainable import Cond, Layers, LoRA, TrainableModel, TrainablePort
+from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from ..port import Role
 from ..vocabulary import VOCABULARY
 from ._training import Prompts, erasure_of, kept

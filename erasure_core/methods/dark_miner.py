@@ -33,10 +33,11 @@ from ..artifact import Erasure
 from ..concept import ConceptSpec
 from ..devices import moved
 from ..fusion import added
+from ..operators.changes import Layers, LoRA
 from ..operators.regress import TargetTerm, keep_term, regress
 from ..operators.search import Variable, free, mine
 from ..operators.train_loop import Optimiser, Phase, Trainer
-from ..operators.trainable import Cond, Layers, LoRA, TrainableModel, TrainablePort
+from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from ..port import ModelPort, Site
 from . import rece
 from ._training import KEEP, NULL, Prompts, draw_pictures, erasure_of, kept

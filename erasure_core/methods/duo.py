@@ -19,9 +19,10 @@ from torch import Tensor
 from ..artifact import Erasure
 from ..concept import ConceptSpec
 from ..devices import moved
+from ..operators.changes import Init, Layers, LoRA
 from ..operators.prefer import draw_times, preference_losses, scaled_by_beta
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer
-from ..operators.trainable import Cond, Init, Layers, LoRA, TrainableModel, TrainablePort
+from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from ..pairs import ConceptPairs
 from ._training import erasure_of, kept
 from .registry import Aids, MethodSpec, Progress, setting

@@ -25,8 +25,9 @@ import torch
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
+from ..operators.changes import Layers
 from ..operators.regress import TargetTerm, shifted
-from ..operators.trainable import Layers, TrainablePort, Weights
+from ..operators.trainable import TrainablePort, Weights
 from ..schedule import progress_of_steps_remaining
 from ._training import ERASE, NULL, TO, TrainSettings, draw_progress, train_regression
 from .registry import Aids, MethodSpec, Progress, setting

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
+from ..operators.changes import Layers, LoRA
 from ..operators.regress import TargetTerm, shifted
 from ..operators.train_loop import Kind
-from ..operators.trainable import Layers, LoRA, TrainablePort
+from ..operators.trainable import TrainablePort
 from ._training import ERASE, NULL, TO, TrainSettings, train_regression
 from .registry import Aids, MethodSpec, Progress, setting
 

@@ -27,9 +27,10 @@ from torch import Tensor
 from ..artifact import Erasure
 from ..concept import ConceptSpec
 from ..devices import moved
+from ..operators.changes import Layers, LoRA
 from ..operators.regress import TargetTerm, shifted
 from ..operators.train_loop import Kind, cosine
-from ..operators.trainable import Cond, Layers, LoRA, TrainableModel, TrainablePort, Weights
+from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
 from ..port import TextStates, TokenKind
 from ._training import ERASE, TO, TrainSettings, train_regression
 from .registry import Aids, MethodSpec, Progress, setting

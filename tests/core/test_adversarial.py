@@ -11,7 +11,8 @@ from torch import Tensor
 
 from erasure_core.methods import adversarial
 from erasure_core.methods.adversarial import Adversaries, Settings, Wanted
-from erasure_core.operators.trainable import Cond, FullWeights, TrainableModel
+from erasure_core.operators.changes import FullWeights
+from erasure_core.operators.trainable import Cond, TrainableModel
 
 pytestmark = pytest.mark.core
 NULL = 0.01

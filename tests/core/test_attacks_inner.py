@@ -32,9 +32,10 @@ from erasure_core.attacks import unlearn_diff_atk as uda
 from erasure_core.attacks.drawing import draw, invert, noises, pictures_of
 from erasure_core.attacks.evaluate import apply_change
 from erasure_core.attacks.words import Frame, swap
+from erasure_core.operators.changes import FullWeights, Layers
 from erasure_core.operators.residual import Residual
 from erasure_core.operators.search import denoising_loss
-from erasure_core.operators.trainable import Cond, FullWeights, Layers
+from erasure_core.operators.trainable import Cond
 
 pytestmark = pytest.mark.core
 SPEC = ConceptSpec.parse("cat, kitty", "", "dog, tree")

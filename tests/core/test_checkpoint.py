@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from erasure_core import FileError
+from erasure_core.operators.changes import Layers, LoRA
 from erasure_core.operators.checkpoint import Checkpoint
 from erasure_core.operators.train_loop import Kind, Optimiser, Phase, Trainer
-from erasure_core.operators.trainable import Layers, LoRA, Weights
+from erasure_core.operators.trainable import Weights
 
 pytestmark = pytest.mark.core
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from erasure_core import ConceptSpec
 from erasure_core.methods import Aids, cpe
-from erasure_core.operators.trainable import Layers, LoRA
+from erasure_core.operators.changes import Layers, LoRA
 
 pytestmark = pytest.mark.core
 SPEC = ConceptSpec.parse("cat, kitty\nred house", "dog", "bird")

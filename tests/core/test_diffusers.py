@@ -22,7 +22,7 @@ from erasure_core import (
     save,
 )
 from erasure_core.integrations.diffusers import DiffusersPort, apply, attach, remove
-from erasure_core.operators.trainable import FullWeights, Layers
+from erasure_core.operators.changes import FullWeights, Layers
 
 pytestmark = pytest.mark.core
 diffusers = pytest.importorskip("diffusers")

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from erasure_core import Prediction
+from erasure_core.operators.changes import FullWeights, Layers, LoRA
 from erasure_core.operators.memory import Placement, PromptMemory
-from erasure_core.operators.trainable import Cond, FullWeights, Layers, LoRA, TrainableModel, Weights, blocks_of
+from erasure_core.operators.trainable import Cond, TrainableModel, Weights, blocks_of
 
 
 def model_of(port, **how) -> TrainableModel:

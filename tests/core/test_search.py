@@ -10,6 +10,7 @@ from erasure_core import ConceptSpec
 from erasure_core.emojicanvas.text import TextConfig, TextEncoder
 from erasure_core.methods import Aids, dark_miner, rece
 from erasure_core.methods._training import Prompts
+from erasure_core.operators.changes import FullWeights, Layers
 from erasure_core.operators.memory import Placement, PromptMemory
 from erasure_core.operators.search import (
     TokenSlot,
@@ -23,7 +24,7 @@ from erasure_core.operators.search import (
     search,
 )
 from erasure_core.operators.train_loop import Kind, generator_for
-from erasure_core.operators.trainable import Cond, FullWeights, Layers, Weights
+from erasure_core.operators.trainable import Cond, Weights
 
 pytestmark = pytest.mark.core
 SPEC = ConceptSpec.parse("bomb", "", "dog")

@@ -9,10 +9,11 @@ from torch import Tensor
 from erasure_core import ConceptError, ConceptSpec, TextStates
 from erasure_core.methods import Aids, concept_ablation, eap, forget_me_not, kpop, leco, sdd, spm
 from erasure_core.methods._training import ERASE, KEEP, NULL, TO, Prompts
+from erasure_core.operators.changes import FullWeights, Layers, LoRA
 from erasure_core.operators.memory import Mode, Placement, PromptMemory
 from erasure_core.operators.regress import regress
 from erasure_core.operators.train_loop import Trainer
-from erasure_core.operators.trainable import Cond, FullWeights, Layers, LoRA, Weights
+from erasure_core.operators.trainable import Cond, Weights
 from erasure_core.schedule import Space
 
 pytestmark = pytest.mark.core
