@@ -47,10 +47,11 @@ def decoder(model, vae=None) -> Decode:
 def demand_of(settings: Any, predictions: int = 3) -> Demand:
     """What a method with these settings holds; see ``MethodSpec.predictions``. Random prompts that are held count too."""
     layers, rank = getattr(settings, "layers", Layers.ALL), getattr(settings, "rank", 0)
+    at_once = getattr(settings, "batch", 1) * (predictions + getattr(settings, "anchors", 0))
     return Demand(
         LoRA(layers, rank) if rank else FullWeights(layers),
         copies=int(getattr(settings, "average", None) is not None),
-        pictures=getattr(settings, "batch", 1) * (predictions + getattr(settings, "anchors", 0)),
+        pictures=max(at_once, getattr(settings, "population", 0)),  # embeddings that are searched side by side
     )
 
 

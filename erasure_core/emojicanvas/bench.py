@@ -110,7 +110,7 @@ def main() -> None:
         "what", choices=("base", "effect", "leaderboard", "memory", "mining", "pairs", "passes", "tune")
     )
     parser.add_argument(
-        "--method", nargs="+", default=list(all_methods()), choices=list(all_methods()), help="default: all"
+        "--method", nargs="+", choices=list(all_methods()), help=f"default: all; mining: {' '.join(METHODS)}"
     )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="a setting, or METHOD.NAME=VALUE"
@@ -174,18 +174,19 @@ def main() -> None:
     if a.what == "base":
         base(plan.studio(), a.seeds or 8)
         return
-    chosen = {m: settings_for(m, parse_settings(m, a.set)) for m in a.method}
+    methods = a.method or (METHODS if a.what == "mining" else list(all_methods()))
+    chosen = {m: settings_for(m, parse_settings(m, a.set)) for m in methods}
     if a.what == "memory":
         memory_effect(Bench(plan))
         return
     if a.what == "mining":
-        mining_effect(Bench(plan), {m: chosen[m] for m in chosen if len(a.method) < len(all_methods()) or m in METHODS})
+        mining_effect(Bench(plan), chosen)
         return
     if a.what == "pairs":
         pairs_page(Bench(plan), a.seeds or EACH)
         return
     if a.what == "passes":
-        passes_page(Bench(plan), a.method)
+        passes_page(Bench(plan), methods)
         return
     if a.what == "leaderboard":
         attacks = a.attack or (QUICK_ATTACKS if a.quick else all_attacks())

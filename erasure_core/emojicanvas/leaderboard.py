@@ -141,7 +141,7 @@ def leaderboard(
                 bar.set_description(f"{_kind(task)}: {bench.plan.erasings()[task.number].label}")
                 bar.update(round(costs.of(task)))
     cost = {"seconds": costs.seconds | timings(bench, tasks), "speed": costs.speed}
-    write_page(bench, contest.page, contest.attacks, standings(bench, contest), cost)
+    write_page(bench, contest, standings(bench, contest), cost)
 
 
 def _run(bench: Bench, tasks: Sequence[Task], jobs: int, ray: str) -> Iterator[Task]:

@@ -14,28 +14,29 @@ from .rows import Bench
 from .siege import ASKING, PICTURES, titles
 
 if TYPE_CHECKING:
-    from .leaderboard import Standing
+    from .leaderboard import Contest, Standing
 
 WORST, KEPT, MINUTES = 0.10, 0.03, 10
 """What a method must reach to be called robust against the attacks of the page: its worst attack, what kept pictures may lose,
 and how long it may take."""
 
 
-def write_page(
-    bench: Bench, page: str, attacks: Sequence[str], found: Sequence[Standing], cost: Mapping[str, Any]
-) -> None:
-    """docs/results/``page``.{md,json,png}."""
+def write_page(bench: Bench, contest: Contest, found: Sequence[Standing], cost: Mapping[str, Any]) -> None:
+    """docs/results/{page}.{md,json,png}."""
     RESULTS.mkdir(parents=True, exist_ok=True)
+    page, attacks = contest.page, contest.attacks
     columns = [ASKING, *attacks]
     plan = bench.plan
     only = [e.key for e in plan.erasings() if e.key != "together"]
     options = f"{' --bf16' if plan.sampler.bf16 else ''} --only {' '.join(only)} --attack {' '.join(attacks)}"
     options += "" if page == "leaderboard" else f" --page {page}"
+    changed = [f"{a}.{k}={v}" for a, settings in contest.budgets.items() for k, v in settings.items()]
+    options += f" --budget {' '.join(changed)}" if changed else ""
     judge = bench.studio.judge
-    settings = "\n".join(f"- {titles([a])[a]}: {_budget(a)}" for a in attacks)
-    text = f"""# Leaderboard
+    settings = "\n".join(f"- {titles([a])[a]}: {_budget(a, contest.budgets.get(a, {}))}" for a in attacks)
+    text = f"""# {page.replace("_", " ").capitalize()}
 
-Every method under every attack on EmojiCanvas. Made by `nox -s bench -- leaderboard{options} --method \
+Methods under attack on EmojiCanvas. Made by `nox -s bench -- leaderboard{options} --method \
 {" ".join(s.method for s in found if s.method != "none")}`,
 on prompts and seeds that no setting was chosen on; {", ".join(only)} erased one at a time; {PICTURES} pictures a cell and
 concept, with noises that no attack has seen. Where an attack finds several things, it picks one by pictures at other noises.
@@ -79,8 +80,8 @@ nothing; "-": not run on every concept.
     print(verdict(found, columns))
 
 
-def _budget(attack: str) -> str:
-    changed = ", ".join(f"{k} {v}" for k, v in ATTACKS.get(attack, {}).items())
+def _budget(attack: str, further: Mapping[str, Any]) -> str:
+    changed = ", ".join(f"{k} {v}" for k, v in {**ATTACKS.get(attack, {}), **further}.items())
     return changed or "its paper's settings"
 
 

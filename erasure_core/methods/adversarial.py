@@ -25,7 +25,7 @@ so is what a plain mean of squares makes of it: embeddings that came back did so
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
+from ..devices import moved
 from ..operators.changes import Layers, LoRA
 from ..operators.regress import combine, keep_term, predictions_of, regress, shifted
 from ..operators.search import free
@@ -41,14 +42,17 @@ from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
 from ._training import ERASE, NULL, TO, Prompts, draw_pictures, erasure_of, kept
 from .registry import Aids, MethodSpec, Progress, setting
 
-READS = "reads"
-"""Key of what a loss's student reads."""
+_READS = "reads"
+"""Key of what the keep loss's student reads."""
 _STORE = 4
-"""So many times the population of former embeddings are kept."""
+"""So many times the population, former embeddings are kept."""
 _CURRENT, _FORMER = 0.55, 0.25
 """Shares of what a step erases; the rest are words."""
 _OTHERS = 64
 """Pictures of what is kept, or one for each kept word if those are more."""
+_EMPTY_AT_CONCEPT, _EMPTY, _WORD_AT_CONCEPT, _ROLES = 0, 1, 2, 8
+"""Of every 8 pictures of keeping: the empty prompt at a picture of the concept, the empty prompt at a kept one, a kept word at
+a picture of the concept; the rest are kept words at their own."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,6 @@ class Wanted:
     words: Sequence[Cond]
     anchor: Cond
     pictures: Tensor
-
-    def noised(self, model: TrainableModel, t: Tensor, generator: torch.Generator) -> Tensor:
-        """Some of the pictures at the times ``t`` [B]."""
-        return _noised(model, self.pictures, t, generator)
 
     def word(self, generator: torch.Generator) -> Cond:
         return self.words[_one_of(len(self.words), generator)]
@@ -172,9 +172,16 @@ def _one_of(n: int, generator: torch.Generator) -> int:
     return int(torch.randint(n, (), generator=generator))
 
 
-def _noised(model: TrainableModel, pictures: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
-    chosen = torch.randint(len(pictures), (len(t),), generator=generator)
-    return model.schedule.add_noise(pictures[chosen.to(pictures.device)], model.noise(len(t), generator), t)
+def _pick(pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One of several pictures [k, C, h, w], and noise for it."""
+    number = _one_of(len(pictures), generator)
+    return pictures[number], torch.randn(pictures.shape[1:], generator=generator)
+
+
+def noised(model: TrainableModel, picked: Iterable[tuple[Tensor, Tensor]], t: Tensor) -> Tensor:
+    """Pictures with their noise, at the times ``t`` [B]; the noise goes to the device in one piece."""
+    pictures, noise = (torch.stack(parts) for parts in zip(*picked, strict=True))
+    return model.schedule.add_noise(pictures, moved(noise, pictures.device, pictures.dtype), t)
 
 
 def times(model: TrainableModel, settings: Settings, where: Tensor) -> Tensor:
@@ -200,7 +207,7 @@ def attack_loss(
     parts = torch.randperm(n, generator=generator)  # or one and the same always had the cleanest latents
     t = times(model, settings, (parts + torch.rand(n, generator=generator)) / n)
     owners = [adversaries.concept(k) for k in range(n)]
-    z = torch.cat([c.noised(model, t[k : k + 1], generator) for k, c in enumerate(owners)])
+    z = noised(model, [_pick(c.pictures, generator) for c in owners], t)
     conds = {ERASE: Cond.cat([c.word(generator) for c in owners]), NULL: null}
     original = predictions_of(model, z, t, conds, conds, Weights.FROZEN, grad=False)
     return n * relative(model.predict(z, t, adversaries.read(adversaries.now)), original[ERASE], original)
@@ -213,7 +220,7 @@ def erase_loss(
     batch = settings.batch
     drawn = adversaries.draw(batch, i, generator)
     t = times(model, settings, torch.rand(batch, generator=generator))
-    z = torch.cat([c.noised(model, t[k : k + 1], generator) for k, (c, _) in enumerate(drawn)])
+    z = noised(model, [_pick(c.pictures, generator) for c, _ in drawn], t)
     conds = {TO: Cond.cat([c.anchor for c, _ in drawn]), NULL: null}
     conds[ERASE] = Cond.cat([c.word(generator) for c, _ in drawn])
     original = predictions_of(model, z, t, conds, conds, Weights.FROZEN, grad=False)
@@ -228,19 +235,22 @@ def keep_loss(
     concepts: Sequence[Wanted],
     null: Cond,
     batch: int,
+    i: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """The kept words at pictures ``others`` of them (picture k shows ``words[k % n]``); the empty prompt at these and at the
-    concept's, and now and then a kept word at the concept's."""
+    """The kept words at pictures ``others`` of them (picture k shows ``words[k % n]``), the empty prompt at these and at the
+    concept's, and a kept word at the concept's; small batches take turns at these, step ``i`` by step."""
     t = torch.randint(0, len(model.schedule), (batch,), generator=generator)
-    z, conds = [], []
+    picked, conds = [], []
     for k in range(batch):
-        number = _one_of(len(others), generator)
-        at_concept = k % 8 in (0, 2) or not words
+        role = (i * batch + k) % _ROLES
+        number = _one_of(max(1, len(others)), generator)
+        at_concept = role in (_EMPTY_AT_CONCEPT, _WORD_AT_CONCEPT) or not words
         pictures = concepts[_one_of(len(concepts), generator)].pictures if at_concept else others[number : number + 1]
-        z.append(_noised(model, pictures, t[k : k + 1], generator))
-        conds.append(null if k % 8 in (0, 1) or not words else words[number % len(words)])
-    return regress(model, [keep_term(READS)], torch.cat(z), t, {READS: Cond.cat(conds)})["keep"]
+        picked.append(_pick(pictures, generator))
+        conds.append(null if role in (_EMPTY_AT_CONCEPT, _EMPTY) or not words else words[number % len(words)])
+    z = noised(model, picked, t)
+    return regress(model, [keep_term(_READS)], z, t, {_READS: Cond.cat(conds)})["keep"]
 
 
 def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
@@ -252,8 +262,8 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
         concepts = wanted(model, spec, prompts, settings, aids, wait)
         words = [prompts[word].on(model.device, model.dtype) for word in prompts.keep]
         null = prompts.null.on(model.device, model.dtype)
-        others = draw_pictures(model, words or [null], null, _OTHERS if words else 1, settings, wait)
-        adversaries = Adversaries(concepts, prompts.null, settings, others)
+        others = draw_pictures(model, words, null, _OTHERS, settings, wait) if words else torch.zeros(0)
+        adversaries = Adversaries(concepts, prompts.null, settings, concepts[0].pictures)
 
         def attack(i: int, generator: torch.Generator) -> dict[str, Tensor]:
             adversaries.retire(i, generator)
@@ -262,7 +272,7 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
         def erase(i: int, generator: torch.Generator) -> dict[str, Tensor]:
             losses = {"erase": erase_loss(model, adversaries, null, settings, i, generator)}
             if settings.keep_weight:
-                held = keep_loss(model, others, words, concepts, null, settings.batch, generator)
+                held = keep_loss(model, others, words, concepts, null, settings.batch, i, generator)
                 losses["keep"] = settings.keep_weight * held
             return losses
 

@@ -113,17 +113,22 @@ def test_what_is_erased_goes_to_its_own_replacement_or_beyond(tiny64, model, pas
         assert any(torch.equal(reads[k], x) for x in [*words, searching])
 
 
-def test_kept_words_are_held_at_pictures_of_their_own(model, passes, null, monkeypatch) -> None:
-    monkeypatch.setattr(model, "noise", lambda n, generator: torch.zeros(n, 4, 4, 4, dtype=torch.float64))
-    monkeypatch.setattr(type(model.schedule), "add_noise", lambda _, x0, noise, t: x0 + noise)
+@pytest.mark.parametrize("batch", [8, 1])
+def test_kept_words_are_held_at_pictures_of_their_own(model, passes, null, monkeypatch, batch: int) -> None:
+    """In eight pictures of one step, or of eight steps of one."""
+    monkeypatch.setattr(type(model.schedule), "add_noise", lambda _, x0, noise, t: x0)
     words = [Cond(normal(1, 6, 16, seed=i)) for i in range(3)]
     others = torch.arange(6, dtype=torch.float64)[:, None, None, None].expand(
         6, 4, 4, 4
     )  # picture k shows word k mod 3
     shown = concept(0)
-    loss = adversarial.keep_loss(model, others, words, [shown], null, 8, torch.Generator().manual_seed(3))
-    (_, z, _, reads, student), (_, _, _, again, original) = passes
-    assert torch.equal(reads, again) and torch.allclose(loss, (student - original).square().mean())
+    for i in range(8 // batch):
+        loss = adversarial.keep_loss(
+            model, others, words, [shown], null, batch, i, torch.Generator().manual_seed(3 + i)
+        )
+        (_, z, _, reads, student), (_, _, _, again, original) = passes[2 * i : 2 * i + 2]
+        assert torch.equal(reads, again) and torch.allclose(loss, (student - original).square().mean())
+    z, reads = (torch.cat([seen[k] for seen in passes[::2]]) for k in (1, 3))
     at_concept = [bool(torch.equal(x, shown.pictures[0])) for x in z]
     empty = [bool(torch.equal(states, null.context[0])) for states in reads]
     assert at_concept == [k in (0, 2) for k in range(8)] and empty == [k in (0, 1) for k in range(8)]

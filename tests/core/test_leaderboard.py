@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from erasure_core import mining
 from erasure_core.attacks import Found, Way, shortlist
+from erasure_core.emojicanvas import mining_effect
 from erasure_core.emojicanvas.bench_settings import settings_for
 from erasure_core.emojicanvas.effect import run
 from erasure_core.emojicanvas.engines import cluster
@@ -43,6 +46,7 @@ def measured(tmp_path_factory) -> tuple[Bench, str]:
 
 def test_every_cell_is_measured_and_the_page_says_what_it_says(measured) -> None:
     bench, page = measured
+    assert "--budget rece_residual.variants=1" in page and "- RECE Residual: variants 1" in page
     found = standings(bench, CONTEST)
     assert [s.method for s in found] == ["none", "uce"]
     for s in found:
@@ -56,6 +60,34 @@ def test_every_cell_is_measured_and_the_page_says_what_it_says(measured) -> None
     known = json.loads((results / "leaderboard.json").read_text(encoding="utf-8"))
     assert known["seconds"]["rece_residual"] > 0 and known["seconds_a_picture"] > 0
     assert (results / "leaderboard.png").stat().st_size > 5000
+
+
+def test_another_page_stands_beside_the_first(measured, tmp_path, monkeypatch) -> None:
+    bench, _ = measured
+    monkeypatch.chdir(tmp_path)
+    leaderboard(bench, dataclasses.replace(CONTEST, page="one_rose"), jobs=1, report=True)
+    page = (tmp_path / "docs/results/one_rose.md").read_text(encoding="utf-8")
+    assert page.startswith("# One rose\n") and "--page one_rose" in page and "(one_rose.png)" in page
+    assert sorted(p.name for p in (tmp_path / "docs/results").iterdir()) == [
+        f"one_rose.{x}" for x in ("json", "md", "png")
+    ]
+
+
+def test_mining_is_measured_once_and_said(tmp_path, monkeypatch) -> None:
+    """On the base and on UCE; the base shows the rose when asked, and a second run reads what the first found."""
+    monkeypatch.chdir(tmp_path)
+    quick = mining.Settings(count=1, steps=2, pictures=4, looks=1, sample_steps=8, seed=7)
+    monkeypatch.setattr(mining_effect, "SETTINGS", quick)
+    monkeypatch.setattr(mining_effect, "PICTURES", 2)
+    bench, chosen = bench_in(tmp_path / "cells"), {"uce": settings_for("uce")}
+    mining_effect.mining_effect(bench, chosen)
+    rows = json.loads((tmp_path / "docs/results/mining.json").read_text(encoding="utf-8"))
+    page = (tmp_path / "docs/results/mining.md").read_text(encoding="utf-8")
+    assert rows["none"][0]["asking"]["hits"] == 2 and rows["uce"][0]["asking"]["hits"] == 0
+    assert all(0 <= found["mined"]["hits"] <= found["mined"]["n"] == 2 for (found,) in rows.values())
+    assert "| uce | 0 %" in page and "seed 7" in page
+    monkeypatch.setattr(mining_effect, "mine", lambda *_, **__: pytest.fail("it was measured already"))
+    mining_effect.mining_effect(bench, chosen)
 
 
 def test_the_base_model_beside_itself(measured) -> None:
