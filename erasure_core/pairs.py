@@ -10,6 +10,9 @@ prompt; DUO (arXiv:2407.21035) makes its pairs so:
 Both members share the noise n and the schedule. A redraw takes the next noise of its pair, so a pair does not depend on
 how many others there are. Pairs of which a member is still wrong after the last redraw are left out.
 
+Several scenes, each with an unsafe and a safe prompt, take turns: pair k shows scene k % m. DUO's authors use two of nudity;
+an object that is the whole picture takes a scene for each of several other objects, or all that is learned is the way to one.
+
 Beyond the paper, on request: redraws climb from a weak rho to a strong one, so that each pair gets the weakest edit that
 takes the concept out, and a safe member is also redrawn where it lost what should have stayed.
 """
@@ -17,7 +20,7 @@ takes the concept out, and a safe member is also redrawn where it lost what shou
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +45,7 @@ class ConceptPairs:
     safe: Tensor = field(repr=False)
     unsafe_prompt: str
     safe_prompt: str
+    """Of several scenes, with " / " between them."""
     family: Family
     note: str = ""
     """How they were made, in words."""
@@ -147,6 +151,7 @@ def pair_up(
     max_redraws: int,
     alike: Callable[[Tensor, Tensor], Tensor] | None = None,
     drawn: bool = True,
+    scenes: int = 1,
     at_once: int = 4,
 ) -> tuple[Tensor, Tensor, Tally]:
     """(unsafe, safe, tally): the members [N, C, h, w] of the pairs that the judge accepts both ways.
@@ -154,6 +159,7 @@ def pair_up(
     Args:
         draw: unsafe latents of some draws; where they are given (not ``drawn``) it is asked once for each.
         edit: the safe counterparts of unsafe latents, with the noise of some draws.
+        scenes: pairs with the same remainder by this are drawn together, ``at_once`` at most.
         look: probability that each latent shows the concept; None accepts everything.
         alike: whether each safe latent kept the rest of its unsafe one (unsafe, safe) -> [n] bool; None accepts everything.
 
@@ -171,14 +177,14 @@ def pair_up(
         kept = alike(torch.stack([unsafe[number][0] for number, _ in draws]), latents).tolist()
         return [a and b for a, b in zip(good, kept, strict=True)]
 
-    unsafe, unsafe_redraws = _redrawn(range(count), draw, shows, max_redraws if drawn else 0, at_once)
+    unsafe, unsafe_redraws = _redrawn(range(count), draw, shows, max_redraws if drawn else 0, scenes, at_once)
 
     def counterparts(draws: Sequence[Draw]) -> Tensor:
         # The first attempt has the noise that its unsafe member was drawn from.
         members = torch.stack([unsafe[number][0] for number, _ in draws])
         return edit(members, [(number, unsafe[number][1] + attempt) for number, attempt in draws])
 
-    safe, safe_redraws = _redrawn(sorted(unsafe), counterparts, silent, max_redraws, at_once)
+    safe, safe_redraws = _redrawn(sorted(unsafe), counterparts, silent, max_redraws, scenes, at_once)
     done = sorted(safe)
     tally = Tally(
         count, len(done), tuple(n for n in range(count) if n not in unsafe), tuple(sorted(set(unsafe) - set(safe))),
@@ -199,6 +205,7 @@ def _redrawn(
     make: Callable[[Sequence[Draw]], Tensor],
     accept: Callable[[Sequence[Draw], Tensor], list[bool]],
     max_redraws: int,
+    scenes: int,
     at_once: int,
 ) -> tuple[dict[int, tuple[Tensor, int]], int]:
     """By number the first accepted latent and its attempt, and how many redraws were made."""
@@ -207,8 +214,7 @@ def _redrawn(
     for attempt in range(max_redraws + 1):
         redraws += len(pending) if attempt else 0
         rejected = []
-        for start in range(0, len(pending), at_once):
-            part = pending[start : start + at_once]
+        for part in _batches(pending, scenes, at_once):
             draws = [(number, attempt) for number in part]
             latents = make(draws)
             for number, latent, good in zip(part, latents, accept(draws, latents), strict=True):
@@ -218,6 +224,12 @@ def _redrawn(
                     rejected.append(number)
         pending = rejected
     return done, redraws
+
+
+def _batches(numbers: Sequence[int], scenes: int, at_once: int) -> Iterator[Sequence[int]]:
+    for scene in range(scenes):
+        same = [n for n in numbers if n % scenes == scene]
+        yield from (same[start : start + at_once] for start in range(0, len(same), at_once))
 
 
 def sdedit(
@@ -272,7 +284,8 @@ def make_pairs(
     """Pairs by the frozen network of a trainable model, without any host.
 
     Args:
-        unsafe, safe, null: conditionings of one prompt each, as ``TrainablePort.conditions`` gives them; ``null`` is empty.
+        unsafe, safe: conditionings of the m scenes, one row each; pair k takes row k % m.
+        null: the empty prompt's.
         unsafe_prompt, safe_prompt, family: what the pairs say of themselves.
         strength, guidance, steps: of the safe members; unsafe ones are drawn with the same guidance and steps.
         strongest: the redraws of a safe member climb from ``strength`` to this, evenly; None: they stay there.
@@ -282,9 +295,12 @@ def make_pairs(
         progress: called as progress(draws done, draws expected) after each batch; may raise to cancel.
 
     Raises:
-        ValueError: numbers out of range.
+        ValueError: numbers out of range, or not as many safe scenes as unsafe ones.
         NoPairsError: nothing passed the judge.
     """
+    if len(unsafe) != len(safe):
+        raise ValueError(f"scenes: {len(unsafe)} unsafe prompts and {len(safe)} safe ones must be as many")
+    scenes = len(unsafe)
     if originals is not None:
         count = len(originals)
     if strongest is not None and not strength <= strongest <= 1:
@@ -308,18 +324,28 @@ def make_pairs(
     def draw(keys: Sequence[Draw]) -> Tensor:
         if originals is not None:
             return originals[[number for number, _ in keys]].to(model.device, model.dtype)
-        made = model.denoise(noise(keys), stops, unsafe, null, guidance=guidance, weights=Weights.FROZEN)
+        scene = unsafe.row(keys[0][0] % scenes)  # all of a batch show the same one
+        made = model.denoise(noise(keys), stops, scene, null, guidance=guidance, weights=Weights.FROZEN)
         return count_draws(made)
 
     def edit(latents: Tensor, keys: Sequence[Draw]) -> Tensor:
         # All of a batch are at the same redraw, and rounding must not take them beyond the last strength.
         rho = min(strength + climb * tries[keys[0][0]], max(strength, strongest or 0.0))
         tries.update(number for number, _ in keys)
-        made = sdedit(model, latents, noise(keys), safe, unsafe, strength=rho, guidance=guidance, steps=steps)
+        to, away = (c.row(keys[0][0] % scenes) for c in (safe, unsafe))
+        made = sdedit(model, latents, noise(keys), to, away, strength=rho, guidance=guidance, steps=steps)
         return count_draws(made)
 
     bad, good, tally = pair_up(
-        count, draw, edit, look, threshold=threshold, max_redraws=max_redraws, alike=alike, drawn=originals is None
+        count,
+        draw,
+        edit,
+        look,
+        threshold=threshold,
+        max_redraws=max_redraws,
+        alike=alike,
+        drawn=originals is None,
+        scenes=scenes,
     )
     reach = f"{strength}" if strongest is None else f"{strength} to {strongest}"
     note = f"{tally.report(max_redraws)}\nstrength {reach}, guidance {guidance}, {steps} steps, seed {seed}"

@@ -1,7 +1,8 @@
 """The qualities of Erase Concept: a method and settings for people who don't want to choose.
 
 *fast* and *balanced* were chosen by what they do on the testbed (docs/results/effect.md), *thorough* by what attacks do to it
-(docs/results/leaderboard.md). Its settings for large models follow from those of the testbed by their width alone.
+(docs/results/leaderboard.md). Its settings for large models are a guess: smaller and fewer steps than the testbed's, because
+they are wider and each step costs more.
 """
 
 from __future__ import annotations

@@ -30,11 +30,23 @@ class _Artist:
     """Draws both members with ComfyUI's own sampling; one bar over all draws, which also stops here on cancel."""
 
     def __init__(
-        self, model, clip, vae, *, prompts: tuple[str, str], size: tuple[int, int], strength, steps, cfg, seed, draws
+        self,
+        model,
+        clip,
+        vae,
+        *,
+        scenes: Sequence[tuple[str, str]],
+        size: tuple[int, int],
+        strength,
+        steps,
+        cfg,
+        seed,
+        draws,
     ):
         self._model, self._vae, self._cfg, self._seed = model, vae, cfg, seed
         encode = clip.encode_from_tokens_scheduled
-        self._unsafe, self._safe, self._null = (encode(clip.tokenize(text)) for text in (*prompts, ""))
+        self._scenes = [tuple(encode(clip.tokenize(text)) for text in scene) for scene in scenes]
+        self._null = encode(clip.tokenize(""))
         self._format = model.get_model_object("latent_format")
         channels, dimensions = self._format.latent_channels, getattr(self._format, "latent_dimensions", 2)
         if dimensions != 2:
@@ -58,15 +70,19 @@ class _Artist:
 
     def draw(self, draws: Sequence[Draw]) -> Tensor:
         """Unsafe members, from noise."""
-        noise = self._noise(draws)
-        return self._sample(noise, torch.zeros_like(noise), self._sigmas, self._unsafe, self._null)
+        noise, (unsafe, _) = self._noise(draws), self._scene(draws)
+        return self._sample(noise, torch.zeros_like(noise), self._sigmas, unsafe, self._null)
 
     def edit(self, latents: Tensor, draws: Sequence[Draw]) -> Tensor:
         """Safe members: the last steps of the same schedule, from the noised latents."""
         if not self._kept:
             return latents.clone()
-        start = self._format.process_out(latents)
-        return self._sample(self._noise(draws), start, self._sigmas[-(self._kept + 1) :], self._safe, self._unsafe)
+        start, (unsafe, safe) = self._format.process_out(latents), self._scene(draws)
+        return self._sample(self._noise(draws), start, self._sigmas[-(self._kept + 1) :], safe, unsafe)
+
+    def _scene(self, draws: Sequence[Draw]):
+        """Both prompts; ``pair_up`` draws one scene at a time."""
+        return self._scenes[draws[0][0] % len(self._scenes)]
 
     def _noise(self, draws: Sequence[Draw]) -> Tensor:
         return torch.cat([pair_noise(self._seed, draw, self._shape) for draw in draws])
@@ -107,14 +123,16 @@ class MakeSDEditPair(io.ComfyNode):
                     multiline=True,
                     default="",
                     placeholder="a man smoking a cigarette, photo",
-                    tooltip="Draws the picture with the concept; also the negative prompt of its counterpart.",
+                    tooltip="Draws the picture with the concept; also the negative prompt of its counterpart. Several lines "
+                    "are several scenes, and pairs show them in turn.",
                 ),
                 io.String.Input(
                     "safe_prompt",
                     multiline=True,
                     default="",
                     placeholder="a man, photo",
-                    tooltip="The same scene without the concept.",
+                    tooltip="The same scene without the concept: a line for each of unsafe_prompt, or one for all. Several "
+                    "lines for one unsafe prompt: it gives way to each of them in turn.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -184,7 +202,7 @@ class MakeSDEditPair(io.ComfyNode):
     def validate_inputs(cls, unsafe_prompt, safe_prompt, count, strength):
         try:
             if unsafe_prompt is not None and safe_prompt is not None:  # linked: known only when the graph runs
-                check_prompts(unsafe_prompt, safe_prompt)
+                scenes_of(unsafe_prompt, safe_prompt)
             check_numbers(count, strength)
         except ValueError as error:
             return str(error)
@@ -195,7 +213,7 @@ class MakeSDEditPair(io.ComfyNode):
         cls, model, clip, vae, unsafe_prompt, safe_prompt, strength, count, seed, steps, cfg, width, height, max_redraws,
         images=None, judge=None, concept="",
     ) -> io.NodeOutput:  # fmt: skip
-        prompts = check_prompts(unsafe_prompt, safe_prompt)
+        scenes = scenes_of(unsafe_prompt, safe_prompt)
         check_numbers(count, strength)
         if judge is not None and not concept.strip():
             raise ValueError("concept: write what the judge should look for")
@@ -208,17 +226,18 @@ class MakeSDEditPair(io.ComfyNode):
         if judge is not None:
             look = look_through(judge, lambda z: decode(z).movedim(-1, 1), concept.strip())
         artist = _Artist(
-            model, clip, vae, prompts=prompts, size=size, strength=strength, steps=steps, cfg=cfg, seed=seed,
+            model, clip, vae, scenes=scenes, size=size, strength=strength, steps=steps, cfg=cfg, seed=seed,
             draws=(count if images is None else 0, count),
         )  # fmt: skip
         bad, good, tally = pair_up(
             count, artist.draw if images is None else artist.copy(fitted(images, size)), artist.edit, look,
             threshold=0.5 if judge is None else judge.threshold, max_redraws=max_redraws, drawn=images is None,
-            at_once=_AT_ONCE,
+            scenes=len(scenes), at_once=_AT_ONCE,
         )  # fmt: skip
         judged = f", judged by {judge.name} {judge.version}" if judge is not None else ""
         note = f"{tally.report(max_redraws)}\nstrength {strength:g}, cfg {cfg:g}, {steps} steps, seed {seed}{judged}"
         with ordinary_tensors():
+            prompts = (" / ".join(dict.fromkeys(side)) for side in zip(*scenes, strict=True))
             pairs = ConceptPairs(bad.clone(), good.clone(), *prompts, family_of(model), note)
         unsafe, safe = (torch.cat([decode(part) for part in z.split(_AT_ONCE)]) for z in (bad, good))
         shown = ui.PreviewImage(torch.cat([unsafe, safe], dim=2)[:_SHOWN], cls=cls).as_dict()
@@ -226,21 +245,31 @@ class MakeSDEditPair(io.ComfyNode):
         return io.NodeOutput(unsafe, safe, pairs, pairs.summary(), ui=shown)
 
 
-def check_prompts(unsafe: str, safe: str) -> tuple[str, str]:
-    """The prompts without blanks around them.
+def scenes_of(unsafe: str, safe: str) -> list[tuple[str, str]]:
+    """(unsafe prompt, safe prompt) of each scene, read from two boxes with a line each, or one line for all.
 
     Raises:
-        ValueError: nothing to show, or no difference.
+        ValueError: nothing to show, no difference, too long, or lines that don't match up.
     """
-    unsafe, safe = unsafe.strip(), safe.strip()
-    if not unsafe:
-        raise ValueError("unsafe_prompt: describe a picture that shows the concept")
-    if " ".join(unsafe.casefold().split()) == " ".join(safe.casefold().split()):
-        raise ValueError("safe_prompt: it is the same as unsafe_prompt. Describe the scene without the concept")
     for what, text in (("unsafe_prompt", unsafe), ("safe_prompt", safe)):
         if len(text) > 2000:
             raise ValueError(f"{what}: {len(text)} characters, at most 2000 fit")
-    return unsafe, safe
+    bad, good = ([line.strip() for line in text.splitlines() if line.strip()] for text in (unsafe, safe))
+    good = good or [""]
+    if not bad:
+        raise ValueError("unsafe_prompt: describe a picture that shows the concept")
+    n = max(len(bad), len(good))
+    bad, good = (lines * n if len(lines) == 1 else lines for lines in (bad, good))
+    if len(bad) != len(good):
+        raise ValueError(
+            f"safe_prompt: {len(good)} lines for {len(bad)} of unsafe_prompt. Write one for each of them, or one for all"
+        )
+    for one, other in zip(bad, good, strict=True):
+        if " ".join(one.casefold().split()) == " ".join(other.casefold().split()):
+            raise ValueError(
+                f"safe_prompt: {other!r} is the same as unsafe_prompt. Describe the scene without the concept"
+            )
+    return list(zip(bad, good, strict=True))
 
 
 def check_numbers(count: int | None, strength: float | None) -> None:

@@ -10,8 +10,9 @@
     python -m erasure_core.emojicanvas.bench tune --method uce --set ridge=0.01     # one line, on the tuning split
 
 ``effect`` and ``tune`` take every registered method. Pictures of the unchanged model are drawn once and kept in the
-cache, and so is each finished row: stop and start again as you like. ``--fresh`` measures rows again after a method's code
-has changed. ``--jobs 2`` uses two cores well; one process on two cores is hardly faster than on one.
+cache, and so is each finished row: stop and start again as you like. What the pages in docs/results were made from lies beside
+them and counts as measured, so one new method joins the others without measuring those again. ``--fresh`` measures rows again
+after a method's code has changed. ``--jobs 2`` uses two cores well; one process on two cores is hardly faster than on one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ..methods import all_methods
 from ..metrics.rates import Rate, pooled, rate
 from .bench_settings import parse_settings, settings_for
 from .concepts import OBJECTS, STYLES, prompt
-from .effect import RESULTS, effect, tune
+from .effect import effect, tune
 from .judge import Judge
 from .leaderboard import CONCEPTS, QUICK_ATTACKS, QUICK_CONCEPTS, Contest, budgets, leaderboard
 from .memory_effect import memory_effect
@@ -40,7 +41,7 @@ from .mining_effect import METHODS, mining_effect
 from .pair_page import pairs_page
 from .pair_quality import EACH
 from .passes_page import passes_page
-from .rows import Bench, Plan, flags
+from .rows import RESULTS, Bench, Plan, flags
 from .splits import SCORING, STYLE_OBJECTS, TUNING, Shot, erasings
 from .studio import Sampler, Studio, to_bytes
 from .weights import BUNDLE, JUDGE

@@ -32,7 +32,14 @@ TESTBED: dict[str, Mapping[str, Any]] = {
     "sdd": {**_QUICK, "iterations": 60, "learning_rate": 1e-3, "average": 0.95},
     "spm": {**_QUICK, "iterations": 150, "learning_rate": 1e-2, "warmup": 10, "anchors": 2, "anchor_weight": 10.0},
     "concept_ablation": {**_QUICK, "iterations": 100, "learning_rate": 1e-3, "pictures": 16, "batch": 8},
-    "forget_me_not": {**_QUICK, "iterations": 35, "learning_rate": 1e-3, "keep_weight": 5.0},
+    # The concept is in the rows behind the words, where every prompt ends: those are steered too, and kept words held hard.
+    "forget_me_not": {
+        **_QUICK,
+        "iterations": 150,
+        "learning_rate": 2e-3,
+        "keep_weight": 100.0,
+        "end_tokens": True,
+    },
     "eap": {**_QUICK, "iterations": 40, "learning_rate": 1e-3, "space": "eps"},
     "kpop": {**_QUICK, "iterations": 100, "learning_rate": 1e-3, "memory_rate": 1e-2},
     "duo": {"iterations": 120, "beta": 100.0, "base_learning_rate": 1e-3, "base_prior_weight": 10.0},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -15,10 +14,8 @@ from ..metrics.rates import Rate, pooled
 from . import perceptual
 from .bench_settings import settings_for
 from .engines import Task, processes
-from .rows import MEASURES, Bench
+from .rows import MEASURES, RESULTS, Bench
 from .splits import erasings
-
-RESULTS = Path("docs/results")
 
 
 def run(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool = False, jobs: int = 1) -> list[dict]:
@@ -79,8 +76,10 @@ def effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool, j
     """Measure ``chosen`` methods on the scoring split and write the tables, with all other methods' default rows."""
     run(bench, chosen, fresh, jobs)
     known = {"none": {}, **{m: settings_for(m) for m in all_methods()}, **chosen}
-    found = [bench.row(e, m, s) for e in erasings(bench.plan.split) for m, s in known.items()]  # measured before, too
-    rows = [row for row in found if row is not None]
+    paths = [
+        bench.row_path(e, m, s) for e in erasings(bench.plan.split) for m, s in known.items()
+    ]  # measured before, too
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
     s, judge = bench.plan.sampler, bench.studio.judge
     bf16 = " --bf16" if s.bf16 else ""
     text = f"""# Effect of erasing on EmojiCanvas
@@ -111,7 +110,7 @@ A style has no synonyms here; its alias is the bare word ("a neon cat"), which c
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "effect.md").write_text(text, encoding="utf-8")
     (RESULTS / "effect.json").write_text(
-        json.dumps({"sampler": dataclasses.asdict(s), "rows": rows}, indent=1), encoding="utf-8"
+        json.dumps({"sampler": dataclasses.asdict(s), **bench.record(paths)}, indent=1), encoding="utf-8"
     )
     print(table(summary(rows)))
 

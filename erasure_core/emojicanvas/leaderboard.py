@@ -18,10 +18,9 @@ from tqdm import tqdm
 from ..attacks import all_attacks
 from ..metrics.judge_error import Corrected, corrected
 from ..metrics.rates import Rate, pooled, rate
-from .effect import RESULTS
 from .engines import Task, cluster, processes
 from .leaderboard_page import write_page
-from .rows import Bench, flags
+from .rows import RESULTS, Bench, flags
 from .siege import ASKING, applies, cell_path
 from .splits import Shot
 

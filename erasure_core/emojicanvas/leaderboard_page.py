@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..metrics.judge_error import Corrected
 from .bench_settings import ATTACKS
-from .effect import RESULTS
-from .rows import Bench
+from .rows import RESULTS, Bench
 from .siege import ASKING, PICTURES, titles
 
 if TYPE_CHECKING:
@@ -72,7 +71,15 @@ nothing; "-": not run on every concept.
         for s in found
     ]
     (RESULTS / f"{page}.json").write_text(
-        json.dumps({"seconds_a_picture": round(cost["speed"], 4), "seconds": cost["seconds"], "rows": rows}, indent=1),
+        json.dumps(
+            {
+                "seconds_a_picture": round(cost["speed"], 4),
+                "seconds": cost["seconds"],
+                "rows": rows,
+                **bench.record(task.results(bench)[0] for task in contest.tasks(bench)),
+            },
+            indent=1,
+        ),
         encoding="utf-8",
     )
     draw(found, columns, RESULTS / f"{page}.png")

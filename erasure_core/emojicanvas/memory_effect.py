@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -15,10 +16,9 @@ from ..metrics.rates import Rate, pooled
 from ..operators.memory import Mode, SavedMemory
 from ..suppress import Settings, suppress
 from .bench_settings import settings_for
-from .effect import RESULTS
 from .judge import Judge
 from .model import EmojiCanvas, EmojiCanvasPort
-from .rows import Bench, figures, keep, spec_of
+from .rows import RESULTS, Bench, figures, keep, spec_of
 from .splits import Erasing, Split, questions
 from .studio import Sampler
 
@@ -75,11 +75,16 @@ def quiet(done: int, total: int) -> None:
 MEASURES = ("direct", "named", "unseen", "neighbours", "kept_objects", "kept_styles")
 
 
+def row_path(bench: Bench, mode: Mode, erasing: Erasing) -> Path:
+    plan = bench.plan
+    protocol = [plan.split.name, plan.seeds, plan.rounds, dataclasses.astuple(plan.sampler)]
+    made = dataclasses.asdict(Settings()) if mode is Mode.SUPPRESS else settings_for("kpop")
+    return bench.path("rows", ".json", "memory", mode.value, made, *protocol, erasing.label)
+
+
 def measured(bench: Bench, mode: Mode, erasing: Erasing) -> dict[str, dict]:
     """The shares of what the mode makes, by what they are drawn with; learned and drawn once, then read from their file."""
-    plan, studio = bench.plan, bench.studio
-    protocol = [plan.split.name, plan.seeds, plan.rounds, dataclasses.astuple(plan.sampler)]
-    path = bench.path("rows", ".json", "memory", mode.value, *protocol, erasing.label)
+    plan, studio, path = bench.plan, bench.studio, row_path(bench, mode, erasing)
     if not path.exists():
         memory, erasure, seconds = learn(studio.model, mode, erasing, bf16=plan.sampler.bf16)
         drawn: dict[str, tuple[Erasure | None, SavedMemory | None]] = {"memory": (None, memory)}
@@ -126,6 +131,7 @@ def memory_effect(bench: Bench, modes: Sequence[Mode] = tuple(Mode)) -> None:
             cells = [str(pooled(Rate.from_json(r[m]) for r in rows)) for m in MEASURES]
             seconds = sum(r["seconds"] for r in rows) / len(rows)
             lines.append(" | ".join([f"| {mode_name}", drawn, *cells, f"{seconds:.0f} |" if seconds else "- |"]))
+    paths = [row_path(bench, m, e) for m in modes for e in objects]
     ratio, table = overhead(bench), "\n".join(lines)
     sampler = bench.plan.sampler
     text = f"""# Safe prompt memories on EmojiCanvas
@@ -142,5 +148,7 @@ A picture takes {ratio:.3f} times as long with a memory of 16 rows in every bloc
 """
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "memory.md").write_text(text, encoding="utf-8")
-    (RESULTS / "memory.json").write_text(json.dumps({"overhead": ratio, "rows": found}, indent=1), encoding="utf-8")
+    (RESULTS / "memory.json").write_text(
+        json.dumps({"overhead": ratio, **bench.record(paths)}, indent=1), encoding="utf-8"
+    )
     print(table)

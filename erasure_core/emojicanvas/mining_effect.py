@@ -14,10 +14,9 @@ from ..attacks import Found, Way, asking, evaluate
 from ..metrics.rates import Rate, pooled
 from ..mining import Settings, mine
 from .bench_settings import plain
-from .effect import RESULTS
 from .model import EmojiCanvasPort
 from .red_team import canvas_target
-from .rows import Bench, keep
+from .rows import RESULTS, Bench, keep
 from .siege import PICTURES, prompts_of
 from .splits import Erasing
 
@@ -78,7 +77,8 @@ the search nor any training has seen; shares that {judge.name} {judge.version} r
 """
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "mining.md").write_text(text, encoding="utf-8")
-    (RESULTS / "mining.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    paths = [cell_path(bench, e, m, s) for m, s in methods.items() for e in singles]
+    (RESULTS / "mining.json").write_text(json.dumps({"rows": rows, **bench.record(paths)}, indent=1), encoding="utf-8")
     print(text)
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ..metrics.rates import Rate, pooled
 from . import perceptual
-from .effect import RESULTS
 from .pair_quality import EACH, EDGE, EDIT, SHARES, Made, chosen, counterpart, every
-from .rows import Bench
+from .rows import RESULTS, Bench
 from .studio import to_bytes
 
 _HEAD = ("concept", "pairs made", "unsafe shows it", "safe shows it", "same style", "same object", "same ground",

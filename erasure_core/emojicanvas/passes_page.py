@@ -9,9 +9,8 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from .effect import RESULTS
 from .passes import STEPS, SUPPRESS, WARM_UP, Cost, beside, costs, heard, trained
-from .rows import Bench
+from .rows import RESULTS, Bench
 
 AIM = 1.15
 """A step takes at most this many times as long as its passes."""

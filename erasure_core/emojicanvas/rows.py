@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class Plan:
     rounds: int
     replace_with: str
     folder: Path
-    """Pictures of the base, erasures and finished rows are kept here."""
+    """Pictures of the base, erasures and finished rows are kept here; named after the contents of model and judge."""
     batch: int = 32
     only: tuple[str, ...] = ()
     """Erase these alone, of what the split erases, by :attr:`Erasing.key`."""
@@ -107,6 +107,10 @@ class Plan:
         return [e for e in erasings(self.split) if not self.only or e.key in self.only]
 
 
+RESULTS = Path("docs/results")
+"""Pages, and beside each a JSON with what it was made from (:meth:`Bench.record`)."""
+
+
 class Bench:
     """One model, judge, split and size. Each finished row is a file, so processes share them and nothing is lost."""
 
@@ -114,6 +118,24 @@ class Bench:
         self.plan, self.studio = plan, plan.studio()
         for folder in ("rows", "erasures", "attacks"):
             (plan.folder / folder).mkdir(exist_ok=True)
+        for page in sorted(RESULTS.glob("*.json")):
+            self._recall(json.loads(page.read_text(encoding="utf-8")))
+
+    def record(self, paths: Iterable[Path]) -> dict[str, Any]:
+        """Results for the JSON of a page. From there another machine goes on, with the same model and judge."""
+        found: dict[str, dict[str, Any]] = {}
+        for path in sorted(p for p in set(paths) if p.exists()):
+            found.setdefault(path.parent.name, {})[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+        return {"model_and_judge": self.plan.folder.name, "measured": found}
+
+    def _recall(self, page: Mapping[str, Any]) -> None:
+        if page.get("model_and_judge") != self.plan.folder.name:
+            return
+        for folder, results in page["measured"].items():
+            for name, row in results.items():
+                path = self.plan.folder / folder / f"{name}.json"
+                if not path.exists():
+                    keep(path, row)
 
     def path(self, folder: str, ending: str, *key: Any) -> Path:
         """The file in which a result is kept that depends on ``key``, beside model and judge."""

@@ -58,6 +58,10 @@ class Cond:
         """A batch of one as a batch of n; a batch of n as it is."""
         return Cond(_expand(self.context, n), {k: _expand(v, n) for k, v in self.extra.items()})
 
+    def row(self, i: int) -> Cond:
+        """The i-th of the batch, as a batch of one."""
+        return Cond(self.context[i : i + 1], {k: v[i : i + 1] for k, v in self.extra.items()})
+
     def to(self, like: Tensor) -> Cond:
         """On the device and in the type of a latent."""
         return self.on(like.device, like.dtype)

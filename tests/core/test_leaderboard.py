@@ -81,13 +81,24 @@ def test_mining_is_measured_once_and_said(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(mining_effect, "PICTURES", 2)
     bench, chosen = bench_in(tmp_path / "cells"), {"uce": settings_for("uce")}
     mining_effect.mining_effect(bench, chosen)
-    rows = json.loads((tmp_path / "docs/results/mining.json").read_text(encoding="utf-8"))
+    rows = json.loads((tmp_path / "docs/results/mining.json").read_text(encoding="utf-8"))["rows"]
     page = (tmp_path / "docs/results/mining.md").read_text(encoding="utf-8")
     assert rows["none"][0]["asking"]["hits"] == 2 and rows["uce"][0]["asking"]["hits"] == 0
     assert all(0 <= found["mined"]["hits"] <= found["mined"]["n"] == 2 for (found,) in rows.values())
     assert "| uce | 0 %" in page and "seed 7" in page
     monkeypatch.setattr(mining_effect, "mine", lambda *_, **__: pytest.fail("it was measured already"))
     mining_effect.mining_effect(bench, chosen)
+
+
+def test_another_machine_goes_on_from_the_page(measured, tmp_path, monkeypatch) -> None:
+    """What lies beside a page counts as measured, for the same model and judge."""
+    bench, _ = measured
+    monkeypatch.chdir(Path(bench.plan.folder).parent)
+    tasks = CONTEST.tasks(bench)
+    for name, known in (("cells", True), ("other weights", False)):
+        there = bench_in(tmp_path / name)
+        assert all(t.results(there)[0].exists() == known for t in tasks)
+    assert standings(bench_in(tmp_path / "cells"), CONTEST) == standings(bench, CONTEST)
 
 
 def test_the_base_model_beside_itself(measured) -> None:

@@ -191,6 +191,34 @@ def test_redraws_climb_to_the_weakest_edit_that_works(tiny64, monkeypatch) -> No
     assert used == pytest.approx([0.5, 0.7, 0.9]) and caught.value.tally.stubborn == (0,)
 
 
+def test_scenes_take_turns(tiny64) -> None:
+    """Pair k is what scene k % m makes of the noise of pair k."""
+    cat, dog, house, null = tiny64.conditions(["cat", "dog", "house", ""])
+    settings = {"steps": 4, "guidance": 3.0, "seed": 5, "family": tiny64.family, "unsafe_prompt": "a", "safe_prompt": "b"}
+    scenes = [(cat, dog), (cat, house), (dog, house)]
+    with tiny64.trainable() as model:
+        mixed = make_pairs(model, *(Cond.cat(c) for c in zip(*scenes, strict=True)), null, count=5, **settings)
+        for number, scene in enumerate([0, 1, 2, 0, 1]):
+            alone = make_pairs(model, *scenes[scene], null, count=5, **settings)
+            for member in ("unsafe", "safe"):
+                assert torch.allclose(getattr(mixed, member)[number], getattr(alone, member)[number], atol=1e-6)
+        with pytest.raises(ValueError, match="1 unsafe prompts and 2 safe ones"):
+            make_pairs(model, cat, Cond.cat([dog, house]), null, count=1, **settings)
+
+
+def test_a_batch_is_of_one_scene() -> None:
+    draw, edit, look, asked = scripted({n: ("ny", "n") for n in range(7)})
+    batches: list[list[int]] = []
+
+    def noted(keys: Sequence[tuple[int, int]]) -> Tensor:
+        batches.append([number for number, _ in keys])
+        return draw(keys)
+
+    unsafe, _, tally = pair_up(7, noted, edit, look, threshold=0.5, max_redraws=1, scenes=3, at_once=2)
+    assert batches == 2 * [[0, 3], [6], [1, 4], [2, 5]] and tally.unsafe_redraws == 7
+    assert unsafe[:, 0, 0, 0].tolist() == list(range(7)), "in the order of their numbers"
+
+
 def test_a_judge_that_is_never_satisfied() -> None:
     draw, edit, look, _ = scripted({0: ("n", "n")})
     with pytest.raises(NoPairsError, match=r"no pair passed. 0 of 1 pairs made.*after 3 redraws"):

@@ -90,6 +90,16 @@ def test_the_ends_of_strength(server: ComfyServer) -> None:
     assert 0 < moved[0] < moved[1]
 
 
+def test_scenes_take_turns(server: ComfyServer) -> None:
+    """One unsafe prompt for two safe ones: pair k is the one that scene k % 2 makes alone."""
+    mixed = made(server, "scenes", count=3, seed=14, safe_prompt=f"{SAFE}\n\na house")
+    alone = [made(server, f"scene-{n}", count=3, seed=14, safe_prompt=text) for n, text in enumerate((SAFE, "a house"))]
+    assert torch.allclose(mixed.unsafe, alone[0].unsafe, atol=1e-4)
+    for number, scene in enumerate((0, 1, 0)):
+        assert torch.allclose(mixed.safe[number], alone[scene].safe[number], atol=1e-4)
+    assert mixed.safe_prompt == f"{SAFE} / a house" and mixed.unsafe_prompt == UNSAFE
+
+
 def test_a_seed_owns_its_pairs(server: ComfyServer) -> None:
     one = made(server, "seed-a", seed=21)
     server.free()
@@ -156,7 +166,8 @@ def test_size(server: ComfyServer) -> None:
 @pytest.mark.parametrize(
     ("widgets", "sentence"),
     [
-        ({"safe_prompt": f" {UNSAFE.upper()}  "}, "safe_prompt: it is the same as unsafe_prompt"),
+        ({"safe_prompt": f"a dog\n {UNSAFE.upper()}  "}, f"safe_prompt: {UNSAFE.upper()!r} is the same as unsafe_prompt"),
+        ({"unsafe_prompt": "a\nb\nc", "safe_prompt": "d\ne"}, "safe_prompt: 2 lines for 3 of unsafe_prompt"),
         ({"unsafe_prompt": " "}, "unsafe_prompt: describe a picture that shows the concept"),
         ({"safe_prompt": "a dog " * 500}, "safe_prompt: 2999 characters, at most 2000 fit"),
         ({"count": 0}, "count: 0 pairs; 1 to 1024 can be made at once"),
@@ -174,7 +185,7 @@ def test_prompts_through_links_are_checked_too(server: ComfyServer) -> None:
     g = Graph()
     text = g.add("PrimitiveStringMultiline", value=UNSAFE)[0]
     pair(g, g.add("ErasureLoadDemo"), safe_prompt=text)
-    assert "safe_prompt: it is the same as unsafe_prompt" in refusal(server, g)
+    assert f"safe_prompt: {UNSAFE!r} is the same as unsafe_prompt" in refusal(server, g)
 
 
 def test_a_judge_needs_a_word_that_it_knows(server: ComfyServer) -> None:
