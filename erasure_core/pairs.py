@@ -33,6 +33,8 @@ from .port import Family
 MAX_PAIRS = 1024
 MAX_REDRAWS = 100
 
+Scene = tuple[str, str]
+"""(unsafe prompt, safe prompt)."""
 Draw = tuple[int, int]
 """(which pair, which of its noises)."""
 
@@ -43,12 +45,12 @@ class ConceptPairs:
 
     unsafe: Tensor = field(repr=False)
     safe: Tensor = field(repr=False)
-    unsafe_prompt: str
-    safe_prompt: str
-    """Of several scenes, with " / " between them."""
+    scenes: tuple[Scene, ...]
     family: Family
     note: str = ""
     """How they were made, in words."""
+    shown: tuple[int, ...] = ()
+    """The number of each pair's scene; empty where there is one scene."""
     tally: Tally | None = field(default=None, compare=False)
     """The same in figures; of pairs from a file, None."""
 
@@ -58,9 +60,16 @@ class ConceptPairs:
                 f"pairs: {tuple(self.unsafe.shape)} unsafe and {tuple(self.safe.shape)} safe latents must be the same "
                 "[N, C, h, w], and not none. Make them again with Make SDEdit Pair"
             )
+        shown = self.shown or (0,) * len(self)
+        if len(shown) != len(self) or not all(0 <= n < len(self.scenes) for n in shown):
+            raise ValueError(f"pairs: {len(self)} pairs and {len(self.scenes)} scenes don't match up. Make them again")
 
     def __len__(self) -> int:
         return len(self.unsafe)
+
+    def scene(self, k: int) -> Scene:
+        """The prompts of pair ``k``."""
+        return self.scenes[self.shown[k] if self.shown else 0]
 
     def check_fits(self, family: Family) -> None:
         """Raise where they were made with another kind of model: its latents mean something else.
@@ -76,8 +85,9 @@ class ConceptPairs:
     def summary(self) -> str:
         """One paragraph for people."""
         side = " x ".join(str(n) for n in self.unsafe.shape[2:])
+        unsafe, safe = (" / ".join(repr(x) for x in dict.fromkeys(side)) for side in zip(*self.scenes, strict=True))
         lines = [
-            f"{len(self)} pairs: {self.unsafe_prompt!r} -> {self.safe_prompt!r}",
+            f"{len(self)} pairs: {unsafe} -> {safe}",
             f"latents of {side}, {self.family}",
             self.note,
         ]
@@ -101,6 +111,11 @@ class Tally:
     """Whether unsafe members were drawn, rather than given."""
     compared: bool = False
     """Whether safe members were also compared with the unsafe ones."""
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The pairs that came out."""
+        return tuple(n for n in range(self.asked) if n not in {*self.unseen, *self.stubborn})
 
     def report(self, max_redraws: int) -> str:
         """In sentences; pairs are counted from 1."""
@@ -266,8 +281,7 @@ def make_pairs(
     null: Cond,
     *,
     count: int,
-    unsafe_prompt: str,
-    safe_prompt: str,
+    scenes: Sequence[Scene],
     family: Family,
     strength: float = 0.75,
     strongest: float | None = None,
@@ -286,7 +300,8 @@ def make_pairs(
     Args:
         unsafe, safe: conditionings of the m scenes, one row each; pair k takes row k % m.
         null: the empty prompt's.
-        unsafe_prompt, safe_prompt, family: what the pairs say of themselves.
+        scenes: their prompts.
+        family: what the pairs were made with.
         strength, guidance, steps: of the safe members; unsafe ones are drawn with the same guidance and steps.
         strongest: the redraws of a safe member climb from ``strength`` to this, evenly; None: they stay there.
         look, threshold: a judge behind a decoder; a latent shows the concept where it comes to the threshold.
@@ -295,12 +310,12 @@ def make_pairs(
         progress: called as progress(draws done, draws expected) after each batch; may raise to cancel.
 
     Raises:
-        ValueError: numbers out of range, or not as many safe scenes as unsafe ones.
+        ValueError: numbers out of range, or not as many conditionings as scenes.
         NoPairsError: nothing passed the judge.
     """
-    if len(unsafe) != len(safe):
-        raise ValueError(f"scenes: {len(unsafe)} unsafe prompts and {len(safe)} safe ones must be as many")
-    scenes = len(unsafe)
+    m = len(scenes)
+    if not len(unsafe) == len(safe) == m:
+        raise ValueError(f"scenes: {len(unsafe)} unsafe and {len(safe)} safe conditionings for {m} scenes")
     if originals is not None:
         count = len(originals)
     if strongest is not None and not strength <= strongest <= 1:
@@ -324,7 +339,7 @@ def make_pairs(
     def draw(keys: Sequence[Draw]) -> Tensor:
         if originals is not None:
             return originals[[number for number, _ in keys]].to(model.device, model.dtype)
-        scene = unsafe.row(keys[0][0] % scenes)  # all of a batch show the same one
+        scene = unsafe.row(keys[0][0] % m)  # all of a batch show the same one
         made = model.denoise(noise(keys), stops, scene, null, guidance=guidance, weights=Weights.FROZEN)
         return count_draws(made)
 
@@ -332,21 +347,14 @@ def make_pairs(
         # All of a batch are at the same redraw, and rounding must not take them beyond the last strength.
         rho = min(strength + climb * tries[keys[0][0]], max(strength, strongest or 0.0))
         tries.update(number for number, _ in keys)
-        to, away = (c.row(keys[0][0] % scenes) for c in (safe, unsafe))
+        to, away = (c.row(keys[0][0] % m) for c in (safe, unsafe))
         made = sdedit(model, latents, noise(keys), to, away, strength=rho, guidance=guidance, steps=steps)
         return count_draws(made)
 
     bad, good, tally = pair_up(
-        count,
-        draw,
-        edit,
-        look,
-        threshold=threshold,
-        max_redraws=max_redraws,
-        alike=alike,
-        drawn=originals is None,
-        scenes=scenes,
-    )
+        count, draw, edit, look, threshold=threshold, max_redraws=max_redraws, alike=alike, drawn=originals is None, scenes=m
+    )  # fmt: skip
     reach = f"{strength}" if strongest is None else f"{strength} to {strongest}"
     note = f"{tally.report(max_redraws)}\nstrength {reach}, guidance {guidance}, {steps} steps, seed {seed}"
-    return ConceptPairs(bad.float().cpu(), good.float().cpu(), unsafe_prompt, safe_prompt, family, note, tally)
+    shown = tuple(n % m for n in tally.numbers)
+    return ConceptPairs(bad.float().cpu(), good.float().cpu(), tuple(scenes), family, note, shown, tally)

@@ -237,12 +237,12 @@ class MakeSDEditPair(io.ComfyNode):
         judged = f", judged by {judge.name} {judge.version}" if judge is not None else ""
         note = f"{tally.report(max_redraws)}\nstrength {strength:g}, cfg {cfg:g}, {steps} steps, seed {seed}{judged}"
         with ordinary_tensors():
-            prompts = (" / ".join(dict.fromkeys(side)) for side in zip(*scenes, strict=True))
-            pairs = ConceptPairs(bad.clone(), good.clone(), *prompts, family_of(model), note)
+            shown = tuple(n % len(scenes) for n in tally.numbers)
+            pairs = ConceptPairs(bad.clone(), good.clone(), tuple(scenes), family_of(model), note, shown)
         unsafe, safe = (torch.cat([decode(part) for part in z.split(_AT_ONCE)]) for z in (bad, good))
-        shown = ui.PreviewImage(torch.cat([unsafe, safe], dim=2)[:_SHOWN], cls=cls).as_dict()
-        shown |= ui.PreviewText(pairs.summary()).as_dict()
-        return io.NodeOutput(unsafe, safe, pairs, pairs.summary(), ui=shown)
+        preview = ui.PreviewImage(torch.cat([unsafe, safe], dim=2)[:_SHOWN], cls=cls).as_dict()
+        preview |= ui.PreviewText(pairs.summary()).as_dict()
+        return io.NodeOutput(unsafe, safe, pairs, pairs.summary(), ui=preview)
 
 
 def scenes_of(unsafe: str, safe: str) -> list[tuple[str, str]]:

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ..methods import Aids, all_methods, settings_from
 from ..methods.registry import Look
+from ..operators.trainable import Cond
 from ..pairs import ConceptPairs, make_pairs
 from ..presets import PRESETS
-from .concepts import prompt
+from .concepts import OBJECTS, prompt
 from .judge import Judge
 from .model import EmojiCanvasPort
-from .splits import Erasing
+from .splits import STYLE_OBJECTS, Erasing
 
 _QUICK = {"sample_steps": 12, "batch": 4}
 TESTBED: dict[str, Mapping[str, Any]] = {
@@ -65,6 +66,10 @@ ATTACKS: dict[str, Mapping[str, Any]] = {
     "relearning": {"learning_rate": 1e-3},
 }
 """Budgets of attacks on the testbed, where they are not the papers'."""
+
+
+_PAIRS, _EVERY = 4, 3
+"""Of DUO: pairs of a scene, and every which other object an erased one gives way to."""
 
 
 def plain(settings: Any) -> dict[str, Any]:
@@ -114,12 +119,13 @@ def aids_for(method: str, port: EmojiCanvasPort, erasing: Erasing, judge: Judge)
 
 
 def _pairs(port: EmojiCanvasPort, erasing: Erasing, look: Look) -> ConceptPairs:
-    """SDEdit pairs of the first concept. What stands for "safe": a house for an object, the plain style for a style."""
-    unsafe, safe = (prompt(erasing.objects[0]), prompt("house")) if erasing.objects else (
-        prompt("frog", erasing.styles[0]), prompt("frog"))  # fmt: skip
-    one, other, null = port.conditions([unsafe, safe, ""])
+    """SDEdit pairs of every concept: an object gives way to several others in turn, a style to the plain one on objects."""
+    others = [o.name for o in OBJECTS if o.name not in erasing.objects][::_EVERY]
+    scenes = [(prompt(name), prompt(other)) for other in others for name in erasing.objects]
+    scenes += [(prompt(o, style), prompt(o)) for o in STYLE_OBJECTS for style in erasing.styles]
+    unsafe, safe = (Cond.cat(port.conditions(list(side))) for side in zip(*scenes, strict=True))
     with port.trainable() as model:
         return make_pairs(
-            model, one, other, null, count=32, unsafe_prompt=unsafe, safe_prompt=safe, family=port.family, strength=0.85,
-            guidance=4.0, steps=20, look=look,
+            model, unsafe, safe, port.conditions([""])[0], count=_PAIRS * len(scenes), scenes=scenes, family=port.family,
+            strength=0.5, strongest=0.85, guidance=4.0, steps=20, look=look,
         )  # fmt: skip

@@ -123,9 +123,8 @@ def _make(bench: Bench, erasing: Erasing, each: int, path: Path) -> None:
             one, other, null = port.conditions([scene.unsafe, scene.safe, ""])
             try:
                 pairs = make_pairs(
-                    model, one, other, null, count=each, unsafe_prompt=scene.unsafe, safe_prompt=scene.safe,
-                    family=port.family, seed=bench.plan.split.first_seed + number, look=look, threshold=judge.threshold,
-                    alike=alike, **EDIT,
+                    model, one, other, null, count=each, scenes=[(scene.unsafe, scene.safe)], family=port.family,
+                    seed=bench.plan.split.first_seed + number, look=look, threshold=judge.threshold, alike=alike, **EDIT,
                 )  # fmt: skip
             except NoPairsError as error:
                 tallies.append(error.tally)

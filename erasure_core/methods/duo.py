@@ -4,13 +4,16 @@ Pairs of an unsafe picture and its safe counterpart, which differ only in the un
 empty prompt (operators/prefer.py), so the concept is unlearned in pictures rather than in words. LoRA of rank 32 on
 self-attention, AdamW, gradient norm 1, 1000 steps; beta 500, lr = 3e-4 * 100 / beta, prior weight = 1e6 * beta / 100.
 
+With ``own_prompts`` each member is read with the prompt that drew it, one pair in five with none (the authors' options
+``given_prompt`` and ``cfg_train``). It goes by words again, and so it is gentler: what the safe prompts draw is held.
+
 Departures: both members of a pair share their time, as in Diffusion-DPO (``shared_time`` off gives the authors' code, where
-they are drawn apart); the kto branch and training with prompts are left out; the authors' batch is 1 on each of 4 GPUs,
-here it is a setting.
+they are drawn apart); the kto branch is left out; the authors' batch is 1 on each of 4 GPUs, here it is a setting.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +42,9 @@ class Settings:
     base_prior_weight: float = setting(1e6, "How firmly everything else stays, at beta 100; it is scaled by beta / 100.",
         low=0.0, high=1e12, step=1e5)  # fmt: skip
     shared_time: bool = setting(True, "Both members of a pair are noised alike. Off: as in the authors' code.")
+    own_prompts: bool = setting(
+        False, "Read each picture with its own prompt. Off: with none, as in the paper, so that no words are involved."
+    )
     layers: Layers = setting(Layers.SELF, "Which layers are changed; self-attention leaves what words mean alone.")
     rank: int = setting(32, "Rank of the change.", low=1, high=512, step=1)
     batch: int = setting(4, "Pairs per training step.", low=1, high=64, step=1)
@@ -47,19 +53,32 @@ class Settings:
     seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
 
 
-def phase(model: TrainableModel, pairs: ConceptPairs, null: Cond, settings: Settings) -> Phase:
-    """DUO's step over pairs of clean latents; each step draws ``batch`` of them."""
+_UNPROMPTED = 0.2
+"""With ``own_prompts``, this share of pairs is read with the empty prompt (cfg_train)."""
+
+
+def phase(model: TrainableModel, pairs: ConceptPairs, prompts: Mapping[str, Cond], settings: Settings) -> Phase:
+    """DUO's step over pairs of clean latents; each step draws ``batch`` of them.
+
+    ``prompts`` has the empty one and, with ``own_prompts``, those of all scenes, on the model's device.
+    """
     lr, prior_weight = scaled_by_beta(settings.base_learning_rate, settings.base_prior_weight, settings.beta)
     what = LoRA(settings.layers, settings.rank, init=Init.GAUSSIAN)
     unsafe, safe = (x.to(model.device, model.dtype) for x in (pairs.unsafe, pairs.safe))
     below = max(1, round(settings.latest_time * len(model.schedule)))
 
     def loss(_: int, generator: torch.Generator) -> dict[str, Tensor]:
-        chosen = moved(torch.randint(0, len(unsafe), (settings.batch,), generator=generator), model.device)
+        numbers = torch.randint(0, len(unsafe), (settings.batch,), generator=generator)
+        chosen = moved(numbers, model.device)
         times = draw_times(settings.batch, generator, shared=settings.shared_time, below=below)
         noise = model.noise(settings.batch, generator)
+        read = (prompts[""],) * 3
+        if settings.own_prompts:
+            bare = (torch.rand(settings.batch, generator=generator) < _UNPROMPTED).tolist()
+            scenes = [("", "") if b else pairs.scene(k) for k, b in zip(numbers.tolist(), bare, strict=True)]
+            read = (*(Cond.cat([prompts[x] for x in side]) for side in zip(*scenes, strict=True)), prompts[""])
         return preference_losses(
-            model, unsafe[chosen], safe[chosen], noise, times, null, beta=settings.beta, prior_weight=prior_weight
+            model, unsafe[chosen], safe[chosen], noise, times, read, beta=settings.beta, prior_weight=prior_weight
         )
 
     return Phase("duo", model.train(what, settings.seed), loss, Optimiser(lr, Kind.ADAMW, 1e-2), clip=1.0)
@@ -77,9 +96,11 @@ def run(
     One student and one frozen pass of three latents per pair and step.
     """
     assert aids.pairs is not None, "api.erase checks needs_pairs"
-    null = port.conditions([""])[0]
+    words = list(dict.fromkeys(["", *(x for scene in aids.pairs.scenes for x in scene if settings.own_prompts)]))
+    conds = port.conditions(words)
     with port.trainable() as model:
-        Trainer(model, [phase(model, aids.pairs, null, settings)], settings.iterations, seed=settings.seed).run(
+        prompts = {word: c.on(model.device, model.dtype) for word, c in zip(words, conds, strict=True)}
+        Trainer(model, [phase(model, aids.pairs, prompts, settings)], settings.iterations, seed=settings.seed).run(
             progress, aids.watch, checkpoint=kept(aids, port, spec, "duo", settings)
         )
         return erasure_of(port, spec, "duo", settings, model.deltas())

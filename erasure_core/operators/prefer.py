@@ -1,6 +1,6 @@
 """Prefer: a paired preference loss with an output-preserving term (DUO, METHODS 2.2).
 
-For a pair of an unsafe and a safe latent that share the noise n, with the empty prompt:
+For a pair of an unsafe and a safe latent that share the noise n, with the empty prompt or each with its own:
 
     l_phi(x, t) = mean_chw (net_phi(x_t, t) - target(x, n, t))^2          phi = student, frozen
     d+ = l_student(safe) - l_frozen(safe),  d- = l_student(unsafe) - l_frozen(unsafe)
@@ -60,7 +60,7 @@ def preference_losses(
     safe: Tensor,
     noise: Tensor,
     times: tuple[Tensor, Tensor],
-    null: Cond,
+    read: tuple[Cond, Cond, Cond],
     *,
     beta: float,
     prior_weight: float,
@@ -70,7 +70,7 @@ def preference_losses(
     Args:
         unsafe, safe, noise: [B, C, h, w], clean latents and their common noise.
         times: schedule indices of the unsafe and the safe members, [B] each.
-        null: the empty prompt.
+        read: what is read with the unsafe members, the safe ones, and the noise: batches of one or B.
     """
     n, schedule = noise.shape[0], model.schedule
     t_unsafe, t_safe = times
@@ -78,8 +78,8 @@ def preference_losses(
     noisy = [schedule.add_noise(unsafe, noise, t_unsafe), schedule.add_noise(safe, noise, t_safe)]
     targets = torch.cat([schedule.target(model.space, x, noise, t) for x, t in ((unsafe, t_unsafe), (safe, t_safe))])
     z, t = torch.cat([*noisy, noise]), torch.cat([t_unsafe, t_safe, last])
-    null = Cond.cat([null.expand(n)] * 3)
-    student, frozen = model.predict(z, t, null), model.reference(z, t, null)
+    cond = Cond.cat([c.expand(n) for c in read])
+    student, frozen = model.predict(z, t, cond), model.reference(z, t, cond)
 
     def errors(prediction: Tensor) -> tuple[Tensor, ...]:
         return (prediction[: 2 * n] - targets).square().flatten(1).mean(1).split(n)

@@ -20,6 +20,7 @@ from erasure_core.pairs import NoPairsError, make_pairs, pair_noise, pair_up, sd
 
 pytestmark = pytest.mark.core
 FAMILY = Family("tiny", 16, 1, 1)
+SCENES = (("a cat, sleeping", "a dog, sleeping"), ("a cat, sleeping", "a house"))
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -30,7 +31,7 @@ def made_by(port, **changed) -> ConceptPairs:
     unsafe, safe, null = port.conditions(["cat", "dog", ""])
     settings = {"count": 3, "steps": 4, "guidance": 3.0, "seed": 5, "family": port.family} | changed
     with port.trainable() as model:
-        return make_pairs(model, unsafe, safe, null, unsafe_prompt="cat", safe_prompt="dog", **settings)
+        return make_pairs(model, unsafe, safe, null, scenes=[("cat", "dog")], **settings)
 
 
 # SDEdit
@@ -194,20 +195,28 @@ def test_redraws_climb_to_the_weakest_edit_that_works(tiny64, monkeypatch) -> No
 def test_scenes_take_turns(tiny64) -> None:
     """Pair k is what scene k % m makes of the noise of pair k."""
     cat, dog, house, null = tiny64.conditions(["cat", "dog", "house", ""])
-    settings = {"steps": 4, "guidance": 3.0, "seed": 5, "family": tiny64.family, "unsafe_prompt": "a", "safe_prompt": "b"}
-    scenes = [(cat, dog), (cat, house), (dog, house)]
+    settings = {"steps": 4, "guidance": 3.0, "seed": 5, "family": tiny64.family}
+    scenes, names = [(cat, dog), (cat, house), (dog, house)], [("cat", "dog"), ("cat", "house"), ("dog", "house")]
     with tiny64.trainable() as model:
-        mixed = make_pairs(model, *(Cond.cat(c) for c in zip(*scenes, strict=True)), null, count=5, **settings)
+        conds = [Cond.cat(c) for c in zip(*scenes, strict=True)]
+        mixed = make_pairs(model, *conds, null, count=5, scenes=names, **settings)
+        assert [mixed.scene(k) for k in range(5)] == [*names, *names[:2]]
         for number, scene in enumerate([0, 1, 2, 0, 1]):
-            alone = make_pairs(model, *scenes[scene], null, count=5, **settings)
+            alone = make_pairs(model, *scenes[scene], null, count=5, scenes=names[:1], **settings)
             for member in ("unsafe", "safe"):
                 assert torch.allclose(getattr(mixed, member)[number], getattr(alone, member)[number], atol=1e-6)
-        with pytest.raises(ValueError, match="1 unsafe prompts and 2 safe ones"):
-            make_pairs(model, cat, Cond.cat([dog, house]), null, count=1, **settings)
+        with pytest.raises(ValueError, match="1 unsafe and 2 safe conditionings for 2 scenes"):
+            make_pairs(model, cat, Cond.cat([dog, house]), null, count=1, scenes=names[:2], **settings)
+
+
+def test_a_pair_that_is_left_out_moves_no_scene() -> None:
+    draw, edit, look, _ = scripted({0: ("y", "n"), 1: ("n", "n"), 2: ("y", "y"), 3: ("y", "n")})
+    unsafe, _, tally = pair_up(4, draw, edit, look, threshold=0.5, max_redraws=0, scenes=2)
+    assert tally.numbers == (0, 3) and unsafe[:, 0, 0, 0].tolist() == [0, 3]
 
 
 def test_a_batch_is_of_one_scene() -> None:
-    draw, edit, look, asked = scripted({n: ("ny", "n") for n in range(7)})
+    draw, edit, look, _ = scripted({n: ("ny", "n") for n in range(7)})
     batches: list[list[int]] = []
 
     def noted(keys: Sequence[tuple[int, int]]) -> Tensor:
@@ -258,10 +267,14 @@ def test_duo_learns_from_them(tiny) -> None:
 
 
 def test_shapes_and_families_are_checked() -> None:
+    one = torch.zeros(2, 4, 4, 4)
+    for shown in ((0,), (0, 1), (0, -1)):
+        with pytest.raises(ValueError, match="2 pairs and 1 scenes don't match up"):
+            ConceptPairs(one, one, (("a", "b"),), FAMILY, shown=shown)
     with pytest.raises(ValueError, match="must be the same"):
-        ConceptPairs(torch.zeros(2, 4, 4, 4), torch.zeros(1, 4, 4, 4), "a", "b", FAMILY)
+        ConceptPairs(torch.zeros(2, 4, 4, 4), torch.zeros(1, 4, 4, 4), (("a", "b"),), FAMILY)
     with pytest.raises(WrongModelError, match=r"made with tiny .* but this is sd15"):
-        ConceptPairs(torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4, 4), "a", "b", FAMILY).check_fits(
+        ConceptPairs(torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4, 4), (("a", "b"),), FAMILY).check_fits(
             Family("sd15", 768, 2, 4)
         )
 
@@ -272,25 +285,26 @@ def test_shapes_and_families_are_checked() -> None:
 @pytest.fixture
 def pairs() -> ConceptPairs:
     unsafe, safe = normal(3, 4, 4, 6).float(), normal(3, 4, 4, 6, seed=1).float()
-    return ConceptPairs(unsafe, safe, "a cat, sleeping", "a dog, sleeping", FAMILY, "3 of 3 pairs made\nseed 1")
+    return ConceptPairs(unsafe, safe, SCENES, FAMILY, "3 of 3 pairs made\nseed 1", (1, 0, 1))
 
 
 def test_saved_and_read(pairs: ConceptPairs, tmp_path) -> None:
     read = load_pairs(save_pairs(pairs, tmp_path / "p.safetensors"))
     assert torch.equal(read.unsafe, pairs.unsafe) and torch.equal(read.safe, pairs.safe)
-    assert (read.unsafe_prompt, read.safe_prompt, read.family) == (pairs.unsafe_prompt, pairs.safe_prompt, FAMILY)
-    assert "3 of 3 pairs made" in read.note and "3 pairs: 'a cat, sleeping'" in read.summary()
+    assert (read.scenes, read.shown, read.family) == (SCENES, (1, 0, 1), FAMILY) and read.scene(2) == SCENES[1]
+    assert "3 of 3 pairs made" in read.note
+    assert "3 pairs: 'a cat, sleeping' -> 'a dog, sleeping' / 'a house'" in read.summary()
     assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
 
 
 def test_nothing_is_half_written(pairs: ConceptPairs, tmp_path) -> None:
     with pytest.raises(FileError, match="could not be written"):
         save_pairs(pairs, tmp_path / "nowhere" / "p.safetensors")
-    broken = ConceptPairs(pairs.unsafe * float("nan"), pairs.safe, "a", "b", FAMILY)
+    broken = ConceptPairs(pairs.unsafe * float("nan"), pairs.safe, (("a", "b"),), FAMILY)
     with pytest.raises(FileError, match="unsafe has values that are not numbers"):
         save_pairs(broken, tmp_path / "p.safetensors")
     with pytest.raises(FileError, match="is empty"):
-        save_pairs(ConceptPairs(pairs.unsafe, pairs.safe, "", "b", FAMILY), tmp_path / "p.safetensors")
+        save_pairs(ConceptPairs(pairs.unsafe, pairs.safe, (("", "b"),), FAMILY), tmp_path / "p.safetensors")
     assert not list(tmp_path.iterdir())
 
 
@@ -311,6 +325,12 @@ def rewritten(path, tensors: dict | None = None, header=None) -> None:
     (lambda p: rewritten(p, header=lambda m: {"format": "pt"}), "not a set of pairs"),
     (lambda p: rewritten(p, header=lambda m: m | {"concept_pairs": "[" * 5000}), "header"),
     (lambda p: rewritten(p, header=lambda m: m | {"concept_pairs": "{}"}), "header"),
+    (lambda p: rewritten(p, header=lambda m: {k: v for k, v in m.items() if k != "concept_pairs_scenes"}), "scenes"),
+    (lambda p: rewritten(p, header=lambda m: m | {"concept_pairs_scenes": "[" * 5000}), "scenes"),
+    (lambda p: rewritten(p, header=lambda m: m | {"concept_pairs_scenes": '{"scenes": [["a"]], "shown": []}'}), "prompt"),
+    (lambda p: rewritten(p, header=lambda m: m | {"concept_pairs_scenes": '{"scenes": [], "shown": []}'}), "don't match up"),
+    (lambda p: rewritten(p, header=lambda m: m | {"concept_pairs_scenes": '{"scenes": [["a", "b"]], "shown": [0, 0, 9]}'}),
+     "don't match up"),
     (lambda p: rewritten(p, {"unsafe": torch.ones(1, 4, 4, 4)}), "holds 'unsafe' and 'safe'"),
     (lambda p: rewritten(p, {k: torch.ones(1, 4, 4, 4) for k in ("unsafe", "safe", "more")}), "holds 'unsafe' and 'safe'"),
     (lambda p: rewritten(p, {"unsafe": torch.ones(1, 4, 4, 4), "safe": torch.ones(2, 4, 4, 4)}), "must be the same"),

@@ -36,13 +36,17 @@ def test_the_loss_is_the_papers(kind: str, beta: float, request) -> None:
     port = request.getfixturevalue(kind)
     unsafe, safe, n = (normal(3, 4, 4, 4, seed=i) for i in (1, 2, 3))
     times = torch.tensor([3, 400, 749]), torch.tensor([10, 20, 600])
-    null = Cond(normal(1, 6, 16, seed=4))
+    read = {
+        "unsafe": Cond(normal(3, 6, 16, seed=4)),
+        "safe": Cond(normal(1, 6, 16, seed=5)),
+        "": Cond(normal(1, 6, 16)),
+    }
     with port.trainable() as model:
         model.train(FullWeights(Layers.SELF))
         shake(model)
-        made = preference_losses(model, unsafe, safe, n, times, null, beta=beta, prior_weight=7.0)
+        made = preference_losses(model, unsafe, safe, n, times, tuple(read.values()), beta=beta, prior_weight=7.0)
 
-        def error(x: Tensor, i: int, t: Tensor, which) -> Tensor:
+        def error(x: Tensor, i: int, t: Tensor, which, cond: Cond) -> Tensor:
             """The mean squared error of one member: eps against noise, flow against noise - x0."""
             t = t[i : i + 1]
             if kind == "tiny64":
@@ -52,15 +56,17 @@ def test_the_loss_is_the_papers(kind: str, beta: float, request) -> None:
             else:
                 sigma = (t + 1).double() / 1000
                 z, target = (1 - sigma) * x[i : i + 1] + sigma * n[i : i + 1], n[i : i + 1] - x[i : i + 1]
-            return (which(z, t, null) - target).pow(2).sum() / target.numel()
+            return (which(z, t, cond) - target).pow(2).sum() / target.numel()
 
         total = torch.zeros((), dtype=torch.float64)
         for i in range(3):
-            d_plus = error(safe, i, times[1], model.predict) - error(safe, i, times[1], model.reference)
-            d_minus = error(unsafe, i, times[0], model.predict) - error(unsafe, i, times[0], model.reference)
+            d_plus = error(safe, i, times[1], model.predict, read["safe"]) - error(
+                safe, i, times[1], model.reference, read["safe"])  # fmt: skip
+            d_minus = error(unsafe, i, times[0], model.predict, read["unsafe"].row(i)) - error(
+                unsafe, i, times[0], model.reference, read["unsafe"].row(i))  # fmt: skip
             total = total - torch.log(torch.sigmoid(-beta * (d_plus - d_minus))) / 3
         last = torch.full((3,), 999)
-        prior = 7 * (model.predict(n, last, null) - model.reference(n, last, null)).pow(2).mean()
+        prior = 7 * (model.predict(n, last, read[""]) - model.reference(n, last, read[""])).pow(2).mean()
         # The batched time embedding is float32.
         assert torch.allclose(made["preference"], total, rtol=1e-6)
         assert torch.allclose(made["prior"], prior, rtol=1e-6) and made["prior"] > 0
@@ -75,7 +81,7 @@ def test_before_training_the_loss_is_log_two(tiny64) -> None:
     with tiny64.trainable() as model:
         model.train(FullWeights(Layers.SELF))
         t = torch.tensor([1, 2])
-        made = preference_losses(model, x, -x, n, (t, t), null, beta=500.0, prior_weight=1e6)
+        made = preference_losses(model, x, -x, n, (t, t), (null,) * 3, beta=500.0, prior_weight=1e6)
     assert made["preference"].item() == pytest.approx(math.log(2)) and made["prior"].item() == 0
 
 
@@ -109,12 +115,41 @@ def test_the_scaling_rule_gives_the_papers_settings() -> None:
     assert scaled_by_beta(3e-4, 1e6, 1000) == pytest.approx((3e-5, 1e7))
 
 
+def test_pictures_are_read_with_their_own_prompts(tiny, monkeypatch) -> None:
+    """One in five with none, and the noise always so; which pair has which scene does not depend on its place."""
+    scenes = (("a cat", "a dog"), ("a cat", "a house"), ("a pony", ""))
+    shown = (2, 0, 1, 1)
+    members = torch.arange(4.0)[:, None, None, None].expand(4, 4, 4, 4)
+    pairs = ConceptPairs(members, members, scenes, tiny.family, shown=shown)
+    words = ["", "a cat", "a dog", "a house", "a pony"]
+    prompts = {word: Cond(torch.full((1, 6, 16), float(i))) for i, word in enumerate(words)}
+    seen: list[tuple] = []
+
+    def noted(model, unsafe, safe, noise, times, read, **_):
+        assert torch.equal(unsafe, safe) and not read[2].context.any()
+        for x, *conds in zip(
+            unsafe[:, 0, 0, 0].tolist(), *(c.context[:, 0, 0].tolist() for c in read[:2]), strict=True
+        ):
+            seen.append((shown[int(x)], *(words[int(c)] for c in conds)))
+        return {}
+
+    monkeypatch.setattr(duo, "preference_losses", noted)
+    with tiny.trainable() as model:
+        loss = duo.phase(model, pairs, prompts, duo.Settings(batch=8, own_prompts=True)).loss
+        generator = torch.Generator().manual_seed(0)
+        for i in range(100):
+            loss(i, generator)
+    bare = [s for s in seen if s[1] == "" == s[2]]
+    assert all(s[1:] == scenes[s[0]] for s in seen if s not in bare) and {s[0] for s in seen} == {0, 1, 2}
+    assert len(bare) / len(seen) == pytest.approx(0.2, abs=0.05)
+
+
 def test_duo_end_to_end(tiny) -> None:
     """The student comes to prefer the safe members; the same seed gives the same file; nothing else is touched."""
     g = torch.Generator().manual_seed(3)
     unsafe = torch.randn(3, 4, 4, 4, generator=g)
     safe = unsafe + 0.5 * torch.randn(3, 4, 4, 4, generator=g)
-    pairs = ConceptPairs(unsafe, safe, "cat", "", tiny.family)
+    pairs = ConceptPairs(unsafe, safe, (("cat", ""),), tiny.family)
     spec, losses = ConceptSpec.parse("cat"), []
     settings = duo.Settings(**SMALL)
 
@@ -131,7 +166,7 @@ def test_duo_end_to_end(tiny) -> None:
     assert not all(torch.equal(d.up, other.deltas[n].up) for n, d in one.deltas.items())
     tiny.replicas.pop(-1)  # the one that is still open
     with tiny.trainable() as model:
-        phase = duo.phase(model, pairs, tiny.conditions([""])[0], settings)
+        phase = duo.phase(model, pairs, {"": tiny.conditions([""])[0]}, settings)
         Trainer(model, [phase], 30).run(watch=lambda _, i, x: losses.append(x["duo/preference"]), every=10)
     assert losses[-1] < losses[0] and losses[-1] < math.log(2)
 
@@ -146,6 +181,6 @@ def test_duo_end_to_end(tiny) -> None:
         run(progress=cancel)
     assert tiny.untouched()
     with pytest.raises(ValueError, match="pairs:"):
-        ConceptPairs(unsafe, safe[:2], "cat", "", tiny.family)
+        ConceptPairs(unsafe, safe[:2], (("cat", ""),), tiny.family)
     with pytest.raises(ValueError, match="Connect Make SDEdit Pair"):
         erase(tiny, spec, "duo")

@@ -56,7 +56,7 @@ def run(
     names = {f.name for f in dataclasses.fields(method.settings)} if method.trains else set()
     chosen = {**{k: v for k, v in QUICK.items() if k in names}, **(settings or {})}
     unsafe, safe = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-    pairs = ConceptPairs(unsafe, safe, "apple", "pear", port.family)
+    pairs = ConceptPairs(unsafe, safe, (("apple", "pear"),), port.family)
     return erase(port, spec, method.name, chosen, progress, Aids(pairs=pairs, **aids))
 
 

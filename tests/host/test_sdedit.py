@@ -61,7 +61,7 @@ def test_pairs_come_out(server: ComfyServer) -> None:
     run = server.run(g.api)
     pairs, shots = saved(server, "out"), pictures(server, run, node)
     assert pairs.unsafe.shape == pairs.safe.shape == (2, 4, 16, 16)
-    assert (pairs.unsafe_prompt, pairs.safe_prompt, pairs.family.name) == (UNSAFE, SAFE, "emojicanvas")
+    assert (pairs.scenes, pairs.family.name) == (((UNSAFE, SAFE),), "emojicanvas")
     assert not torch.allclose(pairs.unsafe, pairs.safe, atol=1e-2)
     assert [s.shape for s in shots] == [(128, 256, 3)] * 2, "both members side by side"
     said = shown(run, node)
@@ -97,7 +97,7 @@ def test_scenes_take_turns(server: ComfyServer) -> None:
     assert torch.allclose(mixed.unsafe, alone[0].unsafe, atol=1e-4)
     for number, scene in enumerate((0, 1, 0)):
         assert torch.allclose(mixed.safe[number], alone[scene].safe[number], atol=1e-4)
-    assert mixed.safe_prompt == f"{SAFE} / a house" and mixed.unsafe_prompt == UNSAFE
+    assert mixed.scenes == ((UNSAFE, SAFE), (UNSAFE, "a house")) and mixed.shown == (0, 1, 0)
 
 
 def test_a_seed_owns_its_pairs(server: ComfyServer) -> None:
@@ -166,7 +166,10 @@ def test_size(server: ComfyServer) -> None:
 @pytest.mark.parametrize(
     ("widgets", "sentence"),
     [
-        ({"safe_prompt": f"a dog\n {UNSAFE.upper()}  "}, f"safe_prompt: {UNSAFE.upper()!r} is the same as unsafe_prompt"),
+        (
+            {"safe_prompt": f"a dog\n {UNSAFE.upper()}  "},
+            f"safe_prompt: {UNSAFE.upper()!r} is the same as unsafe_prompt",
+        ),
         ({"unsafe_prompt": "a\nb\nc", "safe_prompt": "d\ne"}, "safe_prompt: 2 lines for 3 of unsafe_prompt"),
         ({"unsafe_prompt": " "}, "unsafe_prompt: describe a picture that shows the concept"),
         ({"safe_prompt": "a dog " * 500}, "safe_prompt: 2999 characters, at most 2000 fit"),
