@@ -116,7 +116,7 @@ def leaderboard(
         report: only write the page, from what is measured.
     """
     tasks = contest.tasks(bench)
-    todo = [t for t in tasks if fresh or not t.results(bench)[0].exists()]
+    todo = unfinished(bench, tasks, fresh)
     costs = Costs(bench)
     total = sum(map(costs.of, todo))
     side = "a cluster" if ray else f"{jobs} processes"
@@ -141,6 +141,13 @@ def leaderboard(
                 bar.update(round(costs.of(task)))
     cost = {"seconds": costs.seconds | timings(bench, tasks), "speed": costs.speed}
     write_page(bench, contest, standings(bench, contest), cost)
+
+
+def unfinished(bench: Bench, tasks: Sequence[Task], fresh: bool = False) -> list[Task]:
+    """What is left to do; an erasure that is known by its figures alone is made again where an attack still needs it."""
+    left = [t for t in tasks if fresh or not t.results(bench)[0].exists()]
+    needed = {(t.number, t.method) for t in left if t.attack and not all(path.exists() for path in t.needs(bench))}
+    return [t for t in tasks if t in left or (not t.attack and (t.number, t.method) in needed)]
 
 
 def _run(bench: Bench, tasks: Sequence[Task], jobs: int, ray: str) -> Iterator[Task]:

@@ -15,7 +15,7 @@ from erasure_core.emojicanvas import mining_effect
 from erasure_core.emojicanvas.bench_settings import settings_for
 from erasure_core.emojicanvas.effect import run
 from erasure_core.emojicanvas.engines import cluster
-from erasure_core.emojicanvas.leaderboard import Contest, Standing, budgets, leaderboard, standings
+from erasure_core.emojicanvas.leaderboard import Contest, Standing, budgets, leaderboard, standings, unfinished
 from erasure_core.emojicanvas.leaderboard_page import table, verdict
 from erasure_core.emojicanvas.rows import Bench, Plan
 from erasure_core.emojicanvas.siege import ASKING, PICTURES, applies
@@ -98,7 +98,13 @@ def test_another_machine_goes_on_from_the_page(measured, tmp_path, monkeypatch) 
     for name, known in (("cells", True), ("other weights", False)):
         there = bench_in(tmp_path / name)
         assert all(t.results(there)[0].exists() == known for t in tasks)
-    assert standings(bench_in(tmp_path / "cells"), CONTEST) == standings(bench, CONTEST)
+    there = bench_in(tmp_path / "cells")
+    assert standings(there, CONTEST) == standings(bench, CONTEST) and not unfinished(there, tasks)
+    tasks[-1].results(there)[0].unlink()
+    left = unfinished(there, tasks)
+    assert [(t.method, t.attack) for t in left] == [("uce", ""), ("uce", "rece_residual")], (
+        "it needs the erasure itself"
+    )
 
 
 def test_the_base_model_beside_itself(measured) -> None:
