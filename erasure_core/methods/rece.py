@@ -27,8 +27,17 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import TEMPLATES, ConceptSpec, EditRows, Rows, edit_rows
-from ..operators.linear_edit import ContextMap, factor, mean_square, solve, solve_factored
-from ..port import ModelPort
+from ..operators.linear_edit import (
+    ContextMap,
+    add_gram,
+    factor,
+    gram,
+    mean_square,
+    mirrored,
+    solve,
+    solve_factored,
+)
+from ..port import ModelPort, Site
 from ._closed_form import Templates, build, energy_setting, rows_setting, templates_setting, text_sites
 from .registry import Aids, MethodSpec, Progress, setting
 
@@ -107,14 +116,17 @@ def derive(rows: Tensor, guide: Tensor, heard: Tensor, a: Tensor, damping: float
     return torch.cholesky_solve(right.T, factor(times_a * a, at_zero + 1e-12 * unit)).T
 
 
-def add_gram(gram: Tensor, weight: Tensor, block: int = 128) -> None:
-    """Add W^T W to the upper triangle of ``gram`` (whole blocks; what lies below the diagonal is not meant to be read).
-
-    Products are made in the weight's own float32, in which those of half-precision weights are exact, and summed over
-    the layers in float64.
-    """
-    for start in range(0, weight.shape[1], block):
-        gram[start : start + block, start:] += (weight[:, start : start + block].T @ weight[:, start:]).cpu()
+def squared(port: ModelPort, sites: list[Site], progress: Progress) -> Tensor:
+    """A0, [D, D] float64: products in the weights' own float32, in which those of half-precision weights are exact."""
+    upper = None
+    for i, site in enumerate(sites):
+        progress(i, len(sites))
+        weight = port.weight(site)
+        if upper is None:
+            upper = weight.new_zeros(site.d_in, site.d_in, dtype=torch.float64)
+        add_gram(upper, weight)
+    assert upper is not None, "text_sites refuses models without"
+    return mirrored(upper).cpu()
 
 
 def rotated(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,19 +138,23 @@ def rotated(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return r, q.T @ target
 
 
-def context_map(rows: EditRows, gram: Tensor, settings: Settings, progress: Progress) -> ContextMap:
-    """UCE, then ``rounds`` times derive and erase."""
+def context_map(rows: EditRows, weights: Tensor, settings: Settings, progress: Progress) -> ContextMap:
+    """UCE, then ``rounds`` times derive and erase.
+
+    Args:
+        weights: A0 = sum_i W_i^o^T W_i^o, [D, D] float64.
+    """
     ridge = settings.ridge * mean_square(rows.source)
     source, target = rows.source, rows.target
     if settings.derivation is not Derivation.STANDARD:  # that mixes the rows of both
         source, target = rotated(source, target)
-    held = rows.keep.T @ rows.keep + rows.target.T @ rows.target + source.T @ source
+    held = gram(torch.cat([rows.keep, rows.target, source]))
     edit = solve(source, target, rows.keep, ridge=ridge, keep_weight=settings.keep_weight)
     for done in range(settings.rounds):
         progress(done, settings.rounds)
-        heard = edit.after(gram)
+        heard = edit.after(weights)
         derived = derive(source, target, heard, edit.after(heard.T), settings.damping, settings.derivation)
-        own = derived.T @ derived
+        own = gram(derived)
         factored = factor(own + settings.keep_weight * held, ridge)
         edit = edit.then(solve_factored(target - derived, derived, factored))
         held += own  # what is done stays done, else the next round undoes this one
@@ -150,12 +166,12 @@ def run(port: ModelPort, spec: ConceptSpec, settings: Settings, progress: Progre
     sites = text_sites(port)
     total = 2 * len(sites) + settings.rounds
     rows = edit_rows(port, spec, rule=settings.rows, templates=TEMPLATES[settings.templates], dark=aids.dark)
-    gram = torch.zeros(rows.source.shape[1], rows.source.shape[1], dtype=torch.float64)
-    for i, site in enumerate(sites):
-        progress(i, total)
-        add_gram(gram, port.weight(site))
-    gram = gram.triu() + gram.triu(1).T
-    edit = context_map(rows, gram, settings, lambda done, _: progress(len(sites) + done, total))
+    edit = context_map(
+        rows,
+        squared(port, sites, lambda done, _: progress(done, total)),
+        settings,
+        lambda done, _: progress(len(sites) + done, total),
+    )
     return build(port, spec, "rece", asdict(settings), edit, lambda done, n: progress(total - n + done, total))
 
 

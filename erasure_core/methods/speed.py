@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 
 from ..artifact import Erasure
 from ..concept import TEMPLATES, ConceptError, ConceptSpec, EditRows, Rows, edit_rows
-from ..operators.linear_edit import ContextMap, factor, mean_square, solve_factored, solve_vector
+from ..operators.linear_edit import ContextMap, factor, gram, mean_square, solve_factored, solve_vector
 from ..port import ModelPort, Role, Site
 from ._closed_form import Templates, build, energy_setting, rows_setting, templates_setting, text_sites
 from .registry import Aids, MethodSpec, Progress, setting
@@ -79,16 +79,16 @@ def weakest_input(weight: Tensor, generator: torch.Generator) -> Tensor:
     w = weight.cpu()
     if d_out < width:  # any vector of the null space
         return _silent_input(w, x)
-    gram = (w.T @ w).double()
+    squares = gram(w).double()
     # Sums in float32 may leave it indefinite by as much; directions that weak are as good as each other.
-    factored = factor(gram, 2 * torch.finfo(w.dtype).eps * float(gram.diagonal().sum()))
+    factored = factor(squares, 2 * torch.finfo(w.dtype).eps * float(squares.diagonal().sum()))
     tried = []
     for _ in range(8):  # inverse iteration
         x = solve_vector(factored, x)
         x = x / x.norm()
         tried.append(x)
     basis = torch.linalg.qr(torch.stack(tried, dim=1)).Q
-    x = basis @ torch.linalg.eigh(basis.T @ gram @ basis).eigenvectors[:, 0]  # the best mixture of all of them
+    x = basis @ torch.linalg.eigh(basis.T @ squares @ basis).eigenvectors[:, 0]  # the best mixture of all of them
     return x / x.norm()
 
 
@@ -166,15 +166,18 @@ class LayerEdits:
         self.settings, self.width = settings, rows.source.shape[1]
         self.generator = torch.Generator().manual_seed(settings.seed)
         count, unit = len(rows.source), mean_square(rows.source)
-        gram, change = rows.source.T @ rows.source, rows.target - rows.source
+        squares, change = gram(rows.source), rows.target - rows.source
         # The filter's edit, W E with E = (C* - C1) C1^T (C1 C1^T + n I)^-1, and what it does to kept rows.
-        self.pull = solve_factored(change, rows.source, factor(gram, count * unit))
+        self.pull = solve_factored(change, rows.source, factor(squares, count * unit))
         left, right = self.pull.left, self.pull.right
         self.shift = (left @ rows.keep.T,) if right is None else (left, right @ rows.keep.T)
-        self.factored = factor(gram, settings.retain_scale * count * unit)  # B
+        self.factored = factor(squares, settings.retain_scale * count * unit)  # B
         free = solve_factored(change, rows.source, self.factored)  # G0
         self.left = None if free.right is None else free.left
         self.read = free.left if free.right is None else free.right
+        self.start = (
+            self.read.float() if settings.energy < 1 else self.read
+        )  # what is dropped is larger than the rounding
         both = torch.cat([rows.keep, empty])
         span = torch.linalg.qr(both.T).Q if len(both) < self.width else torch.eye(self.width, dtype=both.dtype)
         self.kept, self.empty = rows.keep @ span, empty @ span
@@ -231,7 +234,7 @@ class LayerEdits:
             return ContextMap.zero(self.width)
         f, bf, read = (m @ fixed for m in frame)
         taken = torch.cholesky_solve(read.T, torch.linalg.cholesky(f.T @ bf))
-        right = torch.addmm(self.read, taken.T, bf.T, alpha=-1)
+        right = torch.addmm(self.start, taken.T.to(self.start), bf.T.to(self.start), alpha=-1)
         return ContextMap(right, None) if self.left is None else ContextMap(self.left, right)
 
 

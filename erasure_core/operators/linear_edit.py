@@ -22,11 +22,13 @@ since a weight may answer to just the directions in which G is small."""
 class ContextMap:
     """A right-multiplication ``G = left @ right``, left [D, r], right [r, D], float64.
 
-    ``right is None`` marks a dense G in ``left``, [D, D]: cheaper where the edit has nearly full rank.
+    ``right is None`` marks a dense G in ``left``, [D, D]: cheaper where the edit has nearly full rank. ``order`` [D]
+    sorts the rows of ``left`` so that the first r are a diagonal matrix: a product with these takes no sums.
     """
 
     left: Tensor
     right: Tensor | None
+    order: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -58,7 +60,13 @@ class ContextMap:
 
     def delta(self, weight: Tensor, down: Tensor | None) -> Delta:
         """The change of one weight [d_out, D]; ``down`` is ``self.right`` in the weight's dtype, shared by all sites."""
-        return Delta((weight @ self.left.to(weight)).cpu(), down)
+        left, rank = self.left.to(weight), self.rank
+        if self.order is None:
+            return Delta((weight @ left).cpu(), down)
+        order = self.order.to(weight.device)
+        left, read = left.index_select(0, order), weight.index_select(1, order)
+        own = read[:, :rank].mul_(left[:rank].diagonal())
+        return Delta(torch.addmm(own, read[:, rank:], left[rank:]).cpu(), down)
 
     def truncated(self, energy: float) -> ContextMap:
         """The fewest factors that hold ``energy`` of the squared singular values; 1 drops only rounding."""
@@ -73,35 +81,58 @@ def compress(left: Tensor, right: Tensor | None, energy: float = 1.0) -> Context
     """left [D, n] @ right [n, D] in its numerical rank, each singular value's root in both factors, largest first.
 
     ``core`` has the rows of G in an orthonormal basis. The eigenvectors U of core core^T give core = U (U^T core)
-    whatever their own rounding, since U is orthogonal: half the work of an SVD. Where less than all is wanted, few rows
-    are tried first: a random range (Halko, Martinsson and Tropp, arXiv:0909.4061) whose share is known exactly.
+    whatever their own rounding, since U is orthogonal: half the work of an SVD. Where less than all is wanted, float32 is
+    exact enough, few rows are tried first (a random range, Halko, Martinsson and Tropp, arXiv:0909.4061, whose share is
+    known exactly), and many factors are stored as :func:`_picking` does.
     """
+    if energy < 1:
+        left, right = left.float(), None if right is None else right.float()
     basis = None
     if right is None:
         core = left
-    elif left.shape[1] < left.shape[0]:
+    elif 2 * left.shape[1] < left.shape[0]:
         basis, mixing = torch.linalg.qr(left)
         core = mixing @ right
     else:
         core = left @ right
-    total = float(core.norm()) ** 2
+    total = float(core.norm(dtype=torch.float64)) ** 2
     tried = 128
     while energy < 1 and 3 * tried < len(core):
         few = _range(core, tried)
         part = few.T @ core
-        if float(part.norm()) ** 2 >= energy * total:
+        if float(part.norm(dtype=torch.float64)) ** 2 >= energy * total:
             basis, core = few if basis is None else basis @ few, part
             break
         tried *= 2
-    _, u = torch.linalg.eigh(core @ core.T)
+    _, u = torch.linalg.eigh(gram(core.T))
     spread = u.T @ core
     sizes, order = spread.norm(dim=1).sort(descending=True)
     rank = int((sizes > RANK_TOLERANCE * sizes.max()).sum()) if sizes.numel() else 0
     if energy < 1 and rank:
-        rank = min(rank, int((sizes.square().cumsum(0) < energy * total).sum()) + 1)
+        rank = min(rank, int((sizes.double().square().cumsum(0) < energy * total).sum()) + 1)
     kept, root = order[:rank], sizes[:rank].sqrt()
     u = u[:, kept] if basis is None else basis @ u[:, kept]
+    if energy < 1 and 2 * rank > len(u):
+        return _picking(u, spread[kept])
     return ContextMap(u * root, spread[kept] / root[:, None])
+
+
+def _picking(u: Tensor, spread: Tensor) -> ContextMap:
+    """u [D, r] @ spread [r, D] with r rows of the left factor diagonal, so that a weight's product with it costs (D - r) / D.
+
+    LU with row pivoting picks the rows, which keeps the entries of the others near 1 at most. Both factors of each rank get
+    the same size.
+    """
+    rank = u.shape[1]
+    permutation, lower, _ = torch.linalg.lu(u)
+    order = permutation.argmax(0)
+    picked, rest = order[:rank], order[rank:]
+    mixing = torch.linalg.solve_triangular(lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True)
+    right = u[picked] @ spread
+    scale = (right.norm(dim=1) / (1 + mixing.square().sum(0)).sqrt()).sqrt()
+    left = torch.zeros_like(u)
+    left[picked], left[rest] = torch.diag(scale), mixing * scale
+    return ContextMap(left, right / scale[:, None], order)
 
 
 def _range(matrix: Tensor, size: int) -> Tensor:
@@ -117,9 +148,28 @@ def mean_square(rows: Tensor) -> float:
     return float(rows.square().sum() / max(1, len(rows)))
 
 
-def factor(gram: Tensor, ridge: float) -> Tensor:
-    """The Cholesky factor of gram + ridge I, [D, D]."""
-    left = gram.clone()
+def add_gram(upper: Tensor, rows: Tensor, block: int = 256) -> None:
+    """Add rows^T rows, [D, D], to the upper triangle of ``upper`` (whole blocks; what lies below the diagonal is not meant
+    to be read): half the work of the product. Products are made in the precision of ``rows``, sums in that of ``upper``."""
+    for start in range(0, rows.shape[1], block):
+        upper[start : start + block, start:] += rows[:, start : start + block].T @ rows[:, start:]
+
+
+def mirrored(upper: Tensor) -> Tensor:
+    """The symmetric matrix with this upper triangle."""
+    return upper.triu() + upper.triu(1).T
+
+
+def gram(rows: Tensor) -> Tensor:
+    """rows^T rows, [D, D]."""
+    upper = rows.new_zeros(rows.shape[1], rows.shape[1])
+    add_gram(upper, rows)
+    return mirrored(upper)
+
+
+def factor(squares: Tensor, ridge: float) -> Tensor:
+    """The Cholesky factor of squares + ridge I, [D, D]."""
+    left = squares.clone()
     left.diagonal().add_(ridge)
     return torch.linalg.cholesky(left)
 
@@ -165,8 +215,9 @@ def solve(
         return ContextMap.zero(width)
     stacked = torch.cat([erase_weight**0.5 * source, keep_weight**0.5 * keep])
     if len(stacked) >= width:
-        return solve_factored(erase_weight * (target - source), source, factor(stacked.T @ stacked, ridge))
+        return solve_factored(erase_weight * (target - source), source, factor(gram(stacked), ridge))
     selected = torch.zeros(len(stacked), n, dtype=source.dtype, device=source.device)
     selected[:n].fill_diagonal_(1.0)
-    solved = torch.cholesky_solve(selected, factor(stacked @ stacked.T, ridge))  # [n + m, n]
-    return ContextMap(erase_weight**0.5 * (target - source).T, solved.T @ stacked)
+    solved = torch.cholesky_solve(selected, factor(gram(stacked.T), ridge))  # [n + m, n]
+    left, right = erase_weight**0.5 * (target - source).T, solved.T @ stacked
+    return ContextMap(left, right) if 4 * n < width else ContextMap(left @ right, None)
