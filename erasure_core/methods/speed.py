@@ -168,9 +168,9 @@ class LayerEdits:
         count, unit = len(rows.source), mean_square(rows.source)
         squares, change = gram(rows.source), rows.target - rows.source
         # The filter's edit, W E with E = (C* - C1) C1^T (C1 C1^T + n I)^-1, and what it does to kept rows.
-        self.pull = solve_factored(change, rows.source, factor(squares, count * unit))
-        left, right = self.pull.left, self.pull.right
-        self.shift = (left @ rows.keep.T,) if right is None else (left, right @ rows.keep.T)
+        self.source, self.change, self.damped = rows.source, change, factor(squares, count * unit)
+        kept = rows.source @ torch.cholesky_solve(rows.keep.T, self.damped)
+        self.shift = (change.T, kept) if count < len(rows.keep) else (change.T @ kept,)
         self.factored = factor(squares, settings.retain_scale * count * unit)  # B
         free = solve_factored(change, rows.source, self.factored)  # G0
         self.left = None if free.right is None else free.left
@@ -206,13 +206,17 @@ class LayerEdits:
             rows = torch.cat([pad(rows, (0, len(along) - rows.shape[1])), along[None]])
             copies = torch.cat([mix.repeat_interleave(settings.augment, 0), noise[:, None]], dim=1)
             if settings.filter:
-                moved = torch.cat([moved, self._outputs(weight, self.pull.times(direction[:, None]))])
+                moved = torch.cat([moved, self._outputs(weight, self._pulled(direction)[:, None])])
                 lengths = ((copies @ (moved @ moved.T)) * copies).sum(1).clamp_min(0).sqrt()
                 copies = copies[influential(lengths)]
             mix = torch.cat([pad(mix, (0, 1)), copies])
         used = carried(mix, rows, settings.threshold)
         empty = pad(self.empty, (0, rows.shape[1] - self.empty.shape[1]))
         return self._constrained(frame, spanned(empty, used))
+
+    def _pulled(self, direction: Tensor) -> Tensor:
+        """E ``direction``, [D]."""
+        return self.change.T @ (self.source @ solve_vector(self.damped, direction))
 
     def _with(self, direction: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """The frame with ``direction`` in the span of V, and the direction's coordinates."""

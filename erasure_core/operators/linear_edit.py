@@ -20,7 +20,8 @@ since a weight may answer to just the directions in which G is small."""
 
 @dataclass(frozen=True)
 class ContextMap:
-    """A right-multiplication ``G = left @ right``, left [D, r], right [r, D], float64.
+    """A right-multiplication ``G = left @ right``, left [D, r], right [r, D], float64; float32 once a share
+    of it is dropped.
 
     ``right is None`` marks a dense G in ``left``, [D, D]: cheaper where the edit has nearly full rank. ``order`` [D]
     sorts the rows of ``left`` so that the first r are a diagonal matrix: a product with these takes no sums.
@@ -95,12 +96,12 @@ def compress(left: Tensor, right: Tensor | None, energy: float = 1.0) -> Context
         core = mixing @ right
     else:
         core = left @ right
-    total = float(core.norm(dtype=torch.float64)) ** 2
+    total = _squares(core)
     tried = 128
     while energy < 1 and 3 * tried < len(core):
         few = _range(core, tried)
         part = few.T @ core
-        if float(part.norm(dtype=torch.float64)) ** 2 >= energy * total:
+        if _squares(part) >= energy * total:
             basis, core = few if basis is None else basis @ few, part
             break
         tried *= 2
@@ -141,6 +142,11 @@ def _range(matrix: Tensor, size: int) -> Tensor:
     rough, generator = matrix.float(), torch.Generator().manual_seed(0)
     found = torch.linalg.qr(rough @ torch.randn(rough.shape[1], size, generator=generator)).Q
     return torch.linalg.qr((rough @ (rough.T @ found)).to(matrix)).Q
+
+
+def _squares(matrix: Tensor) -> float:
+    """The sum of all squares; row by row, since float32 has too few digits for a running sum of all of them."""
+    return float(matrix.norm(dim=1).double().square().sum())
 
 
 def mean_square(rows: Tensor) -> float:
