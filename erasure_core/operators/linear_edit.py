@@ -23,13 +23,11 @@ class ContextMap:
     """A right-multiplication ``G = left @ right``, left [D, r], right [r, D], float64; float32 once a share
     of it is dropped.
 
-    ``right is None`` marks a dense G in ``left``, [D, D]: cheaper where the edit has nearly full rank. ``order`` [D]
-    sorts the rows of ``left`` so that the first r are a diagonal matrix: a product with these takes no sums.
+    ``right is None`` marks a dense G in ``left``, [D, D]: cheaper where the edit has nearly full rank.
     """
 
     left: Tensor
     right: Tensor | None
-    order: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -61,13 +59,7 @@ class ContextMap:
 
     def delta(self, weight: Tensor, down: Tensor | None) -> Delta:
         """The change of one weight [d_out, D]; ``down`` is ``self.right`` in the weight's dtype, shared by all sites."""
-        left, rank = self.left.to(weight), self.rank
-        if self.order is None:
-            return Delta((weight @ left).cpu(), down)
-        order = self.order.to(weight.device)
-        left, read = left.index_select(0, order), weight.index_select(1, order)
-        own = read[:, :rank].mul_(left[:rank].diagonal())
-        return Delta(torch.addmm(own, read[:, rank:], left[rank:]).cpu(), down)
+        return Delta((weight @ self.left.to(weight)).cpu(), down)
 
     def truncated(self, energy: float) -> ContextMap:
         """The fewest factors that hold ``energy`` of the squared singular values; 1 drops only rounding."""
@@ -83,8 +75,8 @@ def compress(left: Tensor, right: Tensor | None, energy: float = 1.0) -> Context
 
     ``core`` has the rows of G in an orthonormal basis. The eigenvectors U of core core^T give core = U (U^T core)
     whatever their own rounding, since U is orthogonal: half the work of an SVD. Where less than all is wanted, float32 is
-    exact enough, few rows are tried first (a random range, Halko, Martinsson and Tropp, arXiv:0909.4061, whose share is
-    known exactly), and many factors are stored as :func:`_picking` does.
+    exact enough, and few rows are tried first: a random range (Halko, Martinsson and Tropp, arXiv:0909.4061) whose share is
+    known exactly.
     """
     if energy < 1:
         left, right = left.float(), None if right is None else right.float()
@@ -113,27 +105,7 @@ def compress(left: Tensor, right: Tensor | None, energy: float = 1.0) -> Context
         rank = min(rank, int((sizes.double().square().cumsum(0) < energy * total).sum()) + 1)
     kept, root = order[:rank], sizes[:rank].sqrt()
     u = u[:, kept] if basis is None else basis @ u[:, kept]
-    if energy < 1 and 2 * rank > len(u):
-        return _picking(u, spread[kept])
     return ContextMap(u * root, spread[kept] / root[:, None])
-
-
-def _picking(u: Tensor, spread: Tensor) -> ContextMap:
-    """u [D, r] @ spread [r, D] with r rows of the left factor diagonal, so that a weight's product with it costs (D - r) / D.
-
-    LU with row pivoting picks the rows, which keeps the entries of the others near 1 at most. Both factors of each rank get
-    the same size.
-    """
-    rank = u.shape[1]
-    permutation, lower, _ = torch.linalg.lu(u)
-    order = permutation.argmax(0)
-    picked, rest = order[:rank], order[rank:]
-    mixing = torch.linalg.solve_triangular(lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True)
-    right = u[picked] @ spread
-    scale = (right.norm(dim=1) / (1 + mixing.square().sum(0)).sqrt()).sqrt()
-    left = torch.zeros_like(u)
-    left[picked], left[rest] = torch.diag(scale), mixing * scale
-    return ContextMap(left, right / scale[:, None], order)
 
 
 def _range(matrix: Tensor, size: int) -> Tensor:

@@ -161,23 +161,6 @@ def test_truncation_holds_its_share_in_about_the_fewest_factors(energy: float, w
         assert fewest <= small.rank <= fewest + 2
 
 
-@pytest.mark.parametrize(("rank", "diagonal"), [(20, False), (49, True), (90, True)])
-def test_many_factors_are_read_through_a_diagonal_block(rank: int, diagonal: bool) -> None:
-    """The short way to a weight's change gives the plain product, in factors of one size that half precision holds."""
-    width = 96
-    left, right, w = normal(width, rank, seed=1), normal(rank, width, seed=2), normal(40, width, seed=3).float()
-    small = compress(left, right, 1 - 1e-7)
-    assert (small.order is not None) == diagonal
-    expected = w.double() @ left @ right
-    delta = small.delta(w, small.right)
-    assert delta.up.dtype == torch.float32
-    assert relative(delta.dense().double(), expected) < 1e-3
-    assert relative(delta.up, w @ small.left) < 1e-5
-    assert (small.left.norm(dim=0) / small.right.norm(dim=1)).log().abs().max() < 1e-3
-    rounded = delta.up.half().double() @ small.right.half().double()
-    assert relative(rounded, expected) < 1e-2
-
-
 @pytest.mark.parametrize(("n", "width"), [(30, 7), (3, 300), (400, 513)])
 def test_gram_is_the_product(n: int, width: int) -> None:
     rows = normal(n, width, seed=1)
