@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from itertools import cycle
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from ..methods.registry import Look
 from ..operators.trainable import Cond
 from ..pairs import ConceptPairs, make_pairs
 from ..presets import PRESETS
-from .concepts import OBJECTS, prompt
+from .concepts import OBJECTS, STYLES, prompt
 from .judge import Judge
 from .model import EmojiCanvasPort
 from .splits import STYLE_OBJECTS, Erasing
@@ -43,7 +44,7 @@ TESTBED: dict[str, Mapping[str, Any]] = {
     },
     "eap": {**_QUICK, "iterations": 40, "learning_rate": 1e-3, "space": "eps"},
     "kpop": {**_QUICK, "iterations": 100, "learning_rate": 1e-3, "memory_rate": 1e-2},
-    "duo": {"iterations": 120, "beta": 100.0, "base_learning_rate": 1e-3, "base_prior_weight": 10.0},
+    "duo": {"iterations": 80, "beta": 50.0, "base_learning_rate": 4e-4, "base_prior_weight": 100.0, "batch": 12},
     "cpe": {"stages": 2, "iterations": 200, "attack_steps": 200},
     "dark_miner": {
         **_QUICK,
@@ -68,7 +69,7 @@ ATTACKS: dict[str, Mapping[str, Any]] = {
 """Budgets of attacks on the testbed, where they are not the papers'."""
 
 
-_PAIRS, _EVERY = 4, 3
+_PAIRS, _EVERY = 3, 2
 """Of DUO: pairs of a scene, and every which other object an erased one gives way to."""
 
 
@@ -119,9 +120,10 @@ def aids_for(method: str, port: EmojiCanvasPort, erasing: Erasing, judge: Judge)
 
 
 def _pairs(port: EmojiCanvasPort, erasing: Erasing, look: Look) -> ConceptPairs:
-    """SDEdit pairs of every concept: an object gives way to several others in turn, a style to the plain one on objects."""
+    """SDEdit pairs of every concept: an object gives way to several others, in all styles in turn; a style to the plain one."""
     others = [o.name for o in OBJECTS if o.name not in erasing.objects][::_EVERY]
-    scenes = [(prompt(name), prompt(other)) for other in others for name in erasing.objects]
+    styled = list(zip(others, cycle(s.name for s in STYLES), strict=False))
+    scenes = [(prompt(name, style), prompt(other, style)) for other, style in styled for name in erasing.objects]
     scenes += [(prompt(o, style), prompt(o)) for o in STYLE_OBJECTS for style in erasing.styles]
     unsafe, safe = (Cond.cat(port.conditions(list(side))) for side in zip(*scenes, strict=True))
     with port.trainable() as model:
