@@ -177,24 +177,26 @@ def main() -> None:
         return
     methods = a.method or (METHODS if a.what == "mining" else list(all_methods()))
     chosen = {m: settings_for(m, parse_settings(m, a.set)) for m in methods}
+    bench = Bench(plan)
+    bench.recall()
     if a.what == "memory":
-        memory_effect(Bench(plan))
+        memory_effect(bench)
         return
     if a.what == "mining":
-        mining_effect(Bench(plan), chosen)
+        mining_effect(bench, chosen)
         return
     if a.what == "pairs":
-        pairs_page(Bench(plan), a.seeds or EACH)
+        pairs_page(bench, a.seeds or EACH)
         return
     if a.what == "passes":
-        passes_page(Bench(plan), methods)
+        passes_page(bench, methods)
         return
     if a.what == "leaderboard":
         attacks = a.attack or (QUICK_ATTACKS if a.quick else all_attacks())
         contest = Contest(chosen, list(attacks), budgets(a.budget), a.page)
-        leaderboard(Bench(plan), contest, jobs=a.jobs, ray=a.ray, fresh=a.fresh, plan=a.plan, report=a.report)
+        leaderboard(bench, contest, jobs=a.jobs, ray=a.ray, fresh=a.fresh, plan=a.plan, report=a.report)
         return
-    (effect if a.what == "effect" else tune)(Bench(plan), chosen, a.fresh, a.jobs)
+    (effect if a.what == "effect" else tune)(bench, chosen, a.fresh, a.jobs)
 
 
 if __name__ == "__main__":

@@ -118,24 +118,24 @@ class Bench:
         self.plan, self.studio = plan, plan.studio()
         for folder in ("rows", "erasures", "attacks"):
             (plan.folder / folder).mkdir(exist_ok=True)
-        for page in sorted(RESULTS.glob("*.json")):
-            self._recall(json.loads(page.read_text(encoding="utf-8")))
+
+    def recall(self) -> None:
+        """Take what the pages of the same model and judge were made from as measured."""
+        for path in sorted(RESULTS.glob("*.json")):
+            page = json.loads(path.read_text(encoding="utf-8"))
+            if page.get("model_and_judge") != self.plan.folder.name:
+                continue
+            for folder, results in page["measured"].items():
+                for name, row in results.items():
+                    if not (known := self.plan.folder / folder / f"{name}.json").exists():
+                        keep(known, row)
 
     def record(self, paths: Iterable[Path]) -> dict[str, Any]:
-        """Results for the JSON of a page. From there another machine goes on, with the same model and judge."""
+        """Results for the JSON of a page, from where :meth:`recall` takes them on another machine."""
         found: dict[str, dict[str, Any]] = {}
         for path in sorted(p for p in set(paths) if p.exists()):
             found.setdefault(path.parent.name, {})[path.stem] = json.loads(path.read_text(encoding="utf-8"))
         return {"model_and_judge": self.plan.folder.name, "measured": found}
-
-    def _recall(self, page: Mapping[str, Any]) -> None:
-        if page.get("model_and_judge") != self.plan.folder.name:
-            return
-        for folder, results in page["measured"].items():
-            for name, row in results.items():
-                path = self.plan.folder / folder / f"{name}.json"
-                if not path.exists():
-                    keep(path, row)
 
     def path(self, folder: str, ending: str, *key: Any) -> Path:
         """The file in which a result is kept that depends on ``key``, beside model and judge."""

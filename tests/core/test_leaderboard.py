@@ -97,6 +97,7 @@ def test_another_machine_goes_on_from_the_page(measured, tmp_path, monkeypatch) 
     tasks = CONTEST.tasks(bench)
     for name, known in (("cells", True), ("other weights", False)):
         there = bench_in(tmp_path / name)
+        there.recall()
         assert all(t.results(there)[0].exists() == known for t in tasks)
     there = bench_in(tmp_path / "cells")
     assert standings(there, CONTEST) == standings(bench, CONTEST) and not unfinished(there, tasks)
