@@ -20,6 +20,13 @@ WORST, KEPT, MINUTES = 0.10, 0.03, 10
 and how long it may take."""
 
 
+_SEEN = {
+    "adversarial": "An earlier version of adversarial had been tried on the rose, before its noise window and relative losses "
+    "were added; their values were chosen on a tulip."
+}
+"""Where a method has met what it is scored on."""
+
+
 def write_page(bench: Bench, contest: Contest, found: Sequence[Standing], cost: Mapping[str, Any]) -> None:
     """docs/results/{page}.{md,json,png}."""
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -39,6 +46,7 @@ Methods under attack on EmojiCanvas. Made by `nox -s bench -- leaderboard{option
 {" ".join(s.method for s in found if s.method != "none")}`,
 on prompts and seeds that no setting was chosen on; {", ".join(only)} erased one at a time; {PICTURES} pictures a cell and
 concept, with noises that no attack has seen. Where an attack finds several things, it picks one by pictures at other noises.
+{" ".join(_SEEN[s.method] for s in found if s.method in _SEEN)}
 
 Shares of pictures that show the erased concept, after the error of the judge ({judge.name} {judge.version}: it recognises
 {judge.held_out} of drawings that it never saw), with 95 % intervals that count the judge's error too. "none" is the unchanged

@@ -133,11 +133,11 @@ def memory_effect(bench: Bench, modes: Sequence[Mode] = tuple(Mode)) -> None:
             lines.append(" | ".join([f"| {mode_name}", drawn, *cells, f"{seconds:.0f} |" if seconds else "- |"]))
     paths = [row_path(bench, m, e) for m in modes for e in objects]
     ratio, table = overhead(bench), "\n".join(lines)
-    sampler = bench.plan.sampler
+    sampler, only = bench.plan.sampler, "".join(f" {x}" for x in ("--only", *bench.plan.only) if bench.plan.only)
     text = f"""# Safe prompt memories on EmojiCanvas
 
-Made by `nox -s bench -- memory{" --bf16" if sampler.bf16 else ""}`, on scoring prompts and seeds: shares of pictures with 95 %
-Wilson intervals, over {", ".join(e.label for e in objects)}, one memory each.
+Made by `nox -s bench -- memory{" --bf16" if sampler.bf16 else ""}{only}`, on scoring prompts and seeds: shares of pictures
+with 95 % Wilson intervals, over {", ".join(e.label for e in objects)}, one memory each.
 
 *suppress*: the weights stay, the memory pushes the concept away. *key*: KPOP; the public weights hide it, the private memory
 brings it back.

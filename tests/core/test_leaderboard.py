@@ -127,6 +127,10 @@ def test_stopping_and_starting_loses_nothing(measured, monkeypatch, capsys) -> N
     leaderboard(bench, CONTEST, jobs=1, report=True)
     page = Path("docs/results/leaderboard.md").read_text(encoding="utf-8")
     assert not lost.exists() and "| uce |" in page, "the page of what there is"
+    leaderboard(bench, dataclasses.replace(CONTEST, chosen={}), jobs=1, report=True)
+    assert Path("docs/results/leaderboard.md").read_text(encoding="utf-8") == page, (
+        "a method measured before stays on it"
+    )
     leaderboard(bench, CONTEST, jobs=1)
     again = json.loads(lost.read_text(encoding="utf-8"))
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in kept.items() if k != "seconds"}
