@@ -72,14 +72,16 @@ def phase(model: TrainableModel, pairs: ConceptPairs, prompts: Mapping[str, Cond
         chosen = moved(numbers, model.device)
         times = draw_times(settings.batch, generator, shared=settings.shared_time, below=below)
         noise = model.noise(settings.batch, generator)
-        read = (prompts[""],) * 3
+        null = prompts[""]
+        to_unsafe = to_safe = null
         if settings.own_prompts:
             bare = (torch.rand(settings.batch, generator=generator) < _UNPROMPTED).tolist()
             scenes = [("", "") if b else pairs.scene(k) for k, b in zip(numbers.tolist(), bare, strict=True)]
-            read = (*(Cond.cat([prompts[x] for x in side]) for side in zip(*scenes, strict=True)), prompts[""])
+            to_unsafe, to_safe = (Cond.cat([prompts[x] for x in side]) for side in zip(*scenes, strict=True))
         return preference_losses(
-            model, unsafe[chosen], safe[chosen], noise, times, read, beta=settings.beta, prior_weight=prior_weight
-        )
+            model, unsafe[chosen], safe[chosen], noise, times, (to_unsafe, to_safe, null),
+            beta=settings.beta, prior_weight=prior_weight,
+        )  # fmt: skip
 
     return Phase("duo", model.train(what, settings.seed), loss, Optimiser(lr, Kind.ADAMW, 1e-2), clip=1.0)
 
