@@ -172,7 +172,7 @@ def test_size(server: ComfyServer) -> None:
         ),
         ({"unsafe_prompt": "a\nb\nc", "safe_prompt": "d\ne"}, "safe_prompt: 2 lines for 3 of unsafe_prompt"),
         ({"unsafe_prompt": " "}, "unsafe_prompt: describe a picture that shows the concept"),
-        ({"safe_prompt": "a dog " * 500}, "safe_prompt: 2999 characters, at most 2000 fit"),
+        ({"safe_prompt": "a dog " * 500}, "safe_prompt: 3000 characters, at most 2000 fit"),
         ({"count": 0}, "count: 0 pairs; 1 to 1024 can be made at once"),
         ({"count": 5000}, "count: 5000 pairs; 1 to 1024 can be made at once"),
         ({"strength": 1.5}, "strength: 1.5 must lie between 0 and 1"),
