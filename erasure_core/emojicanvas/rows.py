@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -205,5 +206,6 @@ class Bench:
 
 def keep(path: Path, row: Mapping[str, Any]) -> None:
     """Write a result in one move, so that another process finds all of it or nothing."""
-    path.with_suffix(".tmp").write_text(json.dumps(row, indent=1), encoding="utf-8")
-    path.with_suffix(".tmp").replace(path)
+    half = path.with_suffix(f".{os.getpid()}.tmp")  # others may be writing the same
+    half.write_text(json.dumps(row, indent=1), encoding="utf-8")
+    half.replace(path)
