@@ -15,10 +15,10 @@ the names of their runs.
 Departures: the rows start as rows of the empty prompt, a tenth of their deviation off, which attention hardly notices, and
 learn at 1e-2 (text states have entries of size one, which a thousand steps of 1e-5 don't move); all blocks read them; latents
 are drawn by the frozen network, for such are those that the key meets (on the tuning split it then restores more than with
-latents of the student, on the scoring split it did not: docs/results/memory.md); w_with is 0.5; the weights' rate falls to 0, so that the key can catch up; kept words are held in
-both steps, so that with the key too they stay what they were (without that, a third of other objects went). Chosen on
-EmojiCanvas' tuning split, which ``emojicanvas.memory_effect`` measures. And as in esd.py: a replacement is the base of T,
-linear layers only.
+latents of the student, on the scoring split it did not: docs/results/memory.md); w_with is 0.5; the weights' rate falls to 0,
+so that the key can catch up; kept words are held in both steps, so that with the key too they stay what they were (without
+that, a third of other objects went). Chosen on EmojiCanvas' tuning split, which ``emojicanvas.memory_effect`` measures. And as
+in esd.py: a replacement is the base of T, linear layers only.
 """
 
 from __future__ import annotations
