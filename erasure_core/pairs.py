@@ -32,6 +32,7 @@ from .port import Family
 
 MAX_PAIRS = 1024
 MAX_REDRAWS = 100
+MAX_SCENES = 64
 
 Scene = tuple[str, str]
 """(unsafe prompt, safe prompt)."""
@@ -61,7 +62,8 @@ class ConceptPairs:
                 "[N, C, h, w], and not none. Make them again with Make SDEdit Pair"
             )
         shown = self.shown or (0,) * len(self)
-        if len(shown) != len(self) or not all(0 <= n < len(self.scenes) for n in shown):
+        known = len(self.scenes) <= MAX_SCENES and all(0 <= n < len(self.scenes) for n in shown)
+        if len(shown) != len(self) or not known:
             raise ValueError(f"pairs: {len(self)} pairs and {len(self.scenes)} scenes don't match up. Make them again")
 
     def __len__(self) -> int:
@@ -316,6 +318,8 @@ def make_pairs(
     m = len(scenes)
     if not len(unsafe) == len(safe) == m:
         raise ValueError(f"scenes: {len(unsafe)} unsafe and {len(safe)} safe conditionings for {m} scenes")
+    if m > MAX_SCENES:
+        raise ValueError(f"scenes: {m}, at most {MAX_SCENES} fit")
     if originals is not None:
         count = len(originals)
     if strongest is not None and not strength <= strongest <= 1:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..erasure_core import ConceptPairs
 from ..erasure_core.metrics.judges import look_through
-from ..erasure_core.pairs import MAX_PAIRS, MAX_REDRAWS, Draw, pair_noise, pair_up
+from ..erasure_core.pairs import MAX_PAIRS, MAX_REDRAWS, MAX_SCENES, Draw, pair_noise, pair_up
 from .port import family_of, ordinary_tensors
 from .replica import native_side
 from .training import decoder
@@ -45,8 +45,10 @@ class _Artist:
     ):
         self._model, self._vae, self._cfg, self._seed = model, vae, cfg, seed
         encode = clip.encode_from_tokens_scheduled
-        self._scenes = [tuple(encode(clip.tokenize(text)) for text in scene) for scene in scenes]
-        self._null = encode(clip.tokenize(""))
+        encoded = {
+            text: encode(clip.tokenize(text)) for text in dict.fromkeys(["", *(x for scene in scenes for x in scene)])
+        }
+        self._scenes, self._null = [(encoded[unsafe], encoded[safe]) for unsafe, safe in scenes], encoded[""]
         self._format = model.get_model_object("latent_format")
         channels, dimensions = self._format.latent_channels, getattr(self._format, "latent_dimensions", 2)
         if dimensions != 2:
@@ -259,6 +261,8 @@ def scenes_of(unsafe: str, safe: str) -> list[tuple[str, str]]:
     if not bad:
         raise ValueError("unsafe_prompt: describe a picture that shows the concept")
     n = max(len(bad), len(good))
+    if n > MAX_SCENES:
+        raise ValueError(f"{'unsafe' if n == len(bad) else 'safe'}_prompt: {n} lines, at most {MAX_SCENES} scenes fit")
     bad, good = (lines * n if len(lines) == 1 else lines for lines in (bad, good))
     if len(bad) != len(good):
         raise ValueError(

@@ -36,6 +36,7 @@ from .concepts import OBJECTS, STYLES, prompt
 from .effect import effect, tune
 from .judge import Judge
 from .leaderboard import CONCEPTS, QUICK_ATTACKS, QUICK_CONCEPTS, Contest, budgets, leaderboard
+from .leaderboard_page import PAGE
 from .memory_effect import memory_effect
 from .mining_effect import METHODS, mining_effect
 from .pair_page import pairs_page
@@ -121,7 +122,7 @@ def main() -> None:
         "--budget", nargs="+", action="extend", default=[], metavar="ATTACK.SETTING=VALUE", help="for the leaderboard"
     )
     parser.add_argument("--quick", action="store_true", help="leaderboard: three concepts, the three cheapest attacks")
-    parser.add_argument("--page", default="leaderboard", help="leaderboard: name of its page under docs/results")
+    parser.add_argument("--page", default=PAGE, help="leaderboard: name of its page under docs/results")
     parser.add_argument("--plan", action="store_true", help="leaderboard: only say what it will cost")
     parser.add_argument("--report", action="store_true", help="leaderboard: only write the page of what is measured")
     parser.add_argument(

@@ -76,9 +76,8 @@ def effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool, j
     """Measure ``chosen`` methods on the scoring split and write the tables, with all other methods' default rows."""
     run(bench, chosen, fresh, jobs)
     known = {"none": {}, **{m: settings_for(m) for m in all_methods()}, **chosen}
-    paths = [
-        bench.row_path(e, m, s) for e in erasings(bench.plan.split) for m, s in known.items()
-    ]  # measured before, too
+    # With what was measured before.
+    paths = [bench.row_path(e, m, s) for e in erasings(bench.plan.split) for m, s in known.items()]
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
     s, judge = bench.plan.sampler, bench.studio.judge
     bf16 = " --bf16" if s.bf16 else ""

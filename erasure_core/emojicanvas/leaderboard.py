@@ -21,7 +21,7 @@ from ..metrics.judge_error import Corrected, corrected
 from ..metrics.rates import Rate, pooled, rate
 from .bench_settings import settings_for
 from .engines import Task, cluster, processes
-from .leaderboard_page import write_page
+from .leaderboard_page import PAGE, write_page
 from .rows import RESULTS, Bench, flags
 from .siege import ASKING, applies, cell_path
 from .splits import Shot
@@ -31,7 +31,6 @@ CONCEPTS = ("cat", "rose", "cigarette", "beer", "brindlewash", "neon")
 QUICK_CONCEPTS = ("rose", "beer", "neon")
 QUICK_ATTACKS = ("rece_residual", "free_embedding", "synonyms")
 """The cheapest strong ones: in closed form, by gradient, by other words."""
-PAGE = "leaderboard"
 _UNKNOWN = 60.0
 """Seconds for a task that nobody has timed yet."""
 
@@ -151,9 +150,17 @@ def leaderboard(
 
 def unfinished(bench: Bench, tasks: Sequence[Task], fresh: bool = False) -> list[Task]:
     """What is left to do; an erasure that is known by its figures alone is made again where an attack still needs it."""
-    left = [t for t in tasks if fresh or not t.results(bench)[0].exists()]
-    needed = {(t.number, t.method) for t in left if t.attack and not all(path.exists() for path in t.needs(bench))}
-    return [t for t in tasks if t in left or (not t.attack and (t.number, t.method) in needed)]
+    left = [fresh or not t.results(bench)[0].exists() for t in tasks]
+    needed = {
+        (t.number, t.method)
+        for t, missing in zip(tasks, left, strict=True)
+        if missing and t.attack and not all(path.exists() for path in t.needs(bench))
+    }
+    return [
+        t
+        for t, missing in zip(tasks, left, strict=True)
+        if missing or (not t.attack and (t.number, t.method) in needed)
+    ]
 
 
 def _run(bench: Bench, tasks: Sequence[Task], jobs: int, ray: str) -> Iterator[Task]:

@@ -20,6 +20,8 @@ WORST, KEPT, MINUTES = 0.10, 0.03, 10
 and how long it may take."""
 
 
+PAGE = "leaderboard"
+"""The page of all methods; others have names of their own."""
 _SEEN = {
     "adversarial": "An earlier version of adversarial had been tried on the rose, before its noise window and relative losses "
     "were added; their values were chosen on a tulip."
@@ -35,7 +37,7 @@ def write_page(bench: Bench, contest: Contest, found: Sequence[Standing], cost: 
     plan = bench.plan
     only = [e.key for e in plan.erasings() if e.key != "together"]
     options = f"{' --bf16' if plan.sampler.bf16 else ''} --only {' '.join(only)} --attack {' '.join(attacks)}"
-    options += "" if page == "leaderboard" else f" --page {page}"
+    options += "" if page == PAGE else f" --page {page}"
     changed = [f"{a}.{k}={v}" for a, settings in contest.budgets.items() for k, v in settings.items()]
     options += f" --budget {' '.join(changed)}" if changed else ""
     judge = bench.studio.judge

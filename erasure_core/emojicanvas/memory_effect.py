@@ -15,7 +15,7 @@ from ..methods import Aids, kpop, settings_from
 from ..metrics.rates import Rate, pooled
 from ..operators.memory import Mode, SavedMemory
 from ..suppress import Settings, suppress
-from .bench_settings import settings_for
+from .bench_settings import plain, settings_for
 from .judge import Judge
 from .model import EmojiCanvas, EmojiCanvasPort
 from .rows import RESULTS, Bench, figures, keep, spec_of
@@ -78,7 +78,7 @@ MEASURES = ("direct", "named", "unseen", "neighbours", "kept_objects", "kept_sty
 def row_path(bench: Bench, mode: Mode, erasing: Erasing) -> Path:
     plan = bench.plan
     protocol = [plan.split.name, plan.seeds, plan.rounds, dataclasses.astuple(plan.sampler)]
-    made = dataclasses.asdict(Settings()) if mode is Mode.SUPPRESS else settings_for("kpop")
+    made = plain(Settings()) if mode is Mode.SUPPRESS else settings_for("kpop")
     return bench.path("rows", ".json", "memory", mode.value, made, *protocol, erasing.label)
 
 

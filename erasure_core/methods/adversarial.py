@@ -23,7 +23,7 @@ concept's own signal there, || eps_0(x_t, t, c_e) - eps_0(x_t, t, "") ||^2. That
 so is what a plain mean of squares makes of it.
 
 The window of times and the division were added after a first version, without them, had been seen to lose a rose of the scoring
-split to a free search (88 % of pictures); their values were then chosen on the tuning split's tulip.
+split to a free search; their values were then chosen on the tuning split's tulip.
 """
 
 from __future__ import annotations

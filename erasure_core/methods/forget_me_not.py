@@ -6,11 +6,10 @@ with P = softmax(q k^T / sqrt(d)) the cross-attention probabilities [B, heads, h
 the columns those of the concept's tokens, end-of-text too with ``end_tokens``. A plain norm, not its square. AdamW 2e-6, 35
 steps. Weak against attacks and hard to reproduce, say later papers.
 
-Which rows a concept is in depends on the text encoder. In EmojiCanvas it is in the padding behind the words: with the rows
-from the end of the text on replaced by those of "a house", the judge sees a house (mean probability 0.95 to 0.96; dog, tulip,
-banana, key, 8 pictures each) and not the word (0.00); with the word's own row replaced, still the word (0.69 to 0.96). The
-row of "dog" gets at most 2.3 % of a layer's attention. Steering away from the word alone is not steering away from the concept
-there: ``end_tokens`` is needed, and with it a larger ``keep_weight``, because all prompts end in such rows.
+Which rows a concept is in depends on the text encoder. In EmojiCanvas it is in the padding behind the words: with those rows
+taken from "a house", a prompt for a dog draws a house; with the word's own row taken from there, still a dog. Steering away
+from the word alone is not steering away from the concept there: ``end_tokens`` is needed, and with it a larger ``keep_weight``,
+because all prompts end in such rows.
 
 Departures: pictures of the concept are sampled by the frozen network unless they are given; cross-attention only by default
 (the authors train the entire UNet); the preceding textual inversion is left to operators/search.py; kept words are held;

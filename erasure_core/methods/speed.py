@@ -175,9 +175,8 @@ class LayerEdits:
         free = solve_factored(change, rows.source, self.factored)  # G0
         self.left = None if free.right is None else free.left
         self.read = free.left if free.right is None else free.right
-        self.start = (
-            self.read.float() if settings.energy < 1 else self.read
-        )  # what is dropped is larger than the rounding
+        # In float32 where a share is dropped, which is larger than the rounding.
+        self.start = self.read.float() if settings.energy < 1 else self.read
         both = torch.cat([rows.keep, empty])
         span = torch.linalg.qr(both.T).Q if len(both) < self.width else torch.eye(self.width, dtype=both.dtype)
         self.kept, self.empty = rows.keep @ span, empty @ span

@@ -170,6 +170,7 @@ def test_size(server: ComfyServer) -> None:
             {"safe_prompt": f"a dog\n {UNSAFE.upper()}  "},
             f"safe_prompt: {UNSAFE.upper()!r} is the same as unsafe_prompt",
         ),
+        ({"safe_prompt": "\n".join(f"a{n}" for n in range(65))}, "safe_prompt: 65 lines, at most 64 scenes fit"),
         ({"unsafe_prompt": "a\nb\nc", "safe_prompt": "d\ne"}, "safe_prompt: 2 lines for 3 of unsafe_prompt"),
         ({"unsafe_prompt": " "}, "unsafe_prompt: describe a picture that shows the concept"),
         ({"safe_prompt": "a dog " * 500}, "safe_prompt: 3000 characters, at most 2000 fit"),
