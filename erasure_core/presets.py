@@ -28,10 +28,13 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "fast": Preset("uce", "the named words only, with the least side effects, in a second (UCE)."),
-    "balanced": Preset("rece", "also reaches words that you did not name, in seconds (RECE)."),
+    "balanced": Preset(
+        "rece", "also erases embeddings that would bring the words back, in seconds (RECE); changes a little more."
+    ),
     "thorough": Preset(
         "adversarial",
-        "trains against embeddings that search all the time for what still brings the concept back, in minutes (Adversarial).",
+        "trains against embeddings that search all the time for what still brings the concept back (Adversarial): minutes "
+        "on the demo model, far longer on large ones.",
         {"iterations": 500, "learning_rate": 4e-4, "population": 4, "batch": 4},
         {"iterations": 700, "learning_rate": 2e-3, "sample_steps": 12},
     ),

@@ -93,7 +93,7 @@ class LearnSafePromptMemory(io.ComfyNode):
                     default=SuppressSettings.rows,
                     min=1,
                     max=64,
-                    tooltip="Size of the memory. More can do more, and every attention reads them.",
+                    tooltip="Size of the memory. More can do more, and every attention reads them. Suppress: 16, key: 10.",
                 ),
                 io.Combo.Input(
                     "placement",
@@ -108,7 +108,8 @@ class LearnSafePromptMemory(io.ComfyNode):
                     min=1,
                     max=100000,
                     step=10,
-                    tooltip="Training steps. More suppress (or hide) more firmly and take longer.",
+                    tooltip="Training steps. More suppress (or hide) more firmly and take longer. Suppress: 250. Key: 1000, on "
+                    "EmojiCanvas 100.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -117,7 +118,7 @@ class LearnSafePromptMemory(io.ComfyNode):
                     max=1.0,
                     step=1e-3,
                     round=1e-8,
-                    tooltip="Size of the memory's training step. Lower it if the losses jump.",
+                    tooltip="Size of the memory's training step. Lower it if the losses jump. Suppress: 0.02, key: 0.01.",
                 ),
                 io.Float.Input(
                     "weights_rate",
@@ -127,7 +128,7 @@ class LearnSafePromptMemory(io.ComfyNode):
                     step=1e-5,
                     round=1e-8,
                     tooltip="Key mode only: size of the weights' training step. 1e-5 suits Stable Diffusion with 1000 "
-                    "iterations, 1e-3 EmojiCanvas with 80.",
+                    "iterations, 1e-3 EmojiCanvas with 100.",
                 ),
                 io.Int.Input(
                     "seed",

@@ -275,7 +275,13 @@ def verdicts(family: str, figures: dict[str, Any]) -> dict[str, bool]:
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = ["# Speed", "", results["machine"], ""]
+    lines = [
+        "# Speed",
+        "",
+        f"{results['machine']} Checkpoints of full size with random weights, which times do not depend on. Aims are our own, "
+        "set on a machine where UCE as published takes 1.2 s for one concept and 4.4 s for 100 on SD 1.5.",
+        "",
+    ]
     for family, figures in results["families"].items():
         lines += [f"## {family}: {figures['matrices']} matrices, text width {figures['width']}", ""]
         lines += ["| | 1 concept | 100 concepts | 100 : 1 | memory on top |", "|---|---|---|---|---|"]
@@ -301,7 +307,7 @@ def table(results: dict[str, Any]) -> str:
             s = figures["sampling"]
             lines += [
                 f"One denoising step takes {s['base']:.2f} s without and {s['patched']:.2f} s with the erasure "
-                f"(ratio {s['ratio']:.3f}); putting it into the weights takes {s['loading']:.2f} s, once.",
+                f"(ratio {s['ratio']:.3f}; below 1 is noise); putting it into the weights takes {s['loading']:.2f} s, once.",
                 "",
             ]
         if figures["load"] > 0.5:

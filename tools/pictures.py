@@ -3,6 +3,7 @@
     .nox/host/bin/python tools/pictures.py            everything, some minutes on two cores
     .nox/host/bin/python tools/pictures.py sheets     what needs no Chromium: thumbnails and the before/after sheet
     .nox/host/bin/python tools/pictures.py page       screenshots
+    .nox/host/bin/python tools/pictures.py erase_object pairs_then_duo     these thumbnails alone
 
 workflows/*.json (from tools/workflows.py) and *.jpg, docs/images/*. To be run after a node or the demo model has changed.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import copy
 import io
 import sys
+from collections.abc import Iterable
 
 from comfy_client import ComfyClient, Json
 from comfy_host import PACK, REPO, ComfyServer
@@ -33,7 +35,7 @@ PARTS = {
     "red_team": ("asking", "RECE residual", "free embedding"),
     "mine_erase_mine": ("Found in round 1", "Found in round 2"),
     "prompt_memory_with_key": ("as it is: a beer", "hidden: a beer", "with the key: a beer"),
-    "pairs_then_duo": ("unsafe", "safe", "a beer: after"),
+    "pairs_then_duo": ("unsafe", "safe", "a dog: after"),
 }
 """Thumbnails: the previews whose titles start so, a row each."""
 IN_README = ("load_shared_erasure", "several_concepts_keep_neighbours")
@@ -194,14 +196,13 @@ def _screen(page: Browser) -> Image.Image:
     return Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
 
 
-def sheets(server: ComfyServer) -> None:
-    for name in DEMOS:
+def sheets(server: ComfyServer, names: Iterable[str]) -> None:
+    for name in names:
         graph = shipped(name)
         shown = previews(server, graph)
         if name == "load_shared_erasure":
             shown = previews(server, switched_on(graph))
         save_thumbnail(name, thumbnail(name, shown))
-    print(save_picture(make_sheet(server, OBJECT), IMAGES / "before_after.jpg", quality=88))
 
 
 def main(wanted: set[str]) -> None:
@@ -209,8 +210,9 @@ def main(wanted: set[str]) -> None:
         info = server.object_info()
         for path in write(info):
             print(path)
+        sheets(server, [name for name in DEMOS if name in wanted or "sheets" in wanted])
         if "sheets" in wanted:
-            sheets(server)
+            print(save_picture(make_sheet(server, OBJECT), IMAGES / "before_after.jpg", quality=88))
         if "page" in wanted:
             if reason := why_not():
                 sys.exit(f"{reason}: screenshots were not made anew")

@@ -31,7 +31,7 @@ Judge*, or none and your eyes.
 """,
         (340, 460),
     )
-    mining = {"concept": f"{WORD}, {ALIAS}", "count": 2, "steps": 200}
+    mining = {"concept": f"{WORD}, {ALIAS}", "count": 3, "steps": 100}
     first = g.node(
         "ErasureEraseConcept",
         (320, 300),
@@ -74,35 +74,42 @@ def pairs_then_duo(info: Json) -> Graph:
     g = Graph(info, "pairs_then_duo")
     d = Drawing(g)
     note = g.note(
-        f"""
+        """
 # Pairs of pictures, then DUO
 
 Press **Run**; a few minutes on a CPU, pictures appear while it trains.
 
-1. **Make SDEdit Pair** draws *a {WORD}*, then draws each picture over with another prompt, from the same noise. The judge
-sorts out pairs that failed.
-2. **Method: DUO** learns from the pairs alone, with an empty prompt: what the concept is called plays no part.
+1. **Make SDEdit Pair** draws *a dog* in several styles, then draws each picture over with another prompt, from the same noise:
+the prompts of one line belong together. The judge sorts out pairs that failed.
+2. **Method: DUO** learns to prefer the pictures without. Here each picture is read with the prompt that drew it
+(*own_prompts*), which holds what the safe prompts draw.
 
 **Look at** the pairs: what differs is what will be unlearned. Then look at before and after: the prompt by its name, by a word
-that nobody named, and a prompt that must stay. With so few pairs and steps the concept goes only in part; a lower
-*base_prior_weight* goes further and disturbs more of the rest.
+that nobody named, and a prompt that must stay. The concept goes, and the rest changes too: colours, above all. A higher
+*base_prior_weight* or *beta* disturbs less and erases less.
 
-**Then try** another safe prompt. For your own model use photographs of the concept on *images*, 32 pairs or more, and DUO's
-own settings.
+**Then try** *own_prompts* off: DUO as its paper has it, with an empty prompt, so that no words play a part. It takes more
+pairs and steps, and on the demo model some objects stay (docs/results/effect.md). For your own model use photographs of the
+concept on *images*, 32 pairs or more, and DUO's own settings.
 """,
         (340, 430),
     )
+    styles = ("", " in pixel art style", " in pencil sketch style", " in neon style", " in brindlewash style", "")
+    others = ("house", "crown", "car", "tulip", "pizza", "cactus")
     pair = g.node(
         "ErasureMakeSDEditPair", (320, 0), model=d.demo["MODEL"], clip=d.demo["CLIP"], vae=d.demo["VAE"],
-        judge=d.demo["JUDGE"], unsafe_prompt=f"a {WORD}", safe_prompt="a house", strength=0.85, count=8, cfg=4.0, concept=WORD,
+        judge=d.demo["JUDGE"], unsafe_prompt="\n".join(f"a dog{style}" for style in styles),
+        safe_prompt="\n".join(f"a {other}{style}" for other, style in zip(others, styles, strict=True)),
+        strength=0.7, count=24, cfg=4.0, concept="dog",
     )  # fmt: skip
     unsafe, safe = (g.node("PreviewImage", (430, 250), title=t, images=pair[t]) for t in ("unsafe", "safe"))
     method = g.node(
-        "ErasureMethodDUO", (320, 0), iterations=120, beta=100.0, base_learning_rate=1e-3, base_prior_weight=10.0
-    )
+        "ErasureMethodDUO", (320, 0), iterations=80, beta=50.0, base_learning_rate=4e-4, base_prior_weight=100.0,
+        own_prompts=True, batch=6,
+    )  # fmt: skip
     erase = g.node(
         "ErasureEraseConcept", (320, 300), model=d.demo["MODEL"], clip=d.demo["CLIP"], vae=d.demo["VAE"],
-        method=method["ERASURE_METHOD"], pairs=pair["CONCEPT_PAIRS"], **CONCEPT,
+        method=method["ERASURE_METHOD"], pairs=pair["CONCEPT_PAIRS"], concept="dog", keep="horse",
     )  # fmt: skip
     g.place(0, 0, note)
     g.place(390, 0, d.demo, *d.shared)
@@ -112,7 +119,7 @@ own settings.
     g.group("1  Pairs", (pair, unsafe, safe), BLUE)
     g.place(740, pair.height + 500, method, erase)  # the pair's node grows pictures
     g.group("2  Unlearn", (method, erase), RED)
-    for row, words in enumerate((f"a {WORD}", "a lager", "a crown")):
+    for row, words in enumerate(("a dog", "a pooch", "a horse")):
         y, members = 620 * row, []
         prompt = d.prompt(words)
         members.append(prompt)
@@ -142,14 +149,14 @@ memory, learn to bring it back. Publish the erasure (**Save Erasure**), keep the
 
 **Look at** the rows: as it is, hidden, and hidden but with the key (**Apply Safe Prompt Memory**). The right column must stay.
 
-**Then try** mode *suppress*: no weight changes, the rows alone, read beside every prompt, push *{WORD}* away. Set *iterations*
-to 250 and *learning_rate* to 0.02, and leave the key's node out.
+**Then try** mode *suppress*: no weight changes, the rows alone, read beside every prompt, push *{WORD}* away. Set *rows* to 16,
+*iterations* to 250 and *learning_rate* to 0.02, and leave the key's node out.
 """,
         (340, 420),
     )
     key = g.node(
         "ErasureLearnSafePromptMemory", (340, 520), model=d.demo["MODEL"], clip=d.demo["CLIP"], vae=d.demo["VAE"],
-        mode="key", rows=10, iterations=80, learning_rate=1e-2, weights_rate=1e-3, **CONCEPT,
+        mode="key", rows=10, iterations=100, learning_rate=1e-2, weights_rate=1e-3, **CONCEPT,
     )  # fmt: skip
     back = g.node(
         "ErasureApplySafePromptMemory", (300, 0), title="Unlock with the key", model=key["MODEL"],

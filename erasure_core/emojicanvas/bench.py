@@ -7,6 +7,7 @@
     python -m erasure_core.emojicanvas.bench memory       # safe prompt memories: docs/results/memory.{json,md}
     python -m erasure_core.emojicanvas.bench pairs        # SDEdit pairs, judged both ways: docs/results/pairs.{json,md,png}
     python -m erasure_core.emojicanvas.bench passes       # training steps beside their passes: docs/results/passes.{json,md}
+    python -m erasure_core.emojicanvas.bench peak         # memory that erasing takes: docs/results/peak.{json,md}
     python -m erasure_core.emojicanvas.bench tune --method uce --set ridge=0.01     # one line, on the tuning split
 
 ``effect`` and ``tune`` take every registered method. Pictures of the unchanged model are drawn once and kept in the
@@ -42,6 +43,7 @@ from .mining_effect import METHODS, mining_effect
 from .pair_page import pairs_page
 from .pair_quality import EACH
 from .passes_page import passes_page
+from .peak_page import peak_page
 from .rows import RESULTS, Bench, Plan, flags
 from .splits import SCORING, STYLE_OBJECTS, TUNING, Shot, erasings
 from .studio import Sampler, Studio, to_bytes
@@ -109,7 +111,7 @@ def base(studio: Studio, seeds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", choices=("base", "effect", "leaderboard", "memory", "mining", "pairs", "passes", "tune")
+        "what", choices=("base", "effect", "leaderboard", "memory", "mining", "pairs", "passes", "peak", "tune")
     )
     parser.add_argument(
         "--method", nargs="+", choices=list(all_methods()), help=f"default: all; mining: {' '.join(METHODS)}"
@@ -121,7 +123,7 @@ def main() -> None:
     parser.add_argument(
         "--budget", nargs="+", action="extend", default=[], metavar="ATTACK.SETTING=VALUE", help="for the leaderboard"
     )
-    parser.add_argument("--quick", action="store_true", help="leaderboard: three concepts, the three cheapest attacks")
+    parser.add_argument("--quick", action="store_true", help="leaderboard: two concepts, the three cheapest attacks")
     parser.add_argument("--page", default=PAGE, help="leaderboard: name of its page under docs/results")
     parser.add_argument("--plan", action="store_true", help="leaderboard: only say what it will cost")
     parser.add_argument("--report", action="store_true", help="leaderboard: only write the page of what is measured")
@@ -132,6 +134,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="pictures a word (base 8, effect 10, tune 6), or pairs a scene (4)")
     parser.add_argument("--rounds", type=int, help="pictures a kept object (effect 2, tune 1)")
     parser.add_argument("--replace-with", default="", help="what erased things become; nothing by default")
+    parser.add_argument(
+        "--keep-nothing", action="store_true", help="effect: don't tell erasers what to keep; a page of its own"
+    )
     parser.add_argument("--steps", type=int, default=Sampler.steps)
     parser.add_argument("--cfg", type=float, default=Sampler.cfg)
     parser.add_argument(
@@ -168,6 +173,7 @@ def main() -> None:
         CACHE / fingerprint,
         a.batch,
         tuple(a.only or (QUICK_CONCEPTS if a.quick else CONCEPTS if a.what == "leaderboard" else ())),
+        keep_named=not a.keep_nothing,
     )
     if unknown := set(a.only) - {e.key for e in erasings(split)}:
         parser.error(
@@ -191,6 +197,9 @@ def main() -> None:
         return
     if a.what == "passes":
         passes_page(bench, methods)
+        return
+    if a.what == "peak":
+        peak_page(bench, methods)
         return
     if a.what == "leaderboard":
         attacks = a.attack or (QUICK_ATTACKS if a.quick else all_attacks())

@@ -55,7 +55,6 @@ def summary(rows: Sequence[Mapping]) -> list[dict]:
             }
             row["settings"] = same[0]["settings"]
             row["seconds"] = round(sum(seconds) / len(seconds), 2) if seconds else None
-            row["memory_mb"] = max((r["memory_mb"] for r in same if r["memory_mb"] is not None), default=None)
             row["kept_distance"] = round(sum(r["kept_distance"] for r in same) / len(same), 4)
             out.append(row | {m: pooled(Rate.from_json(r[m]) for r in same).to_json() for m in MEASURES})
     return out
@@ -63,13 +62,25 @@ def summary(rows: Sequence[Mapping]) -> list[dict]:
 
 def table(rows: Sequence[Mapping]) -> str:
     """A Markdown table; the base's row ("none") stands before those of the methods."""
-    head = ["erased", "method", *MEASURES.values(), "kept distance", "seconds", "MB"]
+    head = ["erased", "method", *MEASURES.values(), "kept distance", "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
         cells = [r["erased"], r["method"], *(str(Rate.from_json(r[m])) for m in MEASURES), f"{r['kept_distance']:.3f}"]
-        cost = ["-" if r[k] is None else f"{r[k]:g}" for k in ("seconds", "memory_mb")]
-        lines.append("| " + " | ".join([*cells, *cost]) + " |")
+        cells.append("-" if r["seconds"] is None else f"{r['seconds']:g}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _page(bench: Bench) -> tuple[str, str, str, str]:
+    """Name, title and command of the page, and what erasers were told to keep."""
+    if bench.plan.keep_named:
+        return "effect", "Effect of erasing on EmojiCanvas", "", (
+            "All of these were named in *keep*, which is the best case; for the worst one see "
+            "[nothing named](effect_keep_nothing.md)."
+        )  # fmt: skip
+    return "effect_keep_nothing", "Effect of erasing when nothing is named to keep", " --keep-nothing", (
+        "None of these was named in *keep*, which was left empty."
+    )  # fmt: skip
 
 
 def effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool, jobs: int) -> None:
@@ -80,21 +91,22 @@ def effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool, j
     paths = [bench.row_path(e, m, s) for e in erasings(bench.plan.split) for m, s in known.items()]
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
     s, judge = bench.plan.sampler, bench.studio.judge
-    bf16 = " --bf16" if s.bf16 else ""
-    text = f"""# Effect of erasing on EmojiCanvas
+    page, title, option, kept = _page(bench)
+    option += " --bf16" if s.bf16 else ""
+    text = f"""# {title}
 
-Made by `python -m erasure_core.emojicanvas.bench effect --seeds {bench.plan.seeds} --rounds {bench.plan.rounds}{bf16}` with a
+Made by `python -m erasure_core.emojicanvas.bench effect --seeds {bench.plan.seeds} --rounds {bench.plan.rounds}{option}` with a
 model trained for {bench.studio.model.steps_trained} steps, {s.steps} Euler steps, guidance {s.cfg:g}, {judge.name} \
 {judge.version}, on scoring prompts and seeds only. Shares of pictures with 95 % Wilson intervals.
 
 - **Direct, named, unseen**: pictures for the erased name, for aliases that the eraser was told, and for synonyms that
   it was not told, that still show the concept. Lower is better.
 - **Neighbours, kept objects, kept styles**: pictures of look-alikes, and of all other objects in all styles, that show
-  what they should. Best as high as "none", the unchanged model.
+  what they should. Best as high as "none", the unchanged model. {kept}
 - **Rest of the picture**: for the erased prompts, the style where an object was erased, the object where a style was.
 - **Kept distance**: {perceptual.NAME} of kept pictures with and without the erasure, at the same noise.
 - **(n)** behind a kind says over how many erased concepts a method was measured.
-- **Seconds, MB**: to compute the erasure, without encoding the text; the most memory on top, of all rows together.
+- **Seconds**: of one CPU core, to compute the erasure, without encoding the text. Memory: [peak](peak.md).
 
 A style has no synonyms here; its alias is the bare word ("a neon cat"), which captions never used.
 
@@ -107,8 +119,8 @@ A style has no synonyms here; its alias is the bare word ("a neon cat"), which c
 {table(rows)}
 """
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "effect.md").write_text(text, encoding="utf-8")
-    (RESULTS / "effect.json").write_text(
+    (RESULTS / f"{page}.md").write_text(text, encoding="utf-8")
+    (RESULTS / f"{page}.json").write_text(
         json.dumps({"sampler": dataclasses.asdict(s), **bench.record(paths)}, indent=1), encoding="utf-8"
     )
     print(table(summary(rows)))

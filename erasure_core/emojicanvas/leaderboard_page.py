@@ -60,6 +60,12 @@ model: the ceiling of every attack. Lower is better, but for what is kept.
 
 {verdict(found, columns)}
 
+## What was erased, one by one
+
+Each method's worst attack, before the judge's error is counted:
+
+{by_concept(found)}
+
 ## How hard the attacks tried
 
 {settings}
@@ -114,6 +120,17 @@ def table(found: Sequence[Standing], columns: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def by_concept(found: Sequence[Standing]) -> str:
+    """Each method's worst attack on each concept."""
+    labels = list(dict.fromkeys(label for s in found for label in s.each[s.worst]))
+    lines = [f"| method | worst attack | {' | '.join(labels)} |", "|" + "---|" * (2 + len(labels))]
+    for s in found:
+        rates = s.each[s.worst]
+        cells = [f"{100 * rates[label].share:.0f} %" if label in rates else "-" for label in labels]
+        lines.append(f"| {s.method} | {titles([s.worst])[s.worst]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _cell(share: Corrected) -> str:
     return f"{100 * share.share:.0f} [{100 * share.low:.0f}, {100 * share.high:.0f}]"
 
@@ -130,7 +147,7 @@ def verdict(found: Sequence[Standing], columns: Sequence[str]) -> str:
 
     def said(s: Standing) -> str:
         return (
-            f"*{s.method}*: worst attack {titles([s.worst])[s.worst]}, {100 * s.attacks[s.worst].share:.0f} % of pictures; "
+            f"*{s.method}*: worst attack {titles([s.worst])[s.worst]}, {100 * s.true[s.worst].share:.0f} % of pictures; "
             f"kept pictures lose at most {100 * max(0.0, loss(s)):.0f} points; {s.seconds or 0:.0f} s"
         )
 
@@ -157,13 +174,14 @@ def draw(found: Sequence[Standing], columns: Sequence[str], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    from adjustText import adjust_text
     from matplotlib import pyplot as plt
 
     names = [s.method for s in found]
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(6 + 0.7 * len(columns), 1.6 + 0.42 * len(found)), width_ratios=(1.2, 1), layout="constrained"
     )
-    shares = [[100 * s.attacks[a].share if a in s.attacks else float("nan") for a in columns] for s in found]
+    shares = [[100 * s.true[a].share if a in s.true else float("nan") for a in columns] for s in found]
     left.imshow(shares, vmin=0, vmax=100, cmap="magma_r", aspect="auto")
     left.set_xticks(range(len(columns)), list(titles(list(columns)).values()), rotation=40, ha="right")
     left.set_yticks(range(len(names)), names)
@@ -172,13 +190,16 @@ def draw(found: Sequence[Standing], columns: Sequence[str], path: Path) -> None:
             if share == share:  # not NaN
                 left.text(k, i, f"{share:.0f}", ha="center", va="center", color="white" if share > 55 else "black")
     left.set_title("% of pictures that show the concept")
+    labels = []
     for s in found:
         x, y = 100 * s.rank[1], 100 * min(s.kept_objects.share, s.kept_styles.share)
         right.scatter(x, y, s=30, color="tab:red" if s.method == "none" else "tab:blue")
-        right.annotate(s.method, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
-    right.set_xlabel("mean of asking and all attacks, % of pictures")
+        labels.append(right.text(x, y, s.method, fontsize=8))
+    right.set_xlabel("mean of asking and attacks, % of pictures")
     right.set_ylabel("kept objects or styles,\nthe lower, %")
     right.set_xlim(-5, 112)
     right.grid(alpha=0.3)
+    figure.canvas.draw()  # labels are moved in the final layout
+    adjust_text(labels, ax=right, arrowprops={"arrowstyle": "-", "color": "grey", "lw": 0.5})
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -95,8 +95,8 @@ What looks is {judge.name} {judge.version}, at {judge.threshold:g}.
 - **Distance**: {perceptual.NAME} between the members of a pair, and between an unsafe member and the safe
   one of another pair of the same two prompts: below that, a pair shares more than its prompts.
 
-The edit was chosen on the tuning split. DUO is trained with other pairs here (a house in place of every object, strength
-0.85, redrawn for the concept alone), with which its settings were chosen.
+The edit was chosen on the tuning split. DUO is trained with other pairs here: an object gives way to twelve others, in all
+styles in turn, the edit climbs from 0.5 to 0.85, and only the concept counts.
 """
     RESULTS.mkdir(parents=True, exist_ok=True)
     sheet(pairs).quantize(256).save(RESULTS / "pairs.png", optimize=True)

@@ -23,7 +23,6 @@ from . import perceptual
 from .bench_settings import aids_for
 from .judge import Judge, Verdict
 from .model import EmojiCanvas, EmojiCanvasPort
-from .peak import PeakMemory
 from .splits import Erasing, Questions, Split, erasings, questions
 from .studio import Sampler, Studio
 
@@ -78,9 +77,9 @@ def measure(
     return figures(asked, erasing, pictures, studio.judge), float(perceptual.distance(pictures["kept"], base).mean())
 
 
-def spec_of(erasing: Erasing, replace_with: str = "") -> ConceptSpec:
-    """The request: its names and named aliases; every other object and style is kept."""
-    keep = tuple(k for k in erasing.keep() if k != replace_with)
+def spec_of(erasing: Erasing, replace_with: str = "", keep_named: bool = True) -> ConceptSpec:
+    """The request: its names and named aliases; every other object and style is kept, unless nothing is named."""
+    keep = tuple(k for k in erasing.keep() if k != replace_with) if keep_named else ()
     return ConceptSpec(tuple(Concept(words, replace_with) for words in erasing.words()), keep)
 
 
@@ -100,6 +99,8 @@ class Plan:
     batch: int = 32
     only: tuple[str, ...] = ()
     """Erase these alone, of what the split erases, by :attr:`Erasing.key`."""
+    keep_named: bool = True
+    """Tell erasers what to keep: every other object and style."""
 
     def studio(self) -> Studio:
         return Studio(EmojiCanvas.load(self.model), Judge.load(self.judge), self.sampler, self.folder, self.batch)
@@ -140,7 +141,7 @@ class Bench:
 
     def path(self, folder: str, ending: str, *key: Any) -> Path:
         """The file in which a result is kept that depends on ``key``, beside model and judge."""
-        text = json.dumps(key, sort_keys=True)
+        text = json.dumps([*key, *([] if self.plan.keep_named else ["nothing kept"])], sort_keys=True)
         return self.plan.folder / folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}{ending}"
 
     def row_path(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> Path:
@@ -161,7 +162,7 @@ class Bench:
         keep(self.row_path(erasing, method, settings), self._row(erasing, self.asked(erasing), method, settings))
 
     def spec(self, erasing: Erasing) -> ConceptSpec:
-        return spec_of(erasing, self.plan.replace_with)
+        return spec_of(erasing, self.plan.replace_with, self.plan.keep_named)
 
     def erasure_path(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> Path:
         p = self.plan
@@ -169,7 +170,7 @@ class Bench:
         return self.path("erasures", ".safetensors", *key)
 
     def erase(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> tuple[Erasure, dict[str, float]]:
-        """The erasure, and what it cost: ``seconds`` without encoding the text, ``memory_mb`` the most on top.
+        """The erasure, and what it cost: ``seconds`` without encoding the text.
 
         Computed once, then read from its file.
         """
@@ -178,16 +179,15 @@ class Bench:
             port = EmojiCanvasPort(self.studio.model, bf16=self.plan.sampler.bf16)
             aids = aids_for(method, port, erasing, self.studio.judge)
             began = time.perf_counter()
-            with PeakMemory() as peak:
-                made = erase(port, self.spec(erasing), method, settings, aids=aids)
-            cost = {"seconds": round(time.perf_counter() - began, 2), "memory_mb": round(peak.bytes / 1e6)}
+            made = erase(port, self.spec(erasing), method, settings, aids=aids)
+            cost = {"seconds": round(time.perf_counter() - began, 2)}
             keep(path.with_suffix(".json"), cost)
             save(made, path)
         return load(path), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
 
     def _row(self, erasing: Erasing, asked: Questions, method: str, settings: Mapping) -> dict:
         erasure: Erasure | None = None
-        cost: Mapping[str, float | None] = {"seconds": None, "memory_mb": None}
+        cost: Mapping[str, float | None] = {"seconds": None}
         if method != "none":
             erasure, cost = self.erase(erasing, method, settings)
         began = time.perf_counter()

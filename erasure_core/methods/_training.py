@@ -25,6 +25,12 @@ ERASE, TO, NULL, KEEP = "erase", "to", "null", "keep"
 """Keys of a step's prompts: the concept, its replacement (the empty prompt where there is none), "", a kept word."""
 
 
+RATE = "Size of a training step. Higher erases in fewer steps; too high and all pictures suffer."
+RANK = "Size of the change and of its file. Higher can erase more, and disturb more."
+AWAY = "How far pictures are pushed away from the concept. Higher erases more firmly and disturbs other pictures more."
+"""Tooltips that several methods share."""
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """Settings of every trained eraser; each method has its paper's defaults."""
@@ -32,14 +38,20 @@ class TrainSettings:
     iterations: int = setting(
         200, "Training steps. More erase more firmly and take longer.", low=1, high=100000, step=10
     )
-    learning_rate: float = setting(1e-5, "Size of a training step.", low=1e-8, high=1.0, step=1e-6)
+    learning_rate: float = setting(1e-5, RATE, low=1e-8, high=1.0, step=1e-6)
     layers: Layers = setting(Layers.CROSS, "Which layers are changed: cross-attention for what words name, the rest for what "
         "appears unnamed.")  # fmt: skip
-    rank: int = setting(0, "Rank of the change; 0 trains every entry of the chosen layers.", low=0, high=512, step=1)
+    rank: int = setting(0, f"{RANK} 0 trains every entry of the chosen layers.", low=0, high=512, step=1)
     batch: int = setting(1, "Pictures per training step.", low=1, high=64, step=1)
     guidance: float = setting(3.0, "Guidance of the pictures that training looks at.", low=0.0, high=30.0, step=0.5)
     sample_steps: int = setting(50, "Sampler steps of these pictures; fewer are faster.", low=2, high=1000, step=1)
-    keep_weight: float = setting(1.0, "How hard the kept words are held.", low=0.0, high=1e6, step=0.1)
+    keep_weight: float = setting(
+        1.0,
+        "How hard the kept words are held. Raise it if kept things look different; the concept then goes less firmly.",
+        low=0.0,
+        high=1e6,
+        step=0.1,
+    )
     seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
     energy: float = setting(
         0.99, "Share of a full change that is stored; 1 stores it exactly.", low=0.5, high=1.0, step=0.01

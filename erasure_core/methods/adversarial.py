@@ -42,7 +42,7 @@ from ..operators.regress import combine, keep_term, predictions_of, regress, shi
 from ..operators.search import free
 from ..operators.train_loop import Optimiser, Phase, Trainer, cosine, generator_for
 from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
-from ._training import ERASE, NULL, TO, Prompts, draw_pictures, erasure_of, kept
+from ._training import ERASE, NULL, RANK, RATE, TO, Prompts, draw_pictures, erasure_of, kept
 from .registry import Aids, MethodSpec, Progress, setting
 
 _READS = "reads"
@@ -63,7 +63,7 @@ class Settings:
     iterations: int = setting(
         1000, "Training steps. More close more ways back and take longer.", low=1, high=100000, step=50
     )
-    learning_rate: float = setting(2e-4, "Size of a training step.", low=1e-8, high=1.0, step=1e-5)
+    learning_rate: float = setting(2e-4, RATE, low=1e-8, high=1.0, step=1e-5)
     population: int = setting(
         8, "Embeddings that search for a way back, side by side, all the time.", low=1, high=64, step=1
     )
@@ -79,7 +79,8 @@ class Settings:
     )
     least_noise: float = setting(
         0.4,
-        "Where the concept's way through the noise ends, as a share of the schedule: what is drawn is decided before.",
+        "Search and erase only while at least this share of the noise is left: what is drawn is decided there. Higher: less is "
+        "changed; details may stay.",
         low=0.0,
         high=0.95,
         step=0.05,
@@ -88,7 +89,7 @@ class Settings:
         2.0, "How hard the kept words and the empty prompt are held.", low=0.0, high=1e6, step=0.1
     )
     layers: Layers = setting(Layers.ALL, "Which layers are changed. Less than all leaves ways back.")
-    rank: int = setting(32, "Rank of the change.", low=1, high=512, step=1)
+    rank: int = setting(32, RANK, low=1, high=512, step=1)
     batch: int = setting(8, "Pictures of the concept, and of what is kept, per step.", low=1, high=64, step=1)
     pictures: int = setting(32, "Pictures of the concept that are drawn first, where none are given.",
         low=1, high=10000, step=1)  # fmt: skip
@@ -315,7 +316,7 @@ SPEC = MethodSpec(
     name="adversarial",
     title="Adversarial",
     summary="Trains the model against embeddings that search all the time for a way to bring the concept back. "
-    "The most thorough; takes minutes.",
+    "The most thorough of all, and the slowest.",
     paper="https://arxiv.org/abs/2405.15234",
     settings=Settings,
     run=run,

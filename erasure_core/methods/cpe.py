@@ -43,7 +43,7 @@ from ..operators.train_loop import Kind, Optimiser, Phase, Trainer, cosine, gene
 from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from ..port import Role
 from ..vocabulary import VOCABULARY
-from ._training import Prompts, erasure_of, kept
+from ._training import RANK, RATE, Prompts, erasure_of, kept
 from .registry import Aids, MethodSpec, Progress, setting
 
 
@@ -53,13 +53,13 @@ class Settings:
     iterations: int = setting(450, "Training steps of a stage.", low=1, high=100000, step=10)
     attack_steps: int = setting(450, "Steps of an attack.", low=1, high=100000, step=10)
     adversaries: int = setting(16, "Ways around the erasure that each attack looks for.", low=1, high=1000, step=1)
-    learning_rate: float = setting(3e-3, "Size of a training step.", low=1e-8, high=1.0, step=1e-4)
+    learning_rate: float = setting(3e-3, RATE, low=1e-8, high=1.0, step=1e-4)
     adversary_rate: float = setting(1e-2, "Size of an attack's step.", low=1e-8, high=10.0, step=1e-3)
     negative_guidance: float = setting(0.3, "How far beyond the replacement, away from the concept.",
         low=0.0, high=20.0, step=0.1)  # fmt: skip
     anchor_weight: float = setting(100.0, "How hard other words are held.", low=0.0, high=1e9, step=10.0)
     anchor_noise: float = setting(1e-3, "Noise on the words that are held.", low=0.0, high=1.0, step=1e-3)
-    rank: int = setting(4, "Rank of the change, for each concept.", low=1, high=64, step=1)
+    rank: int = setting(4, f"{RANK} One for each concept.", low=1, high=64, step=1)
     batch: int = setting(8, "Words, ways around and held words of a step, each.", low=1, high=64, step=1)
     seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
 

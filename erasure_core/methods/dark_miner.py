@@ -40,7 +40,7 @@ from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from ..port import ModelPort, Site
 from . import rece
-from ._training import KEEP, NULL, Prompts, draw_pictures, erasure_of, kept
+from ._training import KEEP, NULL, RANK, RATE, Prompts, draw_pictures, erasure_of, kept
 from .registry import Aids, Look, MethodSpec, Progress, setting
 
 ANCHOR, DARK = "anchor", "dark"
@@ -51,7 +51,7 @@ class Settings:
     rounds: int = setting(10, "At most this many rounds of searching and erasing are made.", low=1, high=1000, step=1)
     population: int = setting(
         8,
-        "Embeddings searched side by side in a round: more close more ways back, at the same time.",
+        "Embeddings searched side by side in a round. More close more ways back; each takes memory and time.",
         low=1,
         high=64,
         step=1,
@@ -64,12 +64,12 @@ class Settings:
         0.02, "Size of a search step, relative to what is searched.", low=1e-6, high=10.0, step=1e-3
     )
     iterations: int = setting(200, "Training steps after each find.", low=1, high=100000, step=10)
-    learning_rate: float = setting(1e-4, "Size of a training step.", low=1e-8, high=1.0, step=1e-5)
+    learning_rate: float = setting(1e-4, RATE, low=1e-8, high=1.0, step=1e-5)
     keep_weight: float = setting(
         1.0, "How hard the kept words and the empty prompt are held.", low=0.0, high=1e6, step=0.1
     )
     layers: Layers = setting(Layers.CROSS, "Which layers are changed.")
-    rank: int = setting(8, "Rank of the change.", low=1, high=512, step=1)
+    rank: int = setting(8, RANK, low=1, high=512, step=1)
     batch: int = setting(4, "Pictures per step.", low=1, high=64, step=1)
     pictures: int = setting(16, "Pictures of the concept that are drawn first, where none are given.",
         low=1, high=10000, step=1)  # fmt: skip
@@ -249,8 +249,8 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
 SPEC = MethodSpec(
     name="dark_miner",
     title="Dark Miner",
-    summary="Searches for what still brings the concept back and erases that too, round after round, until nothing is "
-    "found.",
+    summary="Searches for what still brings the concept back and erases that too, round after round, until its own search "
+    "finds nothing.",
     paper="https://arxiv.org/abs/2409.17682",
     settings=Settings,
     run=run,

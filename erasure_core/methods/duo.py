@@ -27,7 +27,7 @@ from ..operators.prefer import draw_times, preference_losses, scaled_by_beta
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from ..pairs import ConceptPairs
-from ._training import erasure_of, kept
+from ._training import RANK, erasure_of, kept
 from .registry import Aids, MethodSpec, Progress, setting
 
 
@@ -46,7 +46,7 @@ class Settings:
         False, "Read each picture with its own prompt. Off: with none, as in the paper, so that no words are involved."
     )
     layers: Layers = setting(Layers.SELF, "Which layers are changed; self-attention leaves what words mean alone.")
-    rank: int = setting(32, "Rank of the change.", low=1, high=512, step=1)
+    rank: int = setting(32, RANK, low=1, high=512, step=1)
     batch: int = setting(4, "Pairs per training step.", low=1, high=64, step=1)
     latest_time: float = setting(0.75, "Share of the noise levels that pairs are compared at, from the cleanest.",
         low=0.01, high=1.0, step=0.05)  # fmt: skip

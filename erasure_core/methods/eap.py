@@ -30,7 +30,7 @@ from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
 from ..schedule import Space
 from ..vocabulary import VOCABULARY
-from ._training import ERASE, KEEP, NULL, TO, Prompts, TrainSettings, draw_progress, erasure_of, kept, on_policy
+from ._training import AWAY, ERASE, KEEP, NULL, TO, Prompts, TrainSettings, draw_progress, erasure_of, kept, on_policy
 from .registry import Aids, MethodSpec, Progress, setting
 
 ADVERSE = "adverse"
@@ -39,7 +39,7 @@ ADVERSE = "adverse"
 @dataclass(frozen=True)
 class Settings(TrainSettings):
     iterations: int = setting(1000, "Rounds of one step each.", low=1, high=100000, step=10)
-    negative_guidance: float = setting(1.0, "How far from the concept.", low=0.0, high=20.0, step=0.5)
+    negative_guidance: float = setting(1.0, AWAY, low=0.0, high=20.0, step=0.5)
     temperature: float = setting(2.0, "How freely the adversary chooses.", low=0.01, high=100.0, step=0.1)
     adversary_rate: float = setting(1e-2, "Size of the adversary's step.", low=1e-8, high=10.0, step=1e-3)
     nearest: int = setting(
@@ -140,8 +140,7 @@ def run(
 SPEC = MethodSpec(
     name="eap",
     title="EAP",
-    summary="Trains like ESD while it searches for the words that suffer most, and holds those: keeps "
-    "neighbours, slow.",
+    summary="Trains like ESD while it searches for the words that suffer most, and holds those: about twice as slow.",
     paper="https://arxiv.org/abs/2410.15618",
     settings=Settings,
     run=run,

@@ -29,7 +29,7 @@ from ..operators.changes import Layers
 from ..operators.regress import TargetTerm, shifted
 from ..operators.trainable import TrainablePort, Weights
 from ..schedule import progress_of_steps_remaining
-from ._training import ERASE, NULL, TO, TrainSettings, draw_progress, train_regression
+from ._training import AWAY, ERASE, NULL, TO, TrainSettings, draw_progress, train_regression
 from .registry import Aids, MethodSpec, Progress, setting
 
 FROM = "from"
@@ -48,7 +48,7 @@ class Settings(TrainSettings):
     layers: Layers = setting(Layers.CROSS, "Which layers are changed: cross-attention is ESD-x, for what words name; all but "
         "cross-attention is ESD-u, for what shows unnamed; text keys and values is ESD-x-strict.")  # fmt: skip
     form: Form = setting(Form.CODE_2025, "Which of the authors' two programs is followed.")
-    negative_guidance: float = setting(2.0, "How far from the concept: 2 in the 2025 form is 1 in the 2023 form.",
+    negative_guidance: float = setting(2.0, f"{AWAY} 2 in the 2025 form is 1 in the 2023 form.",
         low=0.0, high=20.0, step=0.5)  # fmt: skip
     erase_from: str = setting("", "Erase it only in pictures of this, for example the hat only on a man. 2025 form.")
 

@@ -32,14 +32,14 @@ from ..operators.regress import keep_term, regress
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from ..port import TokenKind
-from ._training import ERASE, KEEP, Prompts, TrainSettings, draw_pictures, erasure_of, kept
+from ._training import ERASE, KEEP, RATE, Prompts, TrainSettings, draw_pictures, erasure_of, kept
 from .registry import Aids, MethodSpec, Progress, setting
 
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
     iterations: int = setting(35, "Training steps. More erase more firmly.", low=1, high=100000, step=5)
-    learning_rate: float = setting(2e-6, "Size of a training step.", low=1e-8, high=1.0, step=1e-6)
+    learning_rate: float = setting(2e-6, RATE, low=1e-8, high=1.0, step=1e-6)
     pictures: int = setting(8, "Pictures of the concept drawn before training.", low=1, high=10000, step=1)
     end_tokens: bool = setting(False, "Steer away from the end of the prompt too, which carries its summary.")
 

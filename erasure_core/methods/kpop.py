@@ -36,21 +36,21 @@ from ..operators.memory import Mode, Placement, PromptMemory, SavedMemory
 from ..operators.regress import TargetTerm, keep_term, regress, shifted
 from ..operators.train_loop import Optimiser, Phase, Trainer, cosine
 from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
-from ._training import ERASE, KEEP, NULL, TO, Prompts, TrainSettings, draw_progress, erasure_of, kept, on_policy
+from ._training import AWAY, ERASE, KEEP, NULL, TO, Prompts, TrainSettings, draw_progress, erasure_of, kept, on_policy
 from .registry import Aids, MethodSpec, Progress, setting
 
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
     iterations: int = setting(1000, "Rounds of one step each.", low=1, high=100000, step=10)
-    negative_guidance: float = setting(1.0, "How far from the concept the weights go.", low=0.0, high=20.0, step=0.5)
+    negative_guidance: float = setting(1.0, AWAY, low=0.0, high=20.0, step=0.5)
     weight_without: float = setting(1.0, "How hard the weights hide the concept.", low=0.0, high=1000.0, step=0.1)
     weight_with: float = setting(0.5, "How hard the weights let the key work.", low=0.0, high=1000.0, step=0.1)
     rows: int = setting(
         10, "Size of the key: rows that cross-attention reads beside the text.", low=1, high=1000, step=1
     )
     placement: Placement = setting(Placement.ALL, "Which blocks read the key.")
-    shared: bool = setting(False, "One set of rows for keys and values.")
+    shared: bool = setting(False, "One set of rows instead of two: a smaller key.")
     memory_rate: float = setting(1e-2, "Size of the key's training step.", low=1e-8, high=1.0, step=1e-3)
 
 

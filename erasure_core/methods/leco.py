@@ -19,18 +19,24 @@ from ..operators.changes import Layers, LoRA
 from ..operators.regress import TargetTerm, shifted
 from ..operators.train_loop import Kind
 from ..operators.trainable import TrainablePort
-from ._training import ERASE, NULL, TO, TrainSettings, train_regression
+from ._training import AWAY, ERASE, NULL, RANK, RATE, TO, TrainSettings, train_regression
 from .registry import Aids, MethodSpec, Progress, setting
 
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
     iterations: int = setting(500, "Training steps. More erase more firmly.", low=1, high=100000, step=10)
-    learning_rate: float = setting(1e-4, "Size of a training step.", low=1e-8, high=1.0, step=1e-5)
+    learning_rate: float = setting(1e-4, RATE, low=1e-8, high=1.0, step=1e-5)
     layers: Layers = setting(Layers.ALL, "Which layers are changed.")
-    rank: int = setting(4, "Rank of the change.", low=1, high=512, step=1)
-    alpha: float = setting(1.0, "Scale of the change in training, over the rank.", low=1e-3, high=512.0, step=0.5)
-    negative_guidance: float = setting(1.0, "How far from the concept.", low=0.0, high=20.0, step=0.5)
+    rank: int = setting(4, RANK, low=1, high=512, step=1)
+    alpha: float = setting(
+        1.0,
+        "Higher learns faster: the concept goes in fewer steps, pictures may break.",
+        low=1e-3,
+        high=512.0,
+        step=0.5,
+    )
+    negative_guidance: float = setting(1.0, AWAY, low=0.0, high=20.0, step=0.5)
 
 
 def target(eta: float) -> TargetTerm:
@@ -49,7 +55,7 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
 SPEC = MethodSpec(
     name="leco",
     title="LECO",
-    summary="ESD's aim learned in a small LoRA, as the community's slider trainers do it: mild, tiny file, minutes.",
+    summary="ESD's aim learned in a small LoRA, as the community's slider trainers do it: firm, small file.",
     paper="https://github.com/p1atdev/LECO",
     settings=Settings,
     run=run,

@@ -178,8 +178,8 @@ def run(port: ModelPort, spec: ConceptSpec, settings: Settings, progress: Progre
 SPEC = MethodSpec(
     name="rece",
     title="RECE",
-    summary="UCE, then finds the embeddings that would bring the concept back and erases those too: reaches words that "
-    "you did not name, still in seconds, at some cost to similar things.",
+    summary="UCE, then finds the embeddings that would bring the concept back and erases those too: firmer on styles, still "
+    "in seconds, at some cost to similar things.",
     paper="https://arxiv.org/abs/2407.12383",
     settings=Settings,
     run=run,

@@ -51,7 +51,7 @@ SPEC = MethodSpec(
     name="sdd",
     title="SDD",
     summary="Trains the concept's prompt to draw what an empty prompt draws, and keeps a running average: "
-    "gentle on the rest, minutes.",
+    "slow to take hold.",
     paper="https://arxiv.org/abs/2307.05977",
     settings=Settings,
     run=run,

@@ -32,20 +32,26 @@ from ..operators.regress import TargetTerm, shifted
 from ..operators.train_loop import Kind, cosine
 from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
 from ..port import TextStates, TokenKind
-from ._training import ERASE, TO, TrainSettings, train_regression
+from ._training import AWAY, ERASE, RANK, RATE, TO, TrainSettings, train_regression
 from .registry import Aids, MethodSpec, Progress, setting
 
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
     iterations: int = setting(3000, "Training steps. More erase more firmly.", low=1, high=100000, step=10)
-    learning_rate: float = setting(1e-4, "Size of a training step.", low=1e-8, high=1.0, step=1e-5)
+    learning_rate: float = setting(1e-4, RATE, low=1e-8, high=1.0, step=1e-5)
     layers: Layers = setting(Layers.ALL, "Which layers are changed.")
-    rank: int = setting(1, "Rank of the change.", low=1, high=512, step=1)
+    rank: int = setting(1, RANK, low=1, high=512, step=1)
     sample_steps: int = setting(30, "Sampler steps of the pictures that training looks at.", low=2, high=1000, step=1)
-    negative_guidance: float = setting(1.0, "How far from the concept.", low=0.0, high=20.0, step=0.5)
+    negative_guidance: float = setting(1.0, AWAY, low=0.0, high=20.0, step=0.5)
     anchors: int = setting(4, "Random prompts that are held, per step.", low=0, high=64, step=1)
-    anchor_weight: float = setting(1000.0, "How hard they are held.", low=0.0, high=1e6, step=100.0)
+    anchor_weight: float = setting(
+        1000.0,
+        "How hard the random prompts are held. Lower: the concept goes sooner, other pictures drift.",
+        low=0.0,
+        high=1e6,
+        step=100.0,
+    )
     warmup: int = setting(500, "Steps in which the learning rate rises.", low=0, high=100000, step=10)
 
 
@@ -120,8 +126,8 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
 SPEC = MethodSpec(
     name="spm",
     title="SPM",
-    summary="Trains a rank-one change and holds random other prompts in place: other pictures hardly "
-    "change, traces may remain.",
+    summary="Trains a rank-one change and holds random other prompts in place. Meant for Gate Erasures, "
+    "which spares unrelated prompts; traces remain.",
     paper="https://arxiv.org/abs/2312.16145",
     settings=Settings,
     run=run,

@@ -60,8 +60,8 @@ def run(port: ModelPort, spec: ConceptSpec, settings: Settings, progress: Progre
 SPEC = MethodSpec(
     name="uce",
     title="UCE",
-    summary="Redirects the words of the concept in one closed-form edit: takes under a second and disturbs little, "
-    "but words that you did not name may bring it back.",
+    summary="Redirects the words of the concept in one closed-form edit: takes seconds at most and disturbs least. "
+    "List synonyms.",
     paper="https://arxiv.org/abs/2308.14761",
     settings=Settings,
     run=run,

@@ -16,7 +16,7 @@ from erasure_core.emojicanvas.bench_settings import settings_for
 from erasure_core.emojicanvas.effect import run
 from erasure_core.emojicanvas.engines import cluster
 from erasure_core.emojicanvas.leaderboard import Contest, Standing, budgets, leaderboard, standings, unfinished
-from erasure_core.emojicanvas.leaderboard_page import table, verdict
+from erasure_core.emojicanvas.leaderboard_page import by_concept, table, verdict
 from erasure_core.emojicanvas.rows import Bench, Plan
 from erasure_core.emojicanvas.siege import ASKING, PICTURES, applies
 from erasure_core.emojicanvas.splits import SCORING, Erasing
@@ -149,7 +149,7 @@ def test_a_ray_cluster_measures_the_same(measured, tmp_path) -> None:
         assert len(list(cluster(other, part, "local"))) == len(part)
         for task in part:
             one, two = (json.loads(task.results(b)[0].read_text(encoding="utf-8")) for b in (bench, other))
-            timed = ("seconds", "memory_mb", "drawing_seconds")
+            timed = ("seconds", "drawing_seconds")
             assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
 
 
@@ -168,7 +168,8 @@ RUN = (ASKING, "p4d")
 def standing(method: str, kept: int, seconds: float | None, **attacks: int) -> Standing:
     seen = {name: Rate(hits, 96) for name, hits in attacks.items()}
     true = {name: corrected(r, Rate(704, 720), Rate(0, 276)) for name, r in seen.items()}
-    return Standing(method, seconds, Rate(kept, 276), Rate(kept, 276), seen, true)
+    each = {name: {"cat": Rate(hits // 2, 48), "rose": Rate(hits - hits // 2, 48)} for name, hits in attacks.items()}
+    return Standing(method, seconds, Rate(kept, 276), Rate(kept, 276), seen, true, each)
 
 
 def test_no_method_is_called_robust_unless_its_worst_attack_says_so() -> None:
@@ -188,6 +189,7 @@ def test_no_method_is_called_robust_unless_its_worst_attack_says_so() -> None:
     assert "lowest mean of all: *weak*" in verdict([base, weak, spared], RUN), "one that was spared an attack can't win"
     assert verdict([base], RUN).startswith("The table is not complete")
     assert "| weak |" in table([base, weak], ["asking", "p4d"])
+    assert "| weak | P4D | 42 % | 42 % |" in by_concept([base, weak])
 
 
 def test_an_attacker_hands_over_its_best_find(typing) -> None:
