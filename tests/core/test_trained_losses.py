@@ -70,6 +70,8 @@ def test_kpop_hides_and_the_key_recovers(tiny) -> None:
     assert key.key.shape == key.value.shape == (2, 16) and not torch.equal(key.key, key.value)
     assert (key.mode, key.placement, key.header) == (Mode.KEY, Placement.ALL, one.erasure.header)
     assert any(d.dense().any() for d in one.erasure.deltas.values()) and tiny.untouched()
+    early = kpop.hide(tiny, SPEC, settings, quiet, Aids(), alone=0)
+    assert same(one.erasure, early.erasure) and not torch.equal(key.key, early.key.key), "the key learns on alone"
     with tiny.trainable() as model:
         memory = PromptMemory(2, 16, Placement.ALL, torch.Generator().manual_seed(1), shared=False)
         recover, hide = kpop.phases(model, memory, Prompts(tiny, SPEC), settings)
@@ -85,12 +87,13 @@ def test_kpop_hides_and_the_key_recovers(tiny) -> None:
             hide.step(1, torch.Generator())
 
 
-def test_kpop_resumed_equals_run_through(tiny) -> None:
+@pytest.mark.parametrize("cut", [2, 5])
+def test_kpop_resumed_equals_run_through(tiny, cut: int) -> None:
     settings = kpop.Settings(**{**SMALL, "iterations": 4}, rows=2, memory_rate=1e-2)
 
     def trainer(model):
         memory = PromptMemory(2, 16, Placement.MID, torch.Generator().manual_seed(1), shared=True)
-        return Trainer(model, kpop.phases(model, memory, Prompts(tiny, SPEC), settings), 4, seed=1), memory
+        return Trainer(model, kpop.phases(model, memory, Prompts(tiny, SPEC), settings, 3), 7, seed=1), memory
 
     with tiny.trainable() as model:
         whole, key = trainer(model)
@@ -98,7 +101,7 @@ def test_kpop_resumed_equals_run_through(tiny) -> None:
         expected = [p.detach().clone() for p in (*model.parameters(), key.key)]
     with tiny.trainable() as model:
         half, _ = trainer(model)
-        state = half.run(until=2).state_dict()
+        state = half.run(until=cut).state_dict()
     with tiny.trainable() as model:
         rest, key = trainer(model)
         rest.load_state_dict(state)
