@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from .artifact import Erasure
 from .concept import ConceptSpec
+from .header import check_request
 from .methods import Aids, Progress, all_methods, settings_from
 from .methods._closed_form import text_sites
 from .port import ModelPort
@@ -33,8 +35,8 @@ def erase(
         aids: mined embeddings, pictures, pairs, a judge, somebody who watches: what the method may use beside the words.
 
     Raises:
-        ValueError: an unknown method or setting, a model that the method can't edit or train, or pairs that it needs and
-            doesn't have.
+        ValueError: an unknown method or setting, a model that the method can't edit or train, pairs that it needs and
+            doesn't have, or more words than a file holds.
     """
     known = all_methods()
     if method not in known:
@@ -45,7 +47,7 @@ def erase(
         raise ValueError(f"model: {chosen.title} trains, which {type(port).__name__} can't do. Use UCE, RECE or SPEED")
     if chosen.needs_pairs and given.pairs is None:
         raise ValueError(f"pairs: {chosen.title} learns from pairs of pictures. Connect Make SDEdit Pair")
+    made = settings_from(chosen, settings or {})
+    check_request(method, asdict(made), spec)
     with torch.no_grad():
-        return chosen.run(
-            port, spec, settings_from(chosen, settings or {}), progress or (lambda done, total: None), given
-        )
+        return chosen.run(port, spec, made, progress or (lambda done, total: None), given)

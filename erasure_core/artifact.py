@@ -136,7 +136,8 @@ class Fingerprint:
 
     Each matrix is cut into 64 pieces; a bit says whether the piece's mean, summed over all matrices with a random sign
     each, lies above the average. Rounding the weights flips a bit now and then (never the meaning: compare with
-    :func:`same_base`); another model flips half of them. It is not a checksum against tampering.
+    :func:`same_base`); a model that was trained apart flips half of them, a finetune hardly any: it counts as the same base.
+    It is not a checksum against tampering.
     """
 
     BITS = 64
@@ -180,7 +181,7 @@ def weights_digest(port: ModelPort) -> str:
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two fingerprints are of one model, give or take its storage precision."""
+    """Whether two fingerprints are of one model or its finetunes, in whatever precision they are stored."""
     try:
         return (int(one, 16) ^ int(other, 16)).bit_count() <= 4
     except ValueError:

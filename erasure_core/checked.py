@@ -10,6 +10,8 @@ from .concept import clean
 
 MAX_JSON_CHARACTERS = 1 << 20
 MAX_FIELDS = 100
+MAX_TEXT = 1 << 16
+"""Of a setting: a vocabulary of some thousand words."""
 
 
 class FileError(ValueError):
@@ -75,4 +77,4 @@ class Checked:
 
 
 def _short(value: str | bool | int | float) -> bool:
-    return abs(value) < 1 << 64 if isinstance(value, int) else len(str(value)) <= 2000
+    return abs(value) < 1 << 64 if isinstance(value, int) else len(str(value)) <= MAX_TEXT

@@ -97,8 +97,8 @@ def save(
     """Write ``erasure`` to ``path``: first to a temporary file beside it, then in one move.
 
     Raises:
-        FileError: nothing to save, a value does not fit ``dtype``, the receipt belongs to another erasure, or the disk
-            refuses. No half file is left.
+        FileError: nothing to save, a value does not fit ``dtype``, a header or receipt that could not be read back, a
+            receipt of another erasure, or the disk refuses. No half file is left.
     """
     path = Path(path)
     receipt = receipt_of(erasure, layout, dtype)
@@ -117,8 +117,10 @@ def save(
         "modelspec.implementation": "ComfyUI Concept Erasure",
         "modelspec.description": erasure.summary()[:2000],
     }
+    parse_header(metadata["erasure"])  # what can't be read back is not written
     if receipt is not None:
         metadata[RECEIPT] = receipt_json(receipt)
+        parse_receipt(metadata[RECEIPT])
     return write(path, out, metadata)
 
 
@@ -228,7 +230,8 @@ def read_tensor(f: Any, name: str, ndim: int, path: Path) -> Tensor:
         raise FileError(
             f"{path.name}: {name} has type {view.get_dtype()} and shape {shape}, which an erasure never has"
         )
-    tensor: Tensor = f.get_tensor(name).float()
+    # A copy: what safetensors gives is mapped to the file, and would change or vanish with it.
+    tensor: Tensor = f.get_tensor(name).to(torch.float32, copy=True)
     if not torch.isfinite(tensor).all():
         raise FileError(f"{path.name}: {name} contains values that are not numbers (NaN or infinite)")
     return tensor

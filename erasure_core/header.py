@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
 from .artifact import Header
-from .checked import Checked, FileError
+from .checked import MAX_JSON_CHARACTERS, Checked, FileError
 from .concept import Concept, ConceptError, ConceptSpec
 from .port import Family
 
 MAX_SITES = 5000
+_ROOM = MAX_JSON_CHARACTERS - (300 << 10)
+"""Characters for words and settings; the rest is for the names of sites."""
 _FORMAT = 1
 _SITE = re.compile(r"^(input_blocks|output_blocks|middle_block)(\.[A-Za-z0-9_]+){1,12}$")
 _HEADER = Checked("header")
@@ -42,7 +45,7 @@ def read_spec(read: Checked, raw: dict[str, Any]) -> ConceptSpec:
         return ConceptSpec(
             tuple(
                 Concept(
-                    tuple(read.text(w, "word") for w in read.entries(c.get("words"), "words", 1000)) or ("",),
+                    tuple(read.text(w, "word") for w in read.entries(c.get("words"), "words", 10_000)) or ("",),
                     read.text(c.get("to", ""), "to"),
                 )
                 for c in erase
@@ -51,6 +54,22 @@ def read_spec(read: Checked, raw: dict[str, Any]) -> ConceptSpec:
         )
     except ConceptError as error:
         raise read.wrong(str(error)) from None
+
+
+def check_request(method: str, settings: Mapping[str, Any], spec: ConceptSpec) -> None:
+    """Refuse before a training what no file could hold at its end.
+
+    Raises:
+        FileError: too many words, or too long ones.
+    """
+    _HEADER.plain(dict(settings), f"settings of {method}")
+    read_spec(_HEADER, spec_json(spec))
+    length = len(json.dumps([dict(settings), spec_json(spec)]))
+    if length > _ROOM:
+        raise FileError(
+            f"erase and keep: {length} characters with the settings of {method}, at most {_ROOM} fit into a file. "
+            "Name fewer words"
+        )
 
 
 def header_json(header: Header, sites: list[str], layout: Layout) -> str:
@@ -101,7 +120,7 @@ def parse_header(text: str) -> tuple[Header, list[str], Layout]:
     if layout_name not in list(Layout):
         raise FileError(f"header: layout {layout_name!r} is unknown")
     header = Header(
-        read.text(raw.get("method"), "method", 100),
+        read.text(raw.get("method"), "method"),
         settings,
         spec,
         Family(

@@ -199,8 +199,8 @@ class Receipt:
         if same_base(self.base, fingerprint):
             return ""
         return (
-            f"this is not the model that the receipt was made on (fingerprint {fingerprint}, the receipt's {self.base}): its "
-            "figures say nothing of this one. Make a receipt here"
+            f"this is not the model that the receipt was made on, nor a finetune of it (fingerprint {fingerprint}, the "
+            f"receipt's {self.base}): its figures say nothing of this one. Make a receipt here"
         )
 
     def summary(self) -> str:

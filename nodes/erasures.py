@@ -14,7 +14,7 @@ from ..erasure_core import Erasure as CoreErasure
 from ..erasure_core import FileError, Layout, load, merge, read_header, save
 from ..erasure_core.formats import check_file_name, read_receipt, receipt_of, write_bytes
 from ..erasure_core.methods._training import fingerprint
-from ..erasure_core.receipt_file import receipt_json
+from ..erasure_core.receipt_file import parse_receipt, receipt_json
 from .patching import apply_erasure
 from .port import ComfyPort, ordinary_tensors
 from .types import CATEGORY, Erasure
@@ -132,11 +132,11 @@ class SaveErasure(io.ComfyNode):
         with ordinary_tensors():
             save(erasure, root / file, layout=_LAYOUTS[layout], dtype=_PRECISIONS[precision])
             receipt = receipt_of(erasure, _LAYOUTS[layout], _PRECISIONS[precision])
-        for path, contents in zip(
-            _beside(root / file),
-            (b"", b"") if receipt is None else (receipt_json(receipt, indent=1).encode(), receipt.sheet),
-            strict=True,
-        ):
+        beside = _beside(root / file)
+        told = (b"", b"") if receipt is None else (receipt_json(receipt, indent=1).encode(), receipt.sheet)
+        if receipt is not None and not receipt.sheet and _tells_of(beside[0], receipt.digest):
+            beside, told = beside[:1], told[:1]  # a receipt from a file has no sheet; the one beside it is still right
+        for path, contents in zip(beside, told, strict=True):
             if contents:
                 write_bytes(path, contents)
             else:
@@ -151,6 +151,14 @@ class SaveErasure(io.ComfyNode):
 def _beside(file: Path) -> tuple[Path, Path]:
     """The receipt of an erasure file as JSON and as a picture."""
     return file.with_name(f"{file.stem}.receipt.json"), file.with_name(f"{file.stem}.receipt.png")
+
+
+def _tells_of(receipt: Path, digest: str) -> bool:
+    """Whether a receipt beside a file is of the erasure with this digest."""
+    try:
+        return parse_receipt(receipt.read_text(encoding="utf-8")).digest == digest
+    except (OSError, ValueError):
+        return False
 
 
 def receipt_report(path: str, erasure: CoreErasure, model=None) -> str:

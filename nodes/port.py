@@ -21,11 +21,14 @@ from ..erasure_core.operators.trainable import Cond, TrainableModel
 from ..erasure_core.port import token_kinds
 from .replica import PREFIX, Demand, build, effective, latent_shape, prediction_of
 
-_TEXT_SITE = re.compile(r"^diffusion_model\.(.+\.attn2\.to_([kv]))\.weight$")
+# Of a UNet: others (LTXV) have attn2 too, fed by a projection of the text that no port knows.
+_TEXT_SITE = re.compile(
+    r"^diffusion_model\.((?:input_blocks|middle_block|output_blocks)\..+\.attn2\.to_([kv]))\.weight$"
+)
 _FAMILIES = {768: "sd15", 1024: "sd20", 1280: "sdxl-refiner", 2048: "sdxl"}
 _BOS, _EOS = 49406, 49407
 _ENCODE_AT_ONCE = 32
-_CACHED_PROMPTS = 4096
+_CACHED_BYTES = 256 << 20
 
 _text_cache: WeakKeyDictionary[Any, dict[tuple, TextStates]] = WeakKeyDictionary()
 
@@ -129,8 +132,10 @@ class ComfyPort:
             raise ValueError("clip: connect the CLIP that belongs to the model")
         clip = self._clip
         cache = _text_cache.setdefault(clip, {})
-        if len(cache) > _CACHED_PROMPTS:
+        if sum(x.states.nbytes for x in cache.values()) > _CACHED_BYTES:
             cache.clear()
+        for key in [k for k in cache if "embedding:" in k[-1]]:  # its file may have been written anew
+            del cache[key]
         state = (clip.layer_idx, clip.patcher.patches_uuid)
         wanted = [p for p in dict.fromkeys(prompts) if (*state, p) not in cache]
         for start in range(0, len(wanted), _ENCODE_AT_ONCE):

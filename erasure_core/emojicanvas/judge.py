@@ -90,7 +90,7 @@ class Judge(nn.Module):
         self.object_labels = (*(o.name for o in OBJECTS), OTHER)
         self.style_labels = (*(s.name for s in STYLES), OTHER)
         self.threshold = threshold
-        self.held_out = Rate(0, 0)
+        self.held_out = {"object": Rate(0, 0), "style": Rate(0, 0)}
         """Drawings of a set that it never saw whose object it recognises: its hit rate."""
         self.stem = nn.Conv2d(3, _WIDTHS[0], 5, 2, 2, bias=False)
         self.stem_norm = nn.BatchNorm2d(_WIDTHS[0])
@@ -160,7 +160,8 @@ class Judge(nn.Module):
             notes = json.loads(metadata.get("notes", "{}"))
             if "objects" in notes:
                 n = int(notes.get("pictures", _HELD_OUT))
-                judge.held_out = Rate(round(notes["objects"] * n), n)
+                shown = {"object": notes["objects_shown"], "style": notes["styles"]}
+                judge.held_out = {kind: Rate(round(share * n), n) for kind, share in shown.items()}
             judge.load_state_dict({k: f.get_tensor(k).float() for k in f.keys()}, strict=False)  # noqa: SIM118
             missing = {k for k in judge.state_dict() if not k.endswith("num_batches_tracked")} - set(f.keys())
         if missing:

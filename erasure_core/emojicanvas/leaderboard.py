@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from statistics import median
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ def drawing_seconds(bench: Bench, jobs: int) -> float:
     torch.set_num_threads(max(1, threads // jobs))
     try:
         with ThreadPoolExecutor(jobs) as pool:  # PyTorch lets go of the interpreter while it computes
-            return min(median(pool.map(draw, range(jobs))) for _ in range(2))
+            return min(statistics.median(pool.map(draw, range(jobs))) for _ in range(2))
     finally:
         torch.set_num_threads(threads)
 
@@ -190,7 +190,7 @@ def timings(bench: Bench, tasks: Sequence[Task]) -> dict[str, float]:
         if row is not None:
             drawn = 0.0 if task.attack else row.get("drawing_seconds", 0.0)
             found.setdefault(_kind(task), []).append((row["seconds"] or 0.0) + drawn)
-    return {k: round(median(v), 1) for k, v in found.items()}
+    return {k: round(statistics.median(v), 1) for k, v in found.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,17 +253,19 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
 
 
 def judge_error(bench: Bench) -> tuple[Rate, Rate]:
-    """(hits, false alarms) of the judge: hits on drawings that it never saw, alarms on the base model's pictures of everything
-    but the concept in question."""
+    """(hits, false alarms) of the judge: hits on drawings that it never saw, of objects and styles as often as the plan erases
+    these, alarms on the base model's pictures of everything but the concept in question."""
     judge = bench.studio.judge
-    alarms = []
+    hits, alarms = [], []
     for erasing in bench.plan.erasings():
         if erasing.key == "together":
             continue
         kept = bench.asked(erasing).groups()["kept"]
         name = (*erasing.objects, *erasing.styles)[0]
+        hits.append(judge.held_out[erasing.kind])
         alarms.append(rate(flags(judge.judge(bench.studio.draw(kept, None)), [name] * len(kept))))
-    return judge.held_out, pooled(alarms)
+    seen, n = statistics.fmean(r.share for r in hits), hits[0].n  # of one set of drawings
+    return Rate(round(n * seen), n), pooled(alarms)
 
 
 def budgets(pairs: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -51,8 +51,9 @@ concept, with noises that no attack has seen. Where an attack finds several thin
 {" ".join(_SEEN[s.method] for s in found if s.method in _SEEN)}
 
 Shares of pictures that show the erased concept, after the error of the judge ({judge.name} {judge.version}: it recognises
-{judge.held_out} of drawings that it never saw), with 95 % intervals that count the judge's error too. "none" is the unchanged
-model: the ceiling of every attack. Lower is better, but for what is kept.
+{judge.held_out["object"]} of the objects and {judge.held_out["style"]} of the styles in drawings that it never saw), with 95 %
+intervals that count the judge's error too. "none" is the unchanged model: the ceiling of every attack. Lower is
+better, but for what is kept.
 
 {table(found, columns)}
 

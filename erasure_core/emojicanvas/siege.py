@@ -53,6 +53,7 @@ def cell_path(bench: Bench, erasing: Erasing, method: str, settings: Mapping[str
     """The file of one cell."""
     plan, budget = bench.plan, budget_of(name, erasing, changed)
     key = [plan.split.name, plan.sampler.bf16, erasing.label, method, settings, name, budget, PICTURES]
+    key += [plan.replace_with] if plan.replace_with else []
     return bench.path("attacks", ".json", *key)
 
 

@@ -123,8 +123,9 @@ def squared(port: ModelPort, sites: list[Site], progress: Progress) -> Tensor:
         progress(i, len(sites))
         weight = port.weight(site)
         if upper is None:
-            upper = weight.new_zeros(site.d_in, site.d_in, dtype=torch.float64)
-        add_gram(upper, weight)
+            where = "cpu" if weight.device.type == "mps" else weight.device  # which has no float64
+            upper = torch.zeros(site.d_in, site.d_in, dtype=torch.float64, device=where)
+        add_gram(upper, weight.to(upper.device))
     assert upper is not None, "text_sites refuses models without"
     return mirrored(upper).cpu()
 

@@ -44,7 +44,7 @@ def total_drift(base: ModelPort, erased: ModelPort) -> float:
     """||all dW|| / ||all W|| over the matrices that read the text."""
     moved, norm = 0.0, 0.0
     for site in base.sites():
-        before, after = base.weight(site).double(), erased.weight(site).double()
+        before, after = (port.weight(site).cpu().double() for port in (base, erased))
         moved += float((after - before).square().sum())
         norm += float(before.square().sum())
     return (moved / norm) ** 0.5 if norm else 0.0
@@ -59,7 +59,7 @@ def output_change(base: ModelPort, erased: ModelPort, rows: Tensor) -> Tensor:
     moved = torch.zeros(len(rows), dtype=torch.float64)
     norm = torch.zeros(len(rows), dtype=torch.float64)
     for site in base.sites():
-        before, after = base.weight(site).double().cpu(), erased.weight(site).double().cpu()
+        before, after = (port.weight(site).cpu().double() for port in (base, erased))
         moved += ((after - before) @ rows.T).square().sum(0)
         norm += (before @ rows.T).square().sum(0)
     return (moved / norm.clamp_min(1e-300)).sqrt()

@@ -32,7 +32,7 @@ class Residual:
         for number, site in enumerate(sites):
             if progress:
                 progress(number, len(sites))
-            before, after = (port.weight(site).double().cpu() for port in (base, erased))
+            before, after = (port.weight(site).cpu().double() for port in (base, erased))
             self.a += after.T @ after
             self.m += after.T @ before
             self.o += before.T @ before

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from erasure_core import (
     read_header,
     save,
 )
+from erasure_core.api import erase
 from erasure_core.formats import check_file_name, parse_header
 
 pytestmark = pytest.mark.core
@@ -155,6 +157,29 @@ def test_values_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"float16 cannot hold. Save in full precision"):
         save(erasure(scale=1e6), tmp_path / "x.safetensors", dtype=torch.float16)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_could_not_be_read_is_neither_trained_nor_written(tmp_path: Path, port) -> None:
+    made = erasure()
+    vocabulary = ", ".join(f"word{i}" for i in range(5000))
+    kept = replace(made, header=replace(made.header, method="merge of " * 30, settings={"vocabulary": vocabulary}))
+    assert load(save(kept, tmp_path / "x.safetensors")).header == kept.header
+    crowd = tuple(f"{i:020d}" for i in range(60_000))
+    spec = replace(made.header.spec, keep=crowd)
+    with pytest.raises(FileError, match="at most 1048576 are read"):
+        save(replace(made, header=replace(made.header, spec=spec)), tmp_path / "y.safetensors")
+    assert not (tmp_path / "y.safetensors").exists()
+    with pytest.raises(FileError, match="Name fewer words"):
+        erase(port, spec, "uce", progress=lambda *_: pytest.fail("it began"))
+
+
+def test_what_is_loaded_does_not_change_with_its_file(file: Path) -> None:
+    made = load(file)
+    before = {site: delta.dense() for site, delta in made.deltas.items()}
+    with file.open("r+b") as f:
+        f.seek(-64, os.SEEK_END)
+        f.write(bytes(64))
+    assert all(torch.equal(delta.dense(), before[site]) for site, delta in made.deltas.items())
 
 
 @pytest.mark.parametrize("where", ["save_file", "replace", "touch"])
