@@ -204,6 +204,7 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
             first, offsets = int(state["stages"]), state["offsets"].to(offsets)
             done = first * settings.iterations + (first - 1) * settings.attack_steps
             model.load(state)
+            del state
         for stage in range(first, settings.stages):
             if stage:
                 start = torch.randn(

@@ -175,6 +175,7 @@ def mine_and_erase(
             pool += found
             scores += state["scores"].tolist()
             model.load(state)
+            del state
         progress(first, settings.rounds + 1)
         latents = aids.pictures
         if latents is None:

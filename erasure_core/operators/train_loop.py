@@ -124,6 +124,10 @@ def _clipped(gradients: Sequence[Tensor | None], largest: float) -> tuple[Tensor
     return tuple(None if g is None else g * factor for g in gradients)
 
 
+def _copied(x: Tensor) -> Tensor:
+    return x.detach().to("cpu", copy=True)
+
+
 def generator_for(seed: int, name: str, i: int) -> torch.Generator:
     """The randomness of step ``i`` of the phase ``name``; on the CPU, so that devices agree."""
     digest = hashlib.sha256(f"{seed}/{name}/{i}".encode()).digest()
@@ -175,9 +179,9 @@ class Trainer:
         end = self.iterations if until is None else min(until, self.iterations)
         sums: dict[str, Tensor] = {}
         counts = Counter[str]()
-        saved = time.monotonic()
-        if checkpoint is not None and (state := checkpoint.load()) is not None:
-            self.load_state_dict(state)
+        if checkpoint is not None:
+            self._continue(checkpoint)
+        due = time.monotonic() + (0.0 if checkpoint is None else checkpoint.pause(0.0))
         while self.done < end:
             if progress:
                 progress(self.done, self.iterations)
@@ -193,14 +197,21 @@ class Trainer:
             if self.done % every == 0 or self.done == end:
                 self._read(sums, counts, watch)
                 sums, counts = {}, Counter()
-            if checkpoint is not None and time.monotonic() - saved >= checkpoint.seconds:
+            if checkpoint is not None and (began := time.monotonic()) >= due:
                 checkpoint.save(self.state_dict())
                 saved = time.monotonic()
+                due = saved + checkpoint.pause(saved - began)
         if progress and self.done == self.iterations:
             progress(self.done, self.iterations)
         if checkpoint is not None and self.done == self.iterations:
             checkpoint.remove()
         return self
+
+    def _continue(self, checkpoint: Checkpoint) -> None:
+        """A method of its own, so that the state that was read is given back before training goes on."""
+        state = checkpoint.load()
+        if state is not None:
+            self.load_state_dict(state)
 
     def _read(self, sums: Mapping[str, Tensor], counts: Mapping[str, int], watch: Watch | None) -> None:
         values = torch.stack([x.double() for x in sums.values()]).tolist() if sums else []
@@ -214,15 +225,15 @@ class Trainer:
             watch(self.model, self.done, means)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that a later run needs to continue, by name; independent copies."""
+        """All that a later run needs to continue, by name: copies in main memory, since a device may have no room for them."""
         state = {"done": torch.tensor(self.done)}
         for phase in self.phases:
             for i, p in enumerate(phase.parameters):
-                state[f"{phase.name}/{i}"] = p.detach().clone()
+                state[f"{phase.name}/{i}"] = _copied(p)
                 for name, value in phase.made.state.get(p, {}).items():
-                    state[f"{phase.name}/{i}/{name}"] = value.detach().clone()
+                    state[f"{phase.name}/{i}/{name}"] = _copied(value)
         for i, p in enumerate(self._averages()):
-            state[f"average/{i}"] = p.detach().clone()
+            state[f"average/{i}"] = _copied(p)
         return state
 
     @torch.no_grad()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-from erasure_core import FileError
+from erasure_core import FileError, formats
+from erasure_core.operators import train_loop
 from erasure_core.operators.changes import Layers, LoRA
 from erasure_core.operators.checkpoint import Checkpoint
 from erasure_core.operators.train_loop import Kind, Optimiser, Phase, Trainer
@@ -82,10 +84,63 @@ def test_a_state_is_of_one_training_only(keep) -> None:
     assert not keep.path.exists() and mine.load() is None
 
 
+def test_a_state_may_be_larger_than_an_erasure(keep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was saved is loaded again and deleted, whatever its size."""
+    monkeypatch.setattr(formats, "MAX_FILE_BYTES", 100)
+    keep.save({"x": torch.arange(100.0)})
+    assert torch.equal(keep.load()["x"], torch.arange(100.0))
+    keep.remove()
+    assert not keep.path.exists()
+
+
+def test_saving_takes_a_twentieth_of_the_time_at_most(tiny, keep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that only steps (1 s) and saves (2 s) move: after the first save come 40 s without one."""
+    now, saved = [0.0], []
+    monkeypatch.setattr(train_loop.time, "monotonic", lambda: now[0])
+
+    def save(self: Checkpoint, state: dict[str, torch.Tensor]) -> None:
+        now[0] += 2
+        saved.append(int(state["done"]))
+
+    monkeypatch.setattr(Checkpoint, "save", save)
+    with tiny.trainable() as model:
+        slow = trainer(model)
+        slow.iterations = 60
+        slow.phases[1].after = lambda: now.__setitem__(0, now[0] + 1)
+        slow.run(checkpoint=Checkpoint(keep.path, seconds=10.0))
+    assert saved == [10, 50]
+
+
+def test_the_state_is_copied_to_main_memory_and_not_held(tiny, keep) -> None:
+    """A device may have no room for it a second time. On the meta device copies would stay there."""
+    with tiny.trainable() as model:
+        one = trainer(model).run(until=1)
+        one.phases[1].parameters = [torch.ones(3, device="meta")]
+        with pytest.raises(NotImplementedError, match="meta"):  # it tries to bring what has no contents here
+            one.state_dict()
+    alive: list[weakref.ref[torch.Tensor]] = []
+    load = Checkpoint.load
+
+    def seen(self: Checkpoint) -> dict[str, torch.Tensor] | None:
+        state = load(self)
+        alive.extend(weakref.ref(x) for x in (state or {}).values())
+        return state
+
+    with tiny.trainable() as model:
+        trainer(model).run(until=3, checkpoint=keep)
+    with pytest.MonkeyPatch.context() as patch, tiny.trainable() as model:
+        patch.setattr(Checkpoint, "load", seen)
+        held: list[int] = []
+        trainer(model).run(lambda *_: held.append(sum(x() is not None for x in alive)), checkpoint=keep)
+    assert alive and not any(held)
+
+
 def test_a_disk_that_refuses_and_a_file_that_is_none(keep, tmp_path: Path) -> None:
     with pytest.raises(FileError, match="could not be written"):
         Checkpoint(tmp_path / "nowhere" / "state.safetensors").save({"x": torch.ones(1)})
     keep.path.write_bytes(b"\x80\x02nonsense that is no state")
     assert keep.of("a").load() is None
+    keep.of("a").remove()
+    assert keep.path.exists(), "whatever it is, it is not ours"
     keep.of("a").save({"x": torch.ones(1)})
     assert keep.of("a").load() is not None
