@@ -191,18 +191,43 @@ def train_regression(
         parameters = model.train(what or settings.parameters(), settings.seed)
         phase = Phase("erase", parameters, loss, Optimiser(settings.learning_rate, optimiser, weight_decay), rate)
         trainer = Trainer(model, [phase], settings.iterations, seed=settings.seed, average=average)
-        trainer.run(progress, aids.watch, checkpoint=kept(aids, port, spec, method, settings))
+        trainer.run(progress, aids.watch, checkpoint=kept(aids, port, model, spec, method, settings))
         weights = Weights.STUDENT if average is None else Weights.AVERAGE
         return erasure_of(port, spec, method, settings, model.deltas(weights, settings.energy))
 
 
-def kept(aids: Aids, port: TrainablePort, spec: ConceptSpec, method: str, settings: Any) -> Checkpoint | None:
-    """Where this very training keeps its state: the same method, settings, words, pictures and weights."""
+def kept(
+    aids: Aids, port: TrainablePort, model: TrainableModel, spec: ConceptSpec, method: str, settings: Any
+) -> Checkpoint | None:
+    """Where this very training keeps its state: the same method, settings, words, pictures, model and text encoder."""
     if aids.checkpoint is None:
         return None
     pairs = () if aids.pairs is None else (aids.pairs.unsafe, aids.pairs.safe)
     seen = [*aids.dark, *(() if aids.pictures is None else (aids.pictures,)), *pairs]
-    return aids.checkpoint.of(__version__, method, asdict(settings), asdict(spec), fingerprint(port), *seen)
+    seen += [model.schedule.signal, model.schedule.noise, model.schedule.times]
+    # Some numbers of every weight, whichever layers are trained: the fingerprint would take a base and its finetune for one.
+    seen += [p.detach().flatten()[:: max(1, p.numel() // 4096)] for p in model.net.parameters()]
+    read = ["", *dict.fromkeys(word for concept in spec.erase for word in concept.words)]
+    return aids.checkpoint.of(
+        __version__,
+        method,
+        asdict(settings),
+        asdict(spec),
+        model.space,
+        model.latent_shape,
+        *seen,
+        sketch=sketch(port.conditions(read)),
+    )
+
+
+def sketch(conds: Sequence[Cond]) -> list[float]:
+    """Eight numbers of each conditioning, its coordinates along random directions as shares of its length: near where
+    the text encoder is the same, however it rounds in a batch of other prompts."""
+    generator, made = torch.Generator().manual_seed(0), []
+    for cond in conds:
+        x = torch.cat([part.flatten() for part in (cond.context, *cond.extra.values())]).float().cpu()
+        made.append(torch.randn(8, len(x), generator=generator) @ (x / x.norm().clamp_min(1e-30)))
+    return torch.cat(made).tolist()
 
 
 def fingerprint(port: TrainablePort) -> str:

@@ -288,7 +288,7 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
             Phase("weights", parameters, erase, Optimiser(settings.learning_rate), rate),
         ]  # fmt: skip
         trainer = Trainer(model, phases, settings.iterations, seed=settings.seed)
-        trainer.run(progress, aids.watch, checkpoint=kept(aids, port, spec, "adversarial", settings))
+        trainer.run(progress, aids.watch, checkpoint=kept(aids, port, model, spec, "adversarial", settings))
         return erasure_of(port, spec, "adversarial", settings, model.deltas())
 
 

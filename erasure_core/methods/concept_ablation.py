@@ -72,7 +72,7 @@ def run(
         parameters = model.train(settings.parameters(), settings.seed)
         phase = Phase("ablate", parameters, loss, Optimiser(settings.learning_rate))
         Trainer(model, [phase], settings.iterations, seed=settings.seed).run(
-            progress, aids.watch, checkpoint=kept(aids, port, spec, "concept_ablation", settings)
+            progress, aids.watch, checkpoint=kept(aids, port, model, spec, "concept_ablation", settings)
         )
         return erasure_of(port, spec, "concept_ablation", settings, model.deltas(energy=settings.energy))
 

@@ -198,7 +198,7 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
             Trainer(model, [phase], steps, seed=settings.seed).run(lambda i, _: progress(done + i, total), aids.watch)
             done += steps
 
-        keep = kept(aids, port, spec, "cpe", settings)
+        keep = kept(aids, port, model, spec, "cpe", settings)
         first = 0
         if keep is not None and (state := keep.load()) is not None:
             first, offsets = int(state["stages"]), state["offsets"].to(offsets)

@@ -168,7 +168,7 @@ def mine_and_erase(
     scores: list[float] = []
     with port.trainable() as model:
         model.train(LoRA(settings.layers, settings.rank), settings.seed)
-        keep, first = kept(aids, port, spec, "dark_miner", settings), 0
+        keep, first = kept(aids, port, model, spec, "dark_miner", settings), 0
         if keep is not None and (state := keep.load()) is not None:
             first = int(state["rounds"])
             found += [prompts.null.with_context(c[None].to(model.device)) for c in state["found"]]

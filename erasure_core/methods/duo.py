@@ -103,7 +103,7 @@ def run(
     with port.trainable() as model:
         prompts = {word: c.on(model.device, model.dtype) for word, c in zip(words, conds, strict=True)}
         Trainer(model, [phase(model, aids.pairs, prompts, settings)], settings.iterations, seed=settings.seed).run(
-            progress, aids.watch, checkpoint=kept(aids, port, spec, "duo", settings)
+            progress, aids.watch, checkpoint=kept(aids, port, model, spec, "duo", settings)
         )
         return erasure_of(port, spec, "duo", settings, model.deltas())
 

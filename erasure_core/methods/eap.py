@@ -132,7 +132,7 @@ def run(
             Phase("adversary", logits, attack, Optimiser(settings.adversary_rate)),
         ]
         Trainer(model, phases, settings.iterations, seed=settings.seed).run(
-            progress, aids.watch, checkpoint=kept(aids, port, spec, "eap", settings)
+            progress, aids.watch, checkpoint=kept(aids, port, model, spec, "eap", settings)
         )
         return erasure_of(port, spec, "eap", settings, model.deltas(energy=settings.energy))
 

@@ -132,7 +132,7 @@ def run(
         parameters = model.train(settings.parameters(), settings.seed)
         phase = Phase("steer", parameters, loss, Optimiser(settings.learning_rate, Kind.ADAMW, 0.01))
         Trainer(model, [phase], settings.iterations, seed=settings.seed).run(
-            progress, aids.watch, checkpoint=kept(aids, port, spec, "forget_me_not", settings)
+            progress, aids.watch, checkpoint=kept(aids, port, model, spec, "forget_me_not", settings)
         )
         return erasure_of(port, spec, "forget_me_not", settings, model.deltas(energy=settings.energy))
 

@@ -135,7 +135,7 @@ def hide(
         ).to(model.device)
         steps = phases(model, memory, prompts, settings, further)
         trainer = Trainer(model, steps, settings.iterations + further, seed=settings.seed)
-        trainer.run(progress, aids.watch, checkpoint=kept(aids, port, spec, "kpop", settings))
+        trainer.run(progress, aids.watch, checkpoint=kept(aids, port, model, spec, "kpop", settings))
         made = erasure_of(port, spec, "kpop", settings, model.deltas(energy=settings.energy))
         return Hidden(made, SavedMemory.of(memory, made.header, Mode.KEY))
 

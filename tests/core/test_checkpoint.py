@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from erasure_core import FileError, formats
+from erasure_core import ConceptSpec, FileError, Prediction, formats
+from erasure_core.methods import Aids
+from erasure_core.methods._training import TrainSettings, fingerprint, kept
 from erasure_core.operators import train_loop
 from erasure_core.operators.changes import Layers, LoRA
 from erasure_core.operators.checkpoint import Checkpoint
 from erasure_core.operators.train_loop import Kind, Optimiser, Phase, Trainer
-from erasure_core.operators.trainable import Weights
+from erasure_core.operators.trainable import Cond, Weights
+from erasure_core.schedule import Schedule
 
 pytestmark = pytest.mark.core
 
@@ -82,6 +87,53 @@ def test_a_state_is_of_one_training_only(keep) -> None:
     assert keep.path.exists()
     mine.remove()
     assert not keep.path.exists() and mine.load() is None
+
+
+def test_a_state_is_of_one_model_and_text_encoder_only(tiny, keep) -> None:
+    """Whatever differs between two that the fingerprint takes for one; rounding in the text encoder does not matter."""
+    spec, settings = ConceptSpec.parse("cat"), TrainSettings()
+
+    def state_of(port) -> Checkpoint:
+        with port.trainable() as model:
+            made = kept(Aids(checkpoint=keep), port, model, spec, "esd", settings)
+        assert made is not None
+        return made
+
+    def other(name: str) -> Any:
+        port = type(tiny)()
+        port.unet.get_submodule(name).weight.mul_(1.001)
+        return port
+
+    mine = state_of(tiny)
+    mine.save({"x": torch.ones(1)})
+    assert state_of(type(tiny)()).load() is not None
+    attention = next(s.name for s in tiny.linears() if ".attn1." in s.name)
+    for name in (attention, "out.2", "input_blocks.1.0.in_layers.0"):
+        port = other(name)
+        assert fingerprint(port) == fingerprint(tiny) and state_of(port).load() is None, name
+    port = type(tiny)()
+    port.schedule = Schedule.scaled_linear(last=0.013)
+    assert state_of(port).load() is None
+    port = type(tiny)()
+    port.prediction = Prediction.V
+    assert state_of(port).load() is None
+
+    def reading(noise: float) -> Any:
+        port = type(tiny)()
+        exact, generator = port.conditions, torch.Generator().manual_seed(1)
+
+        def conditions(prompts: Sequence[str]) -> list[Cond]:
+            conds = exact(prompts)
+            shift = [noise * torch.randn(c.context.shape, generator=generator) for c in conds]
+            return [c.with_context(c.context + x * c.context.std()) for c, x in zip(conds, shift, strict=True)]
+
+        port.conditions = conditions
+        return port
+
+    assert state_of(reading(1e-3)).load() is not None
+    assert state_of(reading(0.1)).load() is None
+    state_of(reading(0.1)).remove()
+    assert keep.path.exists()
 
 
 def test_a_state_may_be_larger_than_an_erasure(keep, monkeypatch: pytest.MonkeyPatch) -> None:
