@@ -135,7 +135,8 @@ class Adversaries:
     def _start(self, number: int, generator: torch.Generator) -> Tensor:
         if torch.rand((), generator=generator) < 0.5:
             return self._free.start(generator)[0]
-        states = self.concept(number).word(generator).context[0, 1:].detach()
+        length = self._null.context.shape[1]  # of a prompt of several sections the first
+        states = self.concept(number).word(generator).context[0, 1:length].detach()
         spread = 0.1 * states.std(-1, keepdim=True)
         return states + spread * torch.randn(states.shape, generator=generator).to(states)
 

@@ -16,6 +16,7 @@ linear layers only.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +59,10 @@ def gumbel_one_hot(logits: Tensor, temperature: float, generator: torch.Generato
 
 
 def nearest(words: Tensor, concept: Tensor, k: int) -> Tensor:
-    """Indices of the ``k`` conditionings of [V, L, D] with the smallest Euclidean distance to [1, L, D]."""
+    """Indices of the ``k`` conditionings of [V, L, D] with the smallest Euclidean distance to [1, M, D], both repeated to a
+    common length."""
+    length = math.lcm(words.shape[1], concept.shape[1])
+    words, concept = (x.repeat(1, length // x.shape[1], 1) for x in (words, concept))
     return (words - concept).flatten(1).norm(dim=1).argsort(stable=True)[:k]
 
 
@@ -95,7 +99,7 @@ def run(
         raise ConceptError("vocabulary: EAP needs words besides the erased ones. Add some, by commas")
     held = [keep_term(KEEP, settings.keep_weight)] if prompts.keep and settings.keep_weight else []
     with port.trainable() as model:
-        table = torch.cat([c.context for c in port.conditions(words)]).to(model.device, model.dtype)
+        table = Cond.cat(port.conditions(words)).context.to(model.device, model.dtype)
         tables = [table[nearest(table, prompts[word].context.to(table), settings.nearest)] for word, _ in prompts.pairs]
         logits = [torch.zeros(len(x), device=model.device, requires_grad=True) for x in tables]
 

@@ -18,12 +18,13 @@ of a dark embedding, which has no words, every row but the first is the concept'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
@@ -44,14 +45,21 @@ class Settings(TrainSettings):
     end_tokens: bool = setting(False, "Steer away from the end of the prompt too, which carries its summary.")
 
 
+Attention = tuple[Tensor, Tensor]
+"""What a cross-attention multiplies: queries [B, heads, hw, d] and keys [B, heads, L, d]."""
+
+
 @contextmanager
-def attention_probabilities(model: TrainableModel) -> Iterator[list[Tensor]]:
-    """Collects P [B, heads, hw, L] of every cross-attention that runs inside, in network order, with gradient.
+def attentions(model: TrainableModel) -> Iterator[list[Attention]]:
+    """Collects queries and keys of every cross-attention that runs inside, in network order, with gradient.
+
+    Nothing is computed from them in the network's own pass: where blocks are computed again in the backward pass, that
+    pass has to be what it was, and is not collected a second time.
 
     Raises:
         ValueError: a block does not say how many heads it has.
     """
-    collected: list[Tensor] = []
+    collected: list[Attention] = []
     pending: dict[str, Tensor] = {}
     handles = []
 
@@ -61,12 +69,11 @@ def attention_probabilities(model: TrainableModel) -> Iterator[list[Tensor]]:
 
         def key(_module, _args, out: Tensor) -> None:
             q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (pending.pop(block), out))
-            collected.append((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1))
+            collected.append((q, k))
 
         handles.append(model.module(f"{block}.to_q").register_forward_hook(query))
         handles.append(model.module(f"{block}.to_k").register_forward_hook(key))
 
-    again, model.checkpoint = model.checkpoint, False  # blocks that are computed again would be collected again
     try:
         for site in model.sites:
             block, _, leaf = site.name.rpartition(".")
@@ -77,14 +84,29 @@ def attention_probabilities(model: TrainableModel) -> Iterator[list[Tensor]]:
                 watch(block, heads)
         yield collected
     finally:
-        model.checkpoint = again
         for handle in handles:
             handle.remove()
 
 
-def steering_loss(probabilities: list[Tensor], columns: Tensor) -> Tensor:
-    """|| P at the marked columns ||_2 over all layers. ``columns`` [B, L]: true where a token is the concept's."""
-    squares = [(p.square() * columns.to(p)[:, None, None, :]).sum() for p in probabilities]
+def probabilities(q: Tensor, k: Tensor) -> Tensor:
+    """P [B, heads, hw, L], in float32 at least."""
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+def steering_loss(attended: Sequence[Attention], columns: Tensor) -> Tensor:
+    """|| P at the marked columns ||_2 over all layers. ``columns`` [B, L]: what the square of each counts, 0 or 1 where no
+    text is repeated.
+
+    Of each layer only queries and keys are kept for the backward pass. They have room in the memory estimate: it counts three
+    predictions, and a step makes two.
+    """
+
+    def squared(q: Tensor, k: Tensor) -> Tensor:
+        p = probabilities(q, k)
+        return (p.square() * columns.to(p)[:, None, None, :]).sum()
+
+    squares = [checkpoint(squared, q, k, use_reentrant=False, preserve_rng_state=False) for q, k in attended]
     return torch.stack(squares).sum().clamp_min(1e-20).sqrt()
 
 
@@ -92,6 +114,12 @@ def concept_columns(kinds: Tensor, *, end_tokens: bool) -> Tensor:
     """[L] bool: the content tokens of a prompt that is the concept's bare words, and on request all end-of-text ones."""
     marked = kinds == TokenKind.CONTENT
     return marked | (kinds == TokenKind.EOS) | (kinds == TokenKind.PAD) if end_tokens else marked
+
+
+def batched(columns: Sequence[Tensor], length: int) -> Tensor:
+    """[B, length] of columns [L] of unlike length, repeated as ``Cond.cat`` repeats their text. Of n copies each gets an nth
+    of the attention, so n times the sum of their squares is what the text has alone."""
+    return torch.stack([x.repeat(length // len(x)).float() * (length // len(x)) for x in columns])
 
 
 def run(
@@ -104,9 +132,8 @@ def run(
     """Erase with Forget-Me-Not. Draws its own pictures of the concept where ``aids`` has none."""
     prompts = Prompts(port, spec, aids.dark)
     words = [word for word, _ in prompts.pairs]  # the dark ones too
-    named = [concept_columns(x.kinds, end_tokens=settings.end_tokens) for x in port.text(prompts.words)]
-    unnamed = torch.arange(len(named[0])) > 0
-    columns = torch.stack([*named, *[unnamed] * (len(words) - len(named))])
+    columns = [concept_columns(x.kinds, end_tokens=settings.end_tokens) for x in port.text(prompts.words)]
+    columns += [torch.arange(prompts[w].context.shape[1]) > 0 for w in words[len(columns) :]]
     with port.trainable() as model:
         latents = aids.pictures
         if latents is None:
@@ -122,9 +149,10 @@ def run(
             t = torch.randint(0, len(model.schedule), (settings.batch,), generator=generator)
             z = model.schedule.add_noise(pool[moved(chosen, pool.device)], model.noise(settings.batch, generator), t)
             conds = {**prompts.draw(settings.batch, generator), ERASE: Cond.cat([prompts[words[i]] for i in number])}
-            with attention_probabilities(model) as probabilities:
+            with attentions(model) as attended:
                 model.predict(z, t, conds[ERASE])
-            losses = {"attention": steering_loss(probabilities, moved(columns[number], model.device))}
+            marked = batched([columns[i] for i in number], conds[ERASE].context.shape[1])
+            losses = {"attention": steering_loss(attended, moved(marked, model.device))}
             if prompts.keep and settings.keep_weight:
                 losses.update(regress(model, [keep_term(KEEP, settings.keep_weight)], z, t, conds))
             return losses

@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from erasure_core import ConceptSpec, Delta, Erasure, Family, ModelPort, all_methods, erase, load, save
+from erasure_core import ConceptSpec, Delta, Erasure, Family, ModelPort, TextStates, all_methods, erase, load, save
 from erasure_core.analytic import AnalyticPort
 from erasure_core.methods import Aids, MethodSpec, Progress, settings_from
 from erasure_core.operators.checkpoint import Checkpoint
@@ -239,6 +239,28 @@ def test_long_prompts_and_many_concepts(method: MethodSpec, make) -> None:
     result = run(port, method, {} if method.trains else {"templates": "none"}, spec)
     assert any(d.rank for d in result.deltas.values())
     assert finite(result)
+
+
+@each_trained
+def test_prompts_of_several_sections(method: MethodSpec, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text encoders lay the sections of a long prompt end to end: texts of unlike length, in one step and one table."""
+    port = make(method)
+    text = port.text
+
+    def sections(prompts: Sequence[str]) -> list[TextStates]:
+        made = text(prompts)
+        long = [len(x.prompt.split()) > 2 for x in made]
+        return [
+            TextStates(x.prompt, x.states.repeat(2, 1), x.kinds.repeat(2)) if more else x
+            for x, more in zip(made, long, strict=True)
+        ]
+
+    monkeypatch.setattr(port, "text", sections)
+    spec = ConceptSpec.parse("small red apple, apple\nfurry cat", "big old pear", "dog, very green tree")
+    names = {f.name for f in dataclasses.fields(method.settings)}
+    more = {"batch": 3, "vocabulary": "house, tree by the river, stone", "pictures": 4}
+    dark = (torch.randn(6, 16), torch.randn(12, 16))
+    assert finite(run(port, method, {k: v for k, v in more.items() if k in names}, spec, dark=dark))
 
 
 @each

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from erasure_core.operators.changes import FullWeights, Layers, LoRA
 from erasure_core.operators.memory import Mode, Placement, PromptMemory
 from erasure_core.operators.regress import regress
 from erasure_core.operators.train_loop import Trainer
-from erasure_core.operators.trainable import Cond, Weights
+from erasure_core.operators.trainable import Cond, TrainableModel, Weights
 from erasure_core.schedule import Space
 
 pytestmark = pytest.mark.core
@@ -263,8 +265,9 @@ def test_forget_me_not_sees_the_networks_own_attention(tiny64) -> None:
         for name, module in model.net.named_modules():
             if name.endswith("attn2"):
                 module.register_forward_hook(lambda m, args, out: seen.append((m, args[1], out)))
-        with forget_me_not.attention_probabilities(model) as probabilities:
+        with forget_me_not.attentions(model) as attended:
             model.predict(z, t, c)
+        probabilities = [forget_me_not.probabilities(q, k) for q, k in attended]
         assert len(probabilities) == len(seen) == 4
         for p, (block, context, out) in zip(probabilities, seen, strict=True):
             assert torch.allclose(p.sum(-1), torch.ones_like(p[..., 0]))
@@ -272,14 +275,55 @@ def test_forget_me_not_sees_the_networks_own_attention(tiny64) -> None:
             read = torch.einsum("bhij,bjhd->bihd", p, v).flatten(2)
             assert torch.allclose(block.to_out(read), out)
         columns = torch.tensor([[0, 1, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0]]).bool()
-        made = forget_me_not.steering_loss(probabilities, columns)
+        made = forget_me_not.steering_loss(attended, columns)
         picked = [torch.cat([p[0][..., [1, 2]].flatten(), p[1][..., [1]].flatten()]) for p in probabilities]
         assert torch.allclose(made, torch.cat(picked).norm())
         slopes = torch.autograd.grad(made, parameters, allow_unused=True)
         assert any(g is not None and g.any() for g in slopes)
-        before = len(probabilities)
         model.predict(z, t, c)
-        assert len(probabilities) == before, "outside, nothing is collected"
+        assert len(attended) == 4, "outside, nothing is collected"
+
+
+def test_forget_me_not_steers_alike_where_blocks_are_computed_again(tiny) -> None:
+    """The memory check may count on that. The gradients are the same, and no activations are kept inside the blocks."""
+    columns = torch.tensor([[0, 1, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0]]).bool()
+    z, t = normal(2, 4, 4, 4, seed=7).float(), torch.tensor([40, 900])
+    read = conds()[ERASE].on(z.device, z.dtype)
+    found, kept = [], []
+    for again in (False, True):
+        seen: dict[int, int] = {}
+
+        def pack(x: Tensor, seen: dict[int, int] = seen) -> Tensor:
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        net = copy.deepcopy(tiny.unet)
+        with TrainableModel(net, tiny.schedule, tiny.prediction, (4, 4, 4), checkpoint=again) as model:
+            parameters = model.train(FullWeights(Layers.CROSS))
+            shake(model)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                with forget_me_not.attentions(model) as attended:
+                    model.predict(z, t, read)
+                loss = forget_me_not.steering_loss(attended, columns)
+            kept.append(sum(seen.values()))
+            found.append(
+                [loss.detach(), *torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True)]
+            )
+            assert len(attended) == 4, "what is computed again is not collected again"
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*found, strict=True))
+    assert sum(bool(x.any()) for x in found[0]) > 4 and kept[1] < kept[0] / 2
+
+
+def test_forget_me_not_counts_a_text_once_however_often_it_is_repeated(tiny64) -> None:
+    z, t, read = normal(1, 4, 4, 4, seed=7), torch.tensor([40]), conds(1)[ERASE]
+    marked = torch.tensor([False, True, True, False, False, False])
+    with tiny64.trainable() as model:
+        losses = []
+        for n in (1, 3):
+            with forget_me_not.attentions(model) as attended:
+                model.predict(z, t, read.with_context(read.context.repeat(1, n, 1)))
+            losses.append(forget_me_not.steering_loss(attended, forget_me_not.batched([marked], 6 * n)))
+    assert torch.allclose(*losses)
 
 
 def test_forget_me_not_marks_the_words() -> None:
