@@ -455,6 +455,27 @@ def test_answers_are_learned_from(search) -> None:
     assert len(answers) == 7
 
 
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        ("a cat here", "a {} here"),
+        ("a dog", "{} a dog"),
+        ("a cat and a cat", "a photo of {}"),
+        ("a {} and a cat", "a photo of {}"),
+        ("a {} and a dog", "a photo of {}"),
+    ],
+)
+def test_words_stand_in_one_place(typing, prompt: str, sentence: str) -> None:
+    """A name that a prompt has twice leaves no bare braces behind."""
+    assert sneaky_prompt.sentence_of(prompt, ["cat", "kitty"]) == sentence
+    target = target_of(typing, prompts=(prompt,), look=lambda z: torch.full((len(z),), 0.1))
+    (way,) = sneaky_prompt.run(target, SPEC, sneaky_prompt.Settings(words=2, queries=2), quiet).ways
+    typed = way.prompt.split()
+    head, tail = (x.split() for x in sentence.split("{}"))
+    assert typed[: len(head)] == head and typed[len(typed) - len(tail) :] == tail
+    assert len(typed) == len(head) + 2 + len(tail) and way.attacks == (prompt,)
+
+
 def test_relearning_is_a_change_on_top_of_the_erased_model(typing) -> None:
     target = target_of(typing)
     settings = relearning.Settings(steps=3, captions=2, pictures=1, rank=2, learning_rate=1e-2)
