@@ -11,7 +11,7 @@ from torch import Tensor
 from ..artifact import Delta
 from ..metrics.rates import Rate, rate
 from ..metrics.scores import AttackSuccess, attack_success
-from ..operators.changes import FullWeights, Layers
+from ..operators.changes import FullWeights, Layers, LoRA, LowRank
 from ..operators.trainable import Cond, TrainableModel
 from .drawing import Progress, draw, noises
 from .target import AttackTarget, Found, Look, Way
@@ -138,9 +138,22 @@ def _draw(model: TrainableModel, way: Way, cond: Cond, null: Cond, noise: Tensor
 
 @torch.no_grad()
 def apply_change(model: TrainableModel, change: Mapping[str, Delta]) -> None:
-    """Let the model's student weights have ``change`` on top."""
-    if change:
-        chosen = [site for site in model.sites if Layers.ALL.covers(site.name)]
-        for site, p in zip(chosen, model.train(FullWeights(Layers.ALL)), strict=True):
+    """Let the model's student weights have ``change`` on top.
+
+    Factors stay factors: dense, a LoRA over all layers would take as much memory as the network.
+    """
+    if not change:
+        return
+    sites = [site for site in model.sites if Layers.ALL.covers(site.name)]
+    if any(delta.down is None for delta in change.values()):
+        for site, p in zip(sites, model.train(FullWeights(Layers.ALL)), strict=True):
             if site.name in change:
                 p.copy_(change[site.name].dense())
+        return
+    model.train(LoRA(Layers.ALL, max(1, *(delta.rank for delta in change.values()))))
+    for site in sites:
+        delta, own = change.get(site.name), model.change(site.name)
+        if delta is not None and delta.down is not None:
+            assert isinstance(own, LowRank)
+            own.down[: delta.rank] = delta.down  # what is behind it meets zeros in up
+            own.up[:, : delta.rank] = delta.up

@@ -497,3 +497,27 @@ def test_relearning_is_a_change_on_top_of_the_erased_model(typing) -> None:
     assert [(c, len(x)) for c, x in relearning.dataset(target, SPEC, few, quiet)] == [("a cat", 2)]
     bare = relearning.dataset(target, ConceptSpec.parse("cat"), settings, quiet)
     assert len(bare) == 2 and "cat" not in [c for c, _ in bare]
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["factors", "one dense"])
+def test_a_change_takes_the_room_of_its_factors(typing, dense: bool) -> None:
+    """Whatever it is made of, the network predicts as if the change were in its weights."""
+    port = typing.erased(torch.float64)
+    sites = port.linears()[::3]
+    change = {
+        site.name: Delta(0.1 * normal(site.d_out, 1 + i % 2, seed=i), normal(1 + i % 2, site.d_in, seed=i + 50))
+        for i, site in enumerate(sites)
+    }
+    if dense:
+        change[sites[0].name] = Delta(change[sites[0].name].dense())
+    z, t, cond = normal(1, 4, 4, 4), torch.tensor([500]), port.conditions(["a cat"])[0]
+    with port.trainable() as model:
+        apply_change(model, change)
+        changed = model.predict(z, t, cond)
+        room = sum(p.numel() for p in model.parameters())
+    every = port.linears()
+    assert room == sum(s.d_out * s.d_in if dense else 2 * (s.d_out + s.d_in) for s in every)
+    assert not torch.allclose(changed, port.predict(z, t, cond.context))
+    for name, delta in change.items():
+        port.unet.get_submodule(name).weight += delta.dense()
+    assert torch.allclose(changed, port.predict(z, t, cond.context))
