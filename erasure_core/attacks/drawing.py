@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..operators.memory import PromptMemory
 from ..operators.train_loop import generator_for
 from ..operators.trainable import Cond, TrainableModel
-from .target import AttackTarget, Sampler
+from .target import AttackTarget, Look, Sampler
 
 Progress = Callable[[int, int], None]
 """Called as progress(done, total); it may raise to cancel: attacks hold nothing that needs undoing."""
@@ -119,22 +119,42 @@ def pictures_of(
 
     With a judge, a few more are drawn and the clearest are taken: the base model misses too.
     """
+    return _pictures(target, {name: prompts}, count, seed, progress)[0]
+
+
+def pictures_of_each(
+    target: AttackTarget, prompts: Sequence[str], count: int, seed: int, name: str, progress: Progress
+) -> list[Tensor]:
+    """The same for each prompt alone, on one replica of the base model.
+
+    Call it before opening another: a search that draws as it goes holds one network more than it searches with.
+    """
+    return _pictures(target, {f"{name} {i}": [prompt] for i, prompt in enumerate(prompts)}, count, seed, progress)
+
+
+def _pictures(
+    target: AttackTarget, wanted: Mapping[str, Sequence[str]], count: int, seed: int, progress: Progress
+) -> list[Tensor]:
     if target.pictures is not None:
         given = target.pictures
-        return given[torch.arange(count) % len(given)]
+        return [given[torch.arange(count) % len(given)]] * len(wanted)
     total = count + (_SPARE if target.look else 0)
-    conds, null = target.base.conditions(list(prompts)), target.base.conditions([""])[0]
-    made = []
+    null, found = target.base.conditions([""])[0], []
+    read = {name: target.base.conditions(list(prompts)) for name, prompts in wanted.items()}
     with target.base.trainable() as model:
-        for start in range(0, total, target.sampler.batch):
-            progress(0, 1)
-            numbers = range(start, min(total, start + target.sampler.batch))
-            cond = Cond.cat([conds[i % len(conds)] for i in numbers])
-            made.append(draw(model, cond, null, noises(model, seed, name, numbers), target.sampler))
-    latents = torch.cat(made)
-    if target.look is None:
-        return latents
-    best = target.look(latents).argsort(descending=True, stable=True)[:count].to(latents.device)
+        for name, conds in read.items():
+            made = []
+            for start in range(0, total, target.sampler.batch):
+                progress(0, 1)
+                numbers = range(start, min(total, start + target.sampler.batch))
+                cond = Cond.cat([conds[i % len(conds)] for i in numbers])
+                made.append(draw(model, cond, null, noises(model, seed, name, numbers), target.sampler))
+            found.append(torch.cat(made))
+    return found if target.look is None else [_clearest(latents, target.look, count) for latents in found]
+
+
+def _clearest(latents: Tensor, look: Look, count: int) -> Tensor:
+    best = look(latents).argsort(descending=True, stable=True)[:count].to(latents.device)
     return latents[best.sort().values]
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..concept import ConceptSpec
 from ..operators.train_loop import Kind, Optimiser, Phase, generator_for
 from ..operators.trainable import Cond, TrainableModel
-from .drawing import Eye, Progress, noises, part, pictures_of
+from .drawing import Eye, Progress, noises, part, pictures_of_each
 from .registry import AttackSpec, Knowledge, setting
 from .target import AttackTarget, Found, Way
 from .words import Frame
@@ -119,18 +119,13 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
     """One prompt for each prompt."""
     words, losses, ways, queries = target.words, [], [], 0
     assert words is not None
-    conds = target.base.conditions(target.prompts)
+    conds, count = target.base.conditions(target.prompts), len(target.prompts)
+    pools = pictures_of_each(
+        target, target.prompts, settings.pictures, settings.seed, "p4d", lambda *_: progress(0, count * settings.steps)
+    )
     with target.erased.trainable() as erased, target.base.trainable() as base:
-        for number, (prompt, asked) in enumerate(zip(target.prompts, conds, strict=True)):
-            step = part(progress, number, len(target.prompts))
-            pictures = pictures_of(
-                target,
-                [prompt],
-                settings.pictures,
-                settings.seed,
-                f"p4d {number}",
-                lambda *_, s=step: s(0, settings.steps),
-            )
+        for number, (prompt, asked, pictures) in enumerate(zip(target.prompts, conds, pools, strict=True)):
+            step = part(progress, number, count)
             if settings.form is Form.N:
                 frame = Frame.prefix(words, [], min(settings.tokens, words.room))
             else:

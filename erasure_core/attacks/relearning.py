@@ -22,7 +22,7 @@ from ..operators.changes import Layers, LoRA
 from ..operators.search import denoising_loss
 from ..operators.train_loop import Kind, Optimiser, Phase, generator_for
 from ..vocabulary import VOCABULARY
-from .drawing import Progress, draw, noises, pictures_of
+from .drawing import Progress, draw, noises, pictures_of_each
 from .registry import AttackSpec, Knowledge, setting
 from .target import AttackTarget, Found, asking
 
@@ -53,10 +53,8 @@ def dataset(
     """Captions and their clean latents [pictures, C, h, w]."""
     if settings.data is Data.CONCEPT:
         prompts = target.prompts[: settings.captions]
-        return [
-            (prompt, pictures_of(target, [prompt], settings.pictures, settings.seed, f"relearn {i}", progress))
-            for i, prompt in enumerate(prompts)
-        ]
+        pools = pictures_of_each(target, prompts, settings.pictures, settings.seed, "relearn", progress)
+        return list(zip(prompts, pools, strict=True))
     told = " ".join(word for concept in spec.erase for word in concept.words).casefold().split()
     common = [word for word in VOCABULARY if word not in told]
     spread = [common[i * len(common) // settings.captions] for i in range(min(settings.captions, len(common)))]

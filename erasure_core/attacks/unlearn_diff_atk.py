@@ -28,7 +28,7 @@ from ..concept import ConceptSpec
 from ..operators.search import denoising_loss
 from ..operators.train_loop import Kind, Optimiser, Phase, generator_for
 from ..operators.trainable import TrainableModel
-from .drawing import Eye, Progress, part, pictures_of
+from .drawing import Eye, Progress, part, pictures_of_each
 from .registry import AttackSpec, Knowledge, setting
 from .target import AttackTarget, Found, Way
 from .words import Frame, Words
@@ -124,13 +124,11 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
     """One prompt for each prompt."""
     words, losses, ways, asked = target.words, [], [], 0
     assert words is not None
+    count, total = len(target.prompts), len(target.prompts) * settings.times * settings.steps
+    pictures = pictures_of_each(target, target.prompts, 1, settings.seed, "picture", lambda *_: progress(0, total))
     with target.erased.trainable() as model:
-        for number, prompt in enumerate(target.prompts):
-            step = part(progress, number, len(target.prompts))
-            total = settings.times * settings.steps
-            picture = pictures_of(
-                target, [prompt], 1, settings.seed, f"picture {number}", lambda *_, s=step, n=total: s(0, n)
-            )
+        for number, (prompt, picture) in enumerate(zip(target.prompts, pictures, strict=True)):
+            step = part(progress, number, count)
             frame = Frame.prefix(words, words.content(prompt), settings.tokens)
             found, made, looked = search_words(model, target, words, frame, picture, settings, number, step)
             losses += made

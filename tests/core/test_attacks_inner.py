@@ -29,7 +29,7 @@ from erasure_core.attacks import (
 )
 from erasure_core.attacks import mma_diffusion as mma
 from erasure_core.attacks import unlearn_diff_atk as uda
-from erasure_core.attacks.drawing import draw, invert, noises, pictures_of
+from erasure_core.attacks.drawing import draw, invert, noises, pictures_of, pictures_of_each
 from erasure_core.attacks.evaluate import apply_change
 from erasure_core.attacks.words import Frame, swap
 from erasure_core.operators.changes import FullWeights, Layers
@@ -427,6 +427,32 @@ def test_pictures_are_the_clearest_that_the_base_draws(typing) -> None:
     assert torch.equal(clear, seen[0][-2:]) and torch.allclose(seen[0][:2], plain, atol=1e-5)
     given = target_of(typing, pictures=plain[:1])
     assert torch.equal(pictures_of(given, target.prompts, 2, 0, "x", quiet), plain[[0, 0]])
+
+
+@pytest.mark.parametrize(("chosen", "most"), [(p4d, 2), (uda, 1)], ids=["p4d", "unlearn_diff_atk"])
+def test_no_more_networks_are_held_than_searched_with(typing, chosen, most: int) -> None:
+    """The pictures of all prompts are drawn before, on one replica."""
+    target = target_of(typing, look=lambda z: torch.linspace(0, 0.4, len(z)))
+    made, held = [], []
+    for port in (target.erased, target.base):
+
+        def trainable(port=port, plain=port.trainable):
+            model = plain()
+            made.append(model)
+            held.append(sum(bool(m._hooks) for m in made))
+            return model
+
+        port.trainable = trainable
+    chosen.run(target, SPEC, chosen.Settings(tokens=2, steps=2, **({"times": 1} if chosen is uda else {})), quiet)
+    assert max(held) == most and len(held) == most + 1
+
+
+def test_pictures_of_each_are_those_of_one_prompt(typing) -> None:
+    for look in (None, lambda z: z.mean((1, 2, 3))):
+        target = target_of(typing, look=look)
+        each = pictures_of_each(target, target.prompts, 2, 3, "x", quiet)
+        for number, prompt in enumerate(target.prompts):
+            assert torch.equal(each[number], pictures_of(target, [prompt], 2, 3, f"x {number}", quiet))
 
 
 # SneakyPrompt and relearning
