@@ -62,13 +62,16 @@ class AttackRecord:
     weights: str = ""
     """:func:`erasure_core.artifact.weights_digest` of the model under attack: it tells which erasure, at which strength, was
     attacked. "" where it wasn't taken: fingerprints alone can't tell small changes apart."""
+    memory: str = ""
+    """Digest of the prompt memories that the model under attack read beside its weights; "" for none."""
 
-    def fault(self, spec: ConceptSpec, base: str, erased: str, weights: str) -> str:
+    def fault(self, spec: ConceptSpec, base: str, erased: str, weights: str, memory: str = "") -> str:
         """Why it doesn't belong to an erasure of ``spec``; "" where it does.
 
         Args:
             base, erased: fingerprints of the model before and after.
             weights: digest of the weights after.
+            memory: digest of the prompt memories on both.
         """
         words = {w.casefold() for c in spec.erase for w in c.words}
         if self.concept.casefold() not in words:
@@ -77,6 +80,13 @@ class AttackRecord:
             return f"{self.title} was run on an erasure of another base model"
         if self.erased != erased or self.weights not in ("", weights):
             return f"{self.title} attacked another erasure, or this one at another strength"
+        if self.memory != memory:
+            how = (
+                "with a prompt memory that the receipt's model doesn't have"
+                if self.memory
+                else "without the prompt memory of the receipt's model"
+            )
+            return f"{self.title} attacked the erased model {how}, so its figures aren't those of this erasure alone"
         return ""
 
 

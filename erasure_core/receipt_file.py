@@ -175,4 +175,5 @@ def _attack(value: Any) -> AttackRecord:
         base=_text(raw, "base", 128),
         erased=_text(raw, "erased", 128),
         weights=_READ.text(raw.get("weights", ""), "weights", 64),
+        memory=_READ.text(raw.get("memory", ""), "memory", 64),
     )

@@ -26,7 +26,7 @@ from ..erasure_core.receipt import AttackRecord, JudgedBy
 from .attack_report import best_first, plain, report_of
 from .mine import conditioning_of, latents_of, one_concept
 from .port import ComfyPort, family_of, ordinary_tensors
-from .reading import memory_of
+from .reading import memory_digest, memory_of
 from .replica import Demand
 from .sampling import encode
 from .towers import words_of
@@ -291,7 +291,7 @@ class RedTeamAttack(io.ComfyNode):
                 results = (*results, AttackRecord(
                     attack, chosen.title, name, plain(settings), asked, JudgedBy(judge.name, judge.version, judge.threshold),
                     before.rate, after.rate, best.label, found.queries, seed, fingerprint(base), fingerprint(erased),
-                    weights_digest(erased),
+                    weights_digest(erased), memory_digest(model),
                 ))  # fmt: skip
         report = report_of(chosen, spec, settings, before, after, best, judge)
         took = clock(time.monotonic() - began)

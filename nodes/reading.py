@@ -6,6 +6,7 @@ context before any rows are behind it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,17 @@ def uses_of(model) -> tuple[Use, ...]:
     """The memories that a MODEL reads, in the order in which they were applied."""
     patches = model.model_options["transformer_options"].get("patches", {}).get("attn2_patch", [])
     return tuple(use for p in patches for use in getattr(p, "uses", ()))
+
+
+def memory_digest(model) -> str:
+    """SHA-256 of the memories that a MODEL reads and of how it reads them, in hex; "" where it reads none."""
+    seen, uses = hashlib.sha256(), uses_of(model)
+    for use in uses:
+        m = use.memory
+        seen.update(f"{m.placement} {m.length} {use.quarters} {use.conditional_only} {tuple(m.key.shape)}\n".encode())
+        for rows in (m.key, m.value):
+            seen.update(rows.contiguous().numpy().astype("<f4", copy=False).data)
+    return seen.hexdigest() if uses else ""
 
 
 class _Together(PromptMemory):

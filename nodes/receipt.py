@@ -16,6 +16,7 @@ from ..erasure_core.receipt import Drawn, JudgedBy, Receipt
 from .measuring import Measuring, erased_words, spread, survival
 from .patching import apply_erasure
 from .port import ComfyPort, ordinary_tensors
+from .reading import memory_digest
 from .sampling import Drawing, widgets
 from .sheet import to_tensor
 from .types import CATEGORY, Attacks, Erasure, Judge
@@ -152,7 +153,7 @@ def _measure(model, clip, vae, erasure, strength, prompt, seeds, how, counts, st
     erased = apply_erasure(model, erasure, strength)
     before, after = ComfyPort(model, clip), ComfyPort(erased, clip)
     base = fingerprint(before)
-    marks = (base, fingerprint(after), weights_digest(after)) if attacks else ()
+    marks = (base, fingerprint(after), weights_digest(after), memory_digest(model)) if attacks else ()
     for record in attacks:
         if why := record.fault(spec, *marks):
             raise ValueError(f"attacks: {why}. Connect Red-Team Attack to this model and erasure, or leave it out")

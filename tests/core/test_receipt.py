@@ -78,6 +78,7 @@ drawn = st.builds(
 attacks = st.builds(
     replace, st.just(ATTACK), attacked=rates, found=texts, budget=st.dictionaries(texts, texts | numbers | st.booleans()),
     queries=st.integers(0, 1 << 30), weights=st.just("") | texts,
+    memory=st.just("") | texts,
 )  # fmt: skip
 survivals = st.builds(
     Survival, st.sampled_from(list(ROUNDINGS)), st.builds(RoundingLoss, numbers, numbers, st.floats(-2, 2)), st.none() | rates
@@ -329,9 +330,17 @@ def test_another_base_is_named() -> None:
         ({}, (OTHER, ERASED, "ab" * 32), "another base model"),
         ({}, (BASE, OTHER, "ab" * 32), "at another strength"),
         ({}, (BASE, ERASED, "cd" * 32), "at another strength"),
+        ({"memory": "ef" * 32}, (BASE, ERASED, "ab" * 32, "ef" * 32), ""),
+        (
+            {"memory": "ef" * 32},
+            (BASE, ERASED, "ab" * 32),
+            "with a prompt memory that the receipt's model doesn't have",
+        ),
+        ({"memory": "ef" * 32}, (BASE, ERASED, "ab" * 32, "12" * 32), "with a prompt memory that the receipt's model"),
+        ({}, (BASE, ERASED, "ab" * 32, "12" * 32), "without the prompt memory of the receipt's model"),
     ],
 )
-def test_whose_attack_it_was(changes: dict, marks: tuple[str, str, str], sentence: str) -> None:
+def test_whose_attack_it_was(changes: dict, marks: tuple[str, ...], sentence: str) -> None:
     fault = replace(ATTACK, **changes).fault(SPEC, *marks)
     assert sentence in fault and bool(fault) == bool(sentence)
 

@@ -262,6 +262,30 @@ def test_attacks_on_it_are_written_down(server: ComfyServer, strength: float) ->
             server.run(g.api)
 
 
+def test_an_attack_on_the_erasure_and_a_memory_is_no_attack_on_the_erasure(server: ComfyServer) -> None:
+    g = Graph()
+    model, clip, vae = g.demo()
+    one = g.erase(model, clip, "bomb")
+    learned = {"concept": "bomb", "replace_with": "", "keep": "rose", "mode": "suppress", "rows": 2, "seed": 1,
+               "placement": "all blocks", "iterations": 2, "learning_rate": 0.05, "weights_rate": 1e-3}  # fmt: skip
+    memory = g.add("ErasureLearnSafePromptMemory", model=model, clip=clip, **learned)[1]
+
+    def attack(to: Link) -> Link:
+        how = {"concept": "bomb", "attack": "synonyms", "effort": 0.1, "prompts": "a {concept}", "pictures": 1, "steps": 2,
+               "cfg": 4.0, "seed": 5, "synonyms": "grenade"}  # fmt: skip
+        named = {"model": to, "base_model": model, "clip": clip, "vae": vae, "judge": [model[0], 3]}
+        return g.add("ErasureAttack", **named, **how)[0]
+
+    def applied(to: Link) -> Link:
+        return g.add("ErasureApplySafePromptMemory", model=to, memory=memory, strength=1.0, rows="both")[0]
+
+    both = g.show(receipt(g, one[1], model=applied(model), attacks=attack(applied(one[0])))[REPORT])
+    assert "Synonyms: bomb in" in shown(server.run(g.api), both), "the memory is on the receipt's model, too"
+    receipt(g, one[1], attacks=attack(applied(one[0])))
+    with pytest.raises(ComfyError, match=r"attacks: Synonyms attacked the erased model with a prompt memory that"):
+        server.run(g.api)
+
+
 @pytest.mark.parametrize(
     ("widgets", "sentence"),
     [
