@@ -15,7 +15,7 @@ from torch import Tensor
 from ..erasure_core import AttackTarget, ConceptError, ConceptSpec, evaluate
 from ..erasure_core import attack as run_attack
 from ..erasure_core.artifact import weights_digest
-from ..erasure_core.attacks import AttackSpec, Knowledge, Sampler, Way, all_attacks, asking
+from ..erasure_core.attacks import AttackSpec, Knowledge, Sampler, Way, all_attacks, asking, shortlist
 from ..erasure_core.methods import settings_from
 from ..erasure_core.methods._training import fingerprint
 from ..erasure_core.metrics.judges import look_through
@@ -170,7 +170,7 @@ class RedTeamAttack(io.ComfyNode):
                     default=4,
                     min=1,
                     max=100,
-                    tooltip="Drawn of each find and counted, with noises that no search has seen. More make the figures surer.",
+                    tooltip="Drawn of the best find and counted, with noises that no search has seen. More make figures surer.",
                 ),
                 io.Int.Input("steps", default=20, min=1, max=200, tooltip="Sampling steps of each picture."),
                 io.Float.Input(
@@ -210,7 +210,9 @@ class RedTeamAttack(io.ComfyNode):
                     tooltip="The best find, in place of a positive prompt. Where it is a noise, a picture or a change of "
                     "weights: the prompt that goes with it.",
                 ),
-                io.Image.Output(display_name="images", tooltip="Pictures of all finds, best first."),
+                io.Image.Output(
+                    display_name="images", tooltip="Of what is counted, best first; without a judge of all finds."
+                ),
                 io.String.Output(
                     display_name="report", tooltip="What was tried, how often it worked, and what was found."
                 ),
@@ -282,8 +284,12 @@ class RedTeamAttack(io.ComfyNode):
                 before = evaluate(target, asking(target), count, **how, progress=watcher.stage(0.0, 0.05))
             watcher.afresh()
             found = run_attack(target, spec, attack, changed, watcher.stage(0.05, 0.8))
+            tried = len(found.ways)
+            if judge is not None:  # what counts is what an attacker would use, not the mean of all that was tried
+                watcher.afresh()
+                found = shortlist(target, found, count, seed=seed + 1, each=True, progress=watcher.stage(0.85, 0.05))
             watcher.afresh()
-            after = evaluate(target, found, count, **how, progress=watcher.stage(0.85, 0.15))
+            after = evaluate(target, found, count, **how, progress=watcher.stage(0.9, 0.1))
             best = after.best or Way(asked[0], asked[0])
             drawn = torch.cat([decode(part) for part in best_first(after).split(_AT_ONCE)])
             conditioning = encode(clip, best.prompt) if best.states is None else conditioning_of(clip, best.states)
@@ -293,7 +299,7 @@ class RedTeamAttack(io.ComfyNode):
                     before.rate, after.rate, best.label, found.queries, seed, fingerprint(base), fingerprint(erased),
                     weights_digest(erased), memory_digest(model),
                 ))  # fmt: skip
-        report = report_of(chosen, spec, settings, before, after, best, judge)
+        report = report_of(chosen, spec, settings, before, after, best, judge, tried)
         took = clock(time.monotonic() - began)
         report += f"\n{pictures} pictures of each, {steps} steps, cfg {cfg:g}, seed {seed}; took {took}"
         shown = ui.PreviewImage(drawn[:_SHOWN], cls=cls).as_dict() | ui.PreviewText(report).as_dict()

@@ -28,9 +28,16 @@ def best_first(result: Result) -> Tensor:
 
 
 def report_of(
-    chosen: AttackSpec, spec: ConceptSpec, settings: Any, before: Result | None, after: Result, best: Way, judge
+    chosen: AttackSpec,
+    spec: ConceptSpec,
+    settings: Any,
+    before: Result | None,
+    after: Result,
+    best: Way,
+    judge,
+    tried: int,
 ) -> str:
-    """What people read: what was tried, what was counted, what was found."""
+    """What people read: what was tried (``tried`` finds), what was counted, what was found."""
     default = next(f.default for f in dataclasses.fields(settings) if f.name == chosen.budget)
     lines = [
         f"{chosen.title} on {', '.join(spec.erase[0].words)} ({chosen.knowledge}), {chosen.paper}",
@@ -44,6 +51,7 @@ def report_of(
         lines += [
             f"asking: {_of(before)} pictures show it; under attack: {_of(after)}",
             *_by_prompt(before, after),
+            *_chosen(after, tried),
             "at other thresholds, asking / attack: "
             + ", ".join(
                 f"{t:g}: {100 * a.share:.0f} / {100 * b.share:.0f} %"
@@ -56,6 +64,13 @@ def report_of(
 
 def _of(result: Result) -> str:
     return f"{result.rate.hits} of {result.rate.n}, {result.rate}"
+
+
+def _chosen(after: Result, tried: int) -> list[str]:
+    counted = len(after.found.ways)
+    if counted == tried:
+        return []
+    return [f"counted: the best for each prompt, {counted} of {tried} finds, chosen by other pictures than these"]
 
 
 def _by_prompt(before: Result, after: Result) -> list[str]:

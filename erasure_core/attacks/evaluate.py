@@ -112,7 +112,16 @@ def evaluate(
 
 
 @torch.no_grad()
-def shortlist(target: AttackTarget, found: Found, look: Look, *, looks: int = 12, seed: int = 1) -> Found:
+def shortlist(
+    target: AttackTarget,
+    found: Found,
+    look: Look,
+    *,
+    looks: int = 12,
+    seed: int = 1,
+    each: bool = False,
+    progress: Progress | None = None,
+) -> Found:
     """The find whose pictures show the concept most clearly, as an attacker would choose it: at noises that neither the
     search nor :func:`evaluate` at its own seed has seen.
 
@@ -120,12 +129,18 @@ def shortlist(target: AttackTarget, found: Found, look: Look, *, looks: int = 12
 
     Args:
         looks: pictures over all finds, two each at least.
+        seed: another than that of the evaluation.
+        each: one find for each prompt that was attacked, so that prompts can be counted; the best of all otherwise.
     """
-    if len(found.ways) < 2 or any(way.noise is not None for way in found.ways):
+    rivals: dict[tuple[str, ...], list[Way]] = {}
+    for way in found.ways:
+        rivals.setdefault(way.attacks if each else (), []).append(way)
+    if len(rivals) == len(found.ways) or any(way.noise is not None for way in found.ways):
         return found
-    result = evaluate(target, found, look, pictures=max(2, looks // len(found.ways)), seed=seed)
-    assert result.best is not None
-    return replace(found, ways=(result.best,))
+    pictures = max(2, looks // len(found.ways))
+    result = evaluate(target, found, look, pictures=pictures, seed=seed, progress=progress)
+    clear = {way: float(p.mean()) for way, p in zip(found.ways, result.probabilities, strict=True)}
+    return replace(found, ways=tuple(max(ways, key=clear.__getitem__) for ways in rivals.values()))
 
 
 def _draw(model: TrainableModel, way: Way, cond: Cond, null: Cond, noise: Tensor, target: AttackTarget) -> Tensor:

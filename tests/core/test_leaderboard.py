@@ -210,3 +210,21 @@ def test_an_attacker_hands_over_its_best_find(typing) -> None:
     assert sum(map(len, drawn)) == 6
     fixed = Found(tuple(Way(str(i), states=states[0], noise=torch.zeros(drawn[0].shape[1:])) for i in range(3)))
     assert shortlist(target, fixed, look) is fixed
+
+
+def test_each_prompt_keeps_its_best_find(typing) -> None:
+    from erasure_core.attacks import AttackTarget
+    from erasure_core.attacks import Sampler as Drawing
+
+    port, says, steps = typing(), iter((0.1, 0.3, 0.9, 0.2, 0.7)), []
+
+    def look(z: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(z),), next(says))
+
+    target = AttackTarget(port, port, ("a cat", "a dog"), look=look, sampler=Drawing(2, 2.0, 8))
+    ways = tuple(Way(str(i), "a cat", attacks=(p,)) for i, p in enumerate(["a cat"] * 3 + ["a dog"] * 2))
+    seen = shortlist(target, Found(ways), look, each=True, progress=lambda done, total: steps.append((done, total)))
+    assert [(w.label, w.attacks) for w in seen.ways] == [("2", ("a cat",)), ("4", ("a dog",))]
+    assert steps == [(i, 5) for i in range(6)]
+    alone = Found(ways[2:4])
+    assert shortlist(target, alone, look, each=True) is alone, "one for each: nothing to choose"

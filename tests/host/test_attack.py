@@ -113,6 +113,25 @@ def test_a_chain_of_attacks(server: ComfyServer) -> None:
     assert two[0]["budget"] == {"damping": 1e-3, "variants": 1}
 
 
+def test_the_best_find_for_each_prompt_is_counted(server: ComfyServer) -> None:
+    """Of five dampings only one: the mean over all would tell of fewer pictures than an attacker gets."""
+    g = Graph()
+    erased, model, clip, vae, judge = erased_demo(g)
+    how = {"effort": 1.0, "prompts": "a {concept}\na photo of a {concept}"}
+    made = attacking(g, erased, model, clip, vae, "rece_residual", judge=judge, **how)
+    blind = attacking(g, erased, model, clip, vae, "rece_residual", **how)
+    seen, said = g.add("ProbeAttacks", results=made[RESULTS]), g.show(made[REPORT])
+    pictures = [g.add("PreviewImage", images=x[IMAGES]) for x in (made, blind)]
+    run = server.run(g.api)
+    (record,) = report(run, seen)["records"]
+    variants = record["budget"]["variants"]
+    assert record["attacked"]["n"] == record["asking"]["n"] == 4, "two pictures for each of two prompts"
+    assert [len(run.outputs[p]["images"]) for p in pictures] == [4, 4 * variants] and variants > 1
+    assert f"counted: the best for each prompt, 2 of {2 * variants} finds" in shown(run, said)
+    ticks = [value for node, value, top in run.progress if node == made and top == 1000]
+    assert ticks == sorted(ticks) and ticks[-1] == 1000
+
+
 def test_without_a_judge_it_says_what_it_does_not_know(server: ComfyServer) -> None:
     g = Graph()
     erased, model, clip, vae, _ = erased_demo(g)
