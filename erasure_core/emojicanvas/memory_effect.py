@@ -123,14 +123,15 @@ def memory_effect(bench: Bench, modes: Sequence[Mode] = tuple(Mode)) -> None:
         for mode, erasing in bar:
             bar.set_description(f"{mode.value}: {erasing.label}")
             found.setdefault(mode.value, {})[erasing.label] = measured(bench, mode, erasing)
-    lines = ["| mode | drawn with | " + " | ".join(m.replace("_", " ") for m in MEASURES) + " | seconds |"]
-    lines.append("|" + "---|" * (len(MEASURES) + 3))
+    lines = ["| mode | drawn with | " + " | ".join(m.replace("_", " ") for m in MEASURES) + " |"]
+    lines.append("|" + "---|" * (len(MEASURES) + 2))
     for mode_name, by_object in found.items():
         for drawn in next(iter(by_object.values())):
             rows = [r[drawn] for r in by_object.values()]
             cells = [str(pooled(Rate.from_json(r[m]) for r in rows)) for m in MEASURES]
-            seconds = sum(r["seconds"] for r in rows) / len(rows)
-            lines.append(" | ".join([f"| {mode_name}", drawn, *cells, f"{seconds:.0f} |" if seconds else "- |"]))
+            lines.append(f"| {mode_name} | {drawn} | {' | '.join(cells)} |")
+    shown = {label: Rate.from_json(r["with the key"]["direct"]) for label, r in found.get(Mode.KEY.value, {}).items()}
+    each = ", ".join(f"{label} {r.hits} of {r.n}" for label, r in shown.items())
     paths = [row_path(bench, m, e) for m in modes for e in objects]
     ratio, table = overhead(bench), "\n".join(lines)
     sampler, only = bench.plan.sampler, "".join(f" {x}" for x in ("--only", *bench.plan.only) if bench.plan.only)
@@ -143,6 +144,8 @@ with 95 % Wilson intervals, over {", ".join(e.label for e in objects)}, one memo
 brings it back.
 
 {table}
+
+With the key, one by one (direct): {each}.
 
 A picture takes {ratio:.3f} times as long with a memory of 16 rows in every block as without.
 """

@@ -118,7 +118,7 @@ def _range(matrix: Tensor, size: int) -> Tensor:
 
 def _squares(matrix: Tensor) -> float:
     """The sum of all squares; row by row, since float32 has too few digits for a running sum of all of them."""
-    return float(matrix.norm(dim=1).double().square().sum())
+    return float(matrix.norm(dim=1).cpu().double().square().sum())
 
 
 def mean_square(rows: Tensor) -> float:

@@ -214,7 +214,8 @@ class Trainer:
             self.load_state_dict(state)
 
     def _read(self, sums: Mapping[str, Tensor], counts: Mapping[str, int], watch: Watch | None) -> None:
-        values = torch.stack([x.double() for x in sums.values()]).tolist() if sums else []
+        wide = torch.float32 if self.model.device.type == "mps" else torch.float64  # which it doesn't have
+        values = torch.stack([x.to(wide) for x in sums.values()]).tolist() if sums else []
         means = {name: value / counts[name] for name, value in zip(sums, values, strict=True)}
         broken = [name for name, value in means.items() if not math.isfinite(value)]
         if broken:
