@@ -1,6 +1,9 @@
-"""From the host to a device without making the host wait."""
+"""From the host to a device without making the host wait; what a device rounds."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,3 +14,18 @@ def moved(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> 
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()  # a copy from ordinary memory may wait
     return x.to(device, dtype, non_blocking=x.device.type == "cpu")
+
+
+@contextmanager
+def unrounded() -> Iterator[None]:
+    """Float32 as it is: cuDNN rounds what convolutions read to ten bits behind the point unless told otherwise."""
+    try:
+        was = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # set through PyTorch's newer switches, which these don't go with: whoever did that has chosen
+        yield
+        return
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = was

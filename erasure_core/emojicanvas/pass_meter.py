@@ -57,6 +57,8 @@ class Pass:
     rows: int
     grad: bool
     back: Back = Back.NOWHERE
+    half: bool = False
+    """Whether it computed in bfloat16."""
 
 
 @dataclass
@@ -86,7 +88,6 @@ class Meter:
     """Listens to a network in training, and repeats its passes on a bare one."""
 
     bare: nn.Module
-    autocast: torch.dtype | None
     intervals: list[Interval] = field(default_factory=list)
     sites: list[str] = field(default_factory=list)
     """The layers that are trained, and whether as a LoRA."""
@@ -103,7 +104,7 @@ class Meter:
         model.net.register_forward_hook(self._heard)
 
     def _heard(self, _module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        one = Pass(len(args[0]), args[2].shape[1], out.requires_grad)
+        one = Pass(len(args[0]), args[2].shape[1], out.requires_grad, half=torch.is_autocast_enabled("cpu"))
         self._passes.append(one)
         if out.requires_grad:
             self._open.append(one)
@@ -165,7 +166,7 @@ class Meter:
 
     def _repeat(self, one: Pass, z: Tensor, t: Tensor, text: Tensor) -> None:
         with self._ends(one, text) as (begin, end), torch.set_grad_enabled(one.grad):
-            with torch.autocast("cpu", self.autocast or torch.float32, enabled=self.autocast is not None):
+            with torch.autocast("cpu", torch.bfloat16, enabled=one.half):
                 out = self.bare(z, t, text)
             if end:
                 begin = begin or [out]

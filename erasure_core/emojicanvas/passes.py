@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..api import erase
@@ -63,7 +62,7 @@ def heard(bench: Bench, method: str, steps: int = STEPS) -> list[Interval]:
     erasing, canvas = bench.plan.erasings()[0], bench.studio.model
     bf16 = bench.plan.sampler.bf16
     port = HeardPort(canvas, bf16=bf16)
-    meter = Meter(copy.deepcopy(canvas.unet).requires_grad_(False), torch.bfloat16 if bf16 else None)
+    meter = Meter(copy.deepcopy(canvas.unet).requires_grad_(False))
     spec: ConceptSpec = bench.spec(erasing)
     aids = (
         aids_for(method, EmojiCanvasPort(canvas, bf16=bf16), erasing, bench.studio.judge)

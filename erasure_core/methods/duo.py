@@ -60,8 +60,10 @@ _UNPROMPTED = 0.2
 def phase(model: TrainableModel, pairs: ConceptPairs, prompts: Mapping[str, Cond], settings: Settings) -> Phase:
     """DUO's step over pairs of clean latents; each step draws ``batch`` of them.
 
-    ``prompts`` has the empty one and, with ``own_prompts``, those of all scenes, on the model's device.
+    ``prompts`` has the empty one and, with ``own_prompts``, those of all scenes, on the model's device. From here on the model
+    computes in full precision, which the prior needs (operators/prefer.py).
     """
+    model.precise()
     lr, prior_weight = scaled_by_beta(settings.base_learning_rate, settings.base_prior_weight, settings.beta)
     what = LoRA(settings.layers, settings.rank, init=Init.GAUSSIAN)
     unsafe, safe = (x.to(model.device, model.dtype) for x in (pairs.unsafe, pairs.safe))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..artifact import Delta
-from ..devices import moved
+from ..devices import moved, unrounded
 from ..port import ModelPort, Prediction, Role, Site
 from ..schedule import Schedule, space_of
 from .changes import Full, FullWeights, LoRA, LowRank, role_of, truncated
@@ -149,7 +149,7 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         checkpoint: bool = False,
     ) -> None:
         self.net, self.schedule, self.prediction, self.latent_shape = net, schedule, prediction, latent_shape
-        self.autocast, self.checkpoint = autocast, checkpoint
+        self.autocast, self.checkpoint, self._precise = autocast, checkpoint, False
         self.space = space_of(prediction)
         sites = sites or {site.name: site for site in linear_sites(net)}
         self.sites, self._paths = list(sites.values()), {site.name: path for path, site in sites.items()}
@@ -326,10 +326,18 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         self._active, self._memory = self._changes[weights], memory
         try:
             t = moved(self.schedule.network_time(t), z.device)
-            with self._cast(self.autocast is torch.bfloat16):
+            with unrounded() if self._precise else self._cast(self.autocast is torch.bfloat16):
                 return self.net(z, t, cond.context, **cond.extra).to(z.dtype)
         finally:
             self._active, self._memory = {}, None
+
+    def precise(self) -> None:
+        """Compute in full precision from here on: for losses of the difference between two predictions that hardly differ,
+        which the rounding of half precision would drown. Weights that are stored in bfloat16 take their full room again."""
+        self._precise = True
+        if self.autocast is torch.bfloat16:
+            self.autocast = None
+            self.net.float()
 
     def _cast(self, enabled: bool) -> AbstractContextManager[None]:
         return torch.autocast(self.device.type, self.autocast, enabled=enabled) if enabled else nullcontext()

@@ -50,6 +50,13 @@ def test_gradients_are_followed_to_where_they_go(bench) -> None:
     assert not any(passes_of(bench, "cpe")), "no pass of the network"
 
 
+def test_a_pass_is_repeated_in_the_type_that_it_computed_in() -> None:
+    plan = Plan(BUNDLE, JUDGE, Sampler(4, 4.0, bf16=True), SCORING, 1, 1, "", Path(), 32, ("rose",))
+    for method, half in (("leco", True), ("duo", False)):
+        passes = [p for step in passes_of(Bench(plan), method) for p in step if p.grad]
+        assert passes and all(p.half is half for p in passes)
+
+
 def test_costs_are_medians_by_kind_of_step() -> None:
     once = [Pass(8, 77, False), Pass(4, 77, True, Back.WEIGHTS)]
     steps = [Interval(("a",), once, Took(s, 2.2), Took(1.0, 2.0)) for s in (9, 9, 9, 1.2, 1.1, 5.0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from erasure_core.methods import Aids, duo
 from erasure_core.operators.changes import FullWeights, Layers
 from erasure_core.operators.prefer import PairErrors, draw_times, preference_loss, preference_losses, scaled_by_beta
 from erasure_core.operators.train_loop import Trainer
-from erasure_core.operators.trainable import Cond
+from erasure_core.operators.trainable import Cond, TrainableModel
 from erasure_core.pairs import ConceptPairs
 
 pytestmark = pytest.mark.core
@@ -142,6 +143,27 @@ def test_pictures_are_read_with_their_own_prompts(tiny, monkeypatch) -> None:
     bare = [s for s in seen if s[1] == "" == s[2]]
     assert all(s[1:] == scenes[s[0]] for s in seen if s not in bare) and {s[0] for s in seen} == {0, 1, 2}
     assert len(bare) / len(seen) == pytest.approx(0.2, abs=0.05)
+
+
+def test_the_prior_is_not_rounding_noise(tiny) -> None:
+    """At DUO's defaults, a few steps from zero, on a model that computes in bfloat16: what float32 gives."""
+    unsafe, safe = torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    pairs, null = ConceptPairs(unsafe, safe, (("cat", ""),), tiny.family), tiny.conditions([""])[0]
+    priors, gradients = [], []
+    for autocast in (None, torch.bfloat16):
+        net = copy.deepcopy(tiny.unet)
+        with TrainableModel(net, tiny.schedule, tiny.prediction, (4, 4, 4), autocast=autocast) as model:
+            phase = duo.phase(model, pairs, {"": null}, duo.Settings())
+            made = phase.loss(0, torch.Generator().manual_seed(2))
+            assert made["prior"] == 0, "of unchanged weights"
+            with torch.no_grad():
+                for i, p in enumerate(phase.parameters):
+                    p.add_(3e-5 * normal(*p.shape, seed=i).to(p))
+            prior = phase.loss(0, torch.Generator().manual_seed(2))["prior"]
+            priors.append(prior.detach())
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(prior, phase.parameters)]))
+    assert 0 < priors[0] < 1 and torch.allclose(*priors, rtol=1e-3)
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
 
 
 def test_duo_end_to_end(tiny) -> None:

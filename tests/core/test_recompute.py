@@ -96,6 +96,27 @@ def test_bfloat16_is_close_and_latents_stay_float32(tiny) -> None:
     assert torch.nn.functional.cosine_similarity(whole, other, dim=0) > 0.99
 
 
+def test_on_request_it_computes_in_full_precision(tiny) -> None:
+    """Bit for bit what a model without autocast gives, also where the weights were stored in bfloat16."""
+    rounded = copy.deepcopy(tiny.unet)
+    for module in rounded.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.to(torch.bfloat16)
+    with TrainableModel(copy.deepcopy(rounded).float(), tiny.schedule, Prediction.EPS, (4, 4, 4)) as model:
+        loss, slopes = loss_and_gradients(model, LoRA(Layers.ALL, 2))
+    flags, seen = torch.backends.cudnn, []
+    before = flags.allow_tf32
+    for checkpoint in (False, True):
+        how = {"autocast": torch.bfloat16, "checkpoint": checkpoint}
+        with TrainableModel(copy.deepcopy(rounded), tiny.schedule, Prediction.EPS, (4, 4, 4), **how) as model:
+            model.precise()
+            model.net.register_forward_hook(lambda *_: seen.append(flags.allow_tf32))
+            made, others = loss_and_gradients(model, LoRA(Layers.ALL, 2))
+        assert torch.equal(made, loss)
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(slopes, others, strict=True))
+    assert seen and not any(seen) and flags.allow_tf32 == before
+
+
 def test_prompts_of_unlike_length_make_one_batch(tiny) -> None:
     """Repeated text states change nothing for attention."""
     g = torch.Generator().manual_seed(6)
