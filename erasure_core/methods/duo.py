@@ -23,7 +23,7 @@ from ..artifact import Erasure
 from ..concept import ConceptSpec
 from ..devices import moved
 from ..operators.changes import Init, Layers, LoRA
-from ..operators.prefer import draw_times, preference_losses, scaled_by_beta
+from ..operators.prefer import ROUNDED, draw_times, preference_losses, scaled_by_beta
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from ..pairs import ConceptPairs
@@ -60,11 +60,12 @@ _UNPROMPTED = 0.2
 def phase(model: TrainableModel, pairs: ConceptPairs, prompts: Mapping[str, Cond], settings: Settings) -> Phase:
     """DUO's step over pairs of clean latents; each step draws ``batch`` of them.
 
-    ``prompts`` has the empty one and, with ``own_prompts``, those of all scenes, on the model's device. From here on the model
-    computes in full precision, which the prior needs (operators/prefer.py).
+    ``prompts`` has the empty one and, with ``own_prompts``, those of all scenes, on the model's device. Where the prior weighs
+    much, as by default, the model computes in full precision from here on (operators/prefer.py).
     """
-    model.precise()
     lr, prior_weight = scaled_by_beta(settings.base_learning_rate, settings.base_prior_weight, settings.beta)
+    if prior_weight * ROUNDED > 0.1:
+        model.precise()
     what = LoRA(settings.layers, settings.rank, init=Init.GAUSSIAN)
     unsafe, safe = (x.to(model.device, model.dtype) for x in (pairs.unsafe, pairs.safe))
     below = max(1, round(settings.latest_time * len(model.schedule)))

@@ -26,6 +26,9 @@ from torch import Tensor
 
 from .trainable import Cond, TrainableModel
 
+ROUNDED = 1e-5
+"""About what bfloat16 makes of a prior that is 0."""
+
 
 @dataclass(frozen=True)
 class PairErrors:

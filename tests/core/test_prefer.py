@@ -164,6 +164,10 @@ def test_the_prior_is_not_rounding_noise(tiny) -> None:
             gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(prior, phase.parameters)]))
     assert 0 < priors[0] < 1 and torch.allclose(*priors, rtol=1e-3)
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
+    light = duo.Settings(base_prior_weight=100.0, beta=50.0)
+    with TrainableModel(net, tiny.schedule, tiny.prediction, (4, 4, 4), autocast=torch.bfloat16) as model:
+        duo.phase(model, pairs, {"": null}, light)
+        assert model.autocast is torch.bfloat16, "rounding weighs nothing in a light prior"
 
 
 def test_duo_end_to_end(tiny) -> None:
