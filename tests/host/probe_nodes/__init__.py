@@ -174,7 +174,13 @@ class Replica(Probe):
                 with torch.enable_grad():
                     gradients = torch.autograd.grad(own.predict(z, t, cond).square().mean(), parameters)
                 inference = sum(p.is_inference() for p in own.net.parameters())
-            need = replica.footprint(model, own.schedule, own.prediction, own.latent_shape, replica.Demand())
+                kept = self.kept(own, replica.Demand().what, cond.row(0))
+            how = (model, own.schedule, own.prediction, own.latent_shape, replica.Demand(pictures=1))
+            need, plain = replica.footprint(*how), replica.footprint(*how, fused=False)
+            in_pieces = replica._attends_in_pieces(torch.device("cpu"), torch.float32)
+            math = torch.nn.attention.SDPBackend.MATH
+            with torch.nn.attention.sdpa_kernel(math):
+                by_formula = replica._attends_in_pieces(torch.device("cpu"), torch.float32)
             try:
                 replica._fit(replica.Footprint(1 << 50, 0, 0, 0, 0), False, torch.device("cpu"))
                 refused = ""
@@ -189,9 +195,27 @@ class Replica(Probe):
                 "freed": all(p.device.type == "meta" for p in own.net.parameters()),
                 "untouched": all(torch.equal(v, before[k]) for k, v in memory.items()),
                 "bytes": {"plain": need.activations, "checkpointed": need.checkpointed, "weights": need.matrices},
+                "kept": kept,
+                "with matrices": plain.activations,
+                "in pieces": [in_pieces, by_formula],
                 "refused": refused,
             }
         )
+
+    @staticmethod
+    def kept(own, what, cond):
+        """Bytes that a real pass of one picture keeps for the backward pass."""
+        parameters, seen = own.train(what), {}
+        weights = {p.untyped_storage().data_ptr() for p in [*own.net.parameters(), *parameters]}
+
+        def pack(x):
+            storage = x.detach().untyped_storage()  # held, so that no other gets its address
+            if storage.data_ptr() not in weights:
+                seen[storage.data_ptr()] = storage
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
+            own.predict(torch.randn(1, *own.latent_shape), torch.tensor([500]), cond)
+        return sum(storage.nbytes() for storage in seen.values())
 
     @staticmethod
     def by_comfy(model, clip, prompts):
