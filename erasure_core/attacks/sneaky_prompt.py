@@ -129,7 +129,9 @@ class Asked:
     progress: Progress
     answers: list[tuple[str, float]] = field(default_factory=list)
 
+    @torch.no_grad()
     def __call__(self, chosen: Tensor) -> float:
+        """Nothing is learned through a picture, nor through the previews that progress may draw."""
         self.progress(len(self.answers), self.queries)
         text = self.frame.spell(self.candidates[chosen[: self.frame.free]])
         self.answers.append((text, self.eye(self.target.erased.conditions([text])[0])))

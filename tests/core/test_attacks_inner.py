@@ -502,6 +502,16 @@ def test_words_stand_in_one_place(typing, prompt: str, sentence: str) -> None:
     assert len(typed) == len(head) + 2 + len(tail) and way.attacks == (prompt,)
 
 
+def test_progress_is_told_without_gradients(typing) -> None:
+    """It may draw a preview, through a VAE whose tensors autograd refuses."""
+    tracked: list[bool] = []
+    target = target_of(typing, look=lambda z: torch.full((len(z),), 0.1))
+    with torch.no_grad():
+        settings = sneaky_prompt.Settings(words=2, queries=2)
+        sneaky_prompt.run(target, SPEC, settings, lambda *_: tracked.append(torch.is_grad_enabled()))
+    assert tracked and not any(tracked)
+
+
 def test_relearning_is_a_change_on_top_of_the_erased_model(typing) -> None:
     target = target_of(typing)
     settings = relearning.Settings(steps=3, captions=2, pictures=1, rank=2, learning_rate=1e-2)
