@@ -187,7 +187,7 @@ class EraseConcept(io.ComfyNode):
             raise ValueError(f"quality: {quality!r} is none of {', '.join(PRESETS)}")
         name, settings = method or (PRESETS[quality].method, PRESETS[quality].settings_on(family_of(model)))
         chosen = all_methods()[name]
-        demand = demand_of(settings_from(chosen, settings), chosen.predictions)
+        demand = demand_of(settings_from(chosen, settings), chosen.predictions, precise=chosen.precise)
         decode = decoder(model, vae)
         watcher = Watcher(prompts_to_show(spec), decode)
         with ordinary_tensors():

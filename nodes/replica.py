@@ -43,6 +43,8 @@ class Demand:
     """Further copies of what is trained, such as a running average."""
     pictures: int = 3
     """Latents whose activations are kept at the same time."""
+    precise: bool = False
+    """Whether it computes in float32 where others compute in half precision."""
 
 
 class Replica(TrainableModel):
@@ -74,7 +76,7 @@ def build(model, family: str, demand: Demand, device: torch.device | None = None
     check_trainable(model, family)
     schedule, prediction = schedule_of(model), prediction_of(model)
     shape = latent_shape(model, family)
-    half = _half(device)
+    half = None if demand.precise else _half(device)
     need = footprint(
         model, schedule, prediction, shape, demand, fused=_attends_in_pieces(device, half or torch.float32)
     )

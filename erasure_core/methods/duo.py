@@ -121,4 +121,5 @@ SPEC = MethodSpec(
     run=run,
     trains=True,
     needs_pairs=True,
+    precise=True,
 )

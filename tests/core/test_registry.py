@@ -314,6 +314,15 @@ def test_cut_off_and_resumed_it_ends_as_if_it_had_not_been(method: MethodSpec, m
 
 
 @each_trained
+def test_whether_a_method_computes_in_full_precision_is_declared(method: MethodSpec, make, monkeypatch) -> None:
+    """The memory estimate goes by it."""
+    asked = []
+    monkeypatch.setattr(TrainableModel, "precise", lambda self: asked.append(self))
+    run(make(method), method)
+    assert bool(asked) is method.precise
+
+
+@each_trained
 def test_no_step_waits_for_the_device(method: MethodSpec, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device tensors have no contents: whatever reads one, or brings one to the host, fails."""
     if method.name == "dark_miner":
