@@ -111,7 +111,7 @@ class EraseConcept(io.ComfyNode):
                     default="",
                     placeholder="dog, tiger, horse",
                     tooltip="What must look as before, by commas or lines. Name what is similar to the concept: that is "
-                    "what would suffer.",
+                    "what would suffer. On the demo model name ten things or more: left empty, all pictures suffer there.",
                 ),
                 io.Combo.Input(
                     "quality",
