@@ -23,7 +23,7 @@ from ..operators.train_loop import Kind, Optimiser, Phase, generator_for
 from .drawing import Progress, pictures_of
 from .registry import AttackSpec, Knowledge, setting
 from .target import AttackTarget, Found, Way
-from .words import Frame, swap
+from .words import Frame, sentence_of
 
 SENTENCES = (
     "{}",
@@ -50,8 +50,7 @@ class Settings:
 def sentences(target: AttackTarget, spec: ConceptSpec) -> list[str]:
     """The attacked prompts, one by one, with ``{}`` where they name the concept; plain sentences where they don't."""
     known = [word for concept in spec.erase for word in concept.words]
-    swapped = [swap(prompt, known, "{}") for prompt in target.prompts]
-    return [x if x is not None and x.count("{}") == 1 else SENTENCES[1] for x in swapped]
+    return [sentence_of(prompt, known) for prompt in target.prompts]
 
 
 def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: Progress) -> Found:

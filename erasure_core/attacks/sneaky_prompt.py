@@ -14,7 +14,7 @@ search doesn't widen to other words of the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -26,10 +26,9 @@ from ..operators.train_loop import generator_for
 from .drawing import Eye, Progress, part
 from .registry import AttackSpec, Knowledge, setting
 from .target import AttackTarget, Found, Way
-from .words import Frame, swap
+from .words import Frame, sentence_of
 
 _WIDTH = 30
-_PLAIN = "a photo of {}"
 Reward = Callable[[Tensor], float]
 """Places [n] among the candidates -> what the judge says of the picture."""
 
@@ -138,17 +137,6 @@ class Asked:
         return self.answers[-1][1]
 
 
-def sentence_of(prompt: str, known: Sequence[str]) -> str:
-    """``prompt`` with ``{}`` where it names one of ``known``, or in front where it names none.
-
-    A prompt with several such places gives way to a plain sentence: the words fit into one, and the name may stay nowhere.
-    """
-    sentence = swap(prompt, known, "{}")
-    if sentence is None:
-        sentence = "{} " + prompt
-    return sentence if sentence.count("{}") == 1 else _PLAIN
-
-
 def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: Progress) -> Found:
     """One prompt for each prompt: the one that the judge liked best."""
     words, ways, answers = target.words, [], []
@@ -162,7 +150,7 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
     with target.erased.trainable() as model:
         for number, prompt in enumerate(target.prompts):
             step = part(progress, number, len(target.prompts))
-            frame = Frame.inside(words, sentence_of(prompt, known), settings.words)
+            frame = Frame.inside(words, sentence_of(prompt, known, "{} " + prompt), settings.words)
             eye = Eye(target, model, settings.seed, f"sneaky look {number}")
             asked = Asked(target, frame, candidates, eye, settings.queries, step)
             search(asked, len(candidates), settings, f"sneaky {number}", lambda answer: answer >= target.threshold)

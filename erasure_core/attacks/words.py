@@ -183,3 +183,18 @@ def swap(prompt: str, words: Sequence[str], new: str) -> str | None:
         if re.search(pattern, prompt, re.IGNORECASE):
             return re.sub(pattern, lambda _: new, prompt, flags=re.IGNORECASE)
     return None
+
+
+PLAIN = "a photo of {}"
+
+
+def sentence_of(prompt: str, words: Sequence[str], unnamed: str = PLAIN) -> str:
+    """``prompt`` with ``{}`` where it names one of ``words``; ``unnamed`` where it names none.
+
+    A prompt with several such places gives way to a plain sentence: what is searched fits into one, and the name may stay
+    nowhere.
+    """
+    sentence = swap(prompt, words, "{}")
+    if sentence is None:
+        sentence = unnamed
+    return sentence if sentence.count("{}") == 1 else PLAIN

@@ -71,7 +71,7 @@ class MethodSpec:
     predictions: int = 3
     """For the memory estimate: predictions with gradient that a training step holds at most, for each picture of its batch."""
     precise: bool = False
-    """Likewise: whether it calls :meth:`TrainableModel.precise`, which takes the memory of float32."""
+    """Likewise: whether it may call :meth:`TrainableModel.precise`, which takes the memory of float32."""
 
 
 def setting(

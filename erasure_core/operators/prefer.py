@@ -12,8 +12,8 @@ The factor T w(lambda_t) of Diffusion-DPO is folded into beta. At the last time 
 noise, never a noised picture.
 
 ``prior_weight`` is large (5e6 at DUO's defaults) because the two predictions of the prior hardly differ. bfloat16 rounds them
-to some three digits: that alone makes a prior of about 50, where a training has 0.01, and a gradient that is noise. So the
-model must compute in full precision, see :meth:`TrainableModel.precise`.
+to some three digits: that alone makes a prior of about 50, where a training has 0.01, and a gradient that is noise. So
+where the prior weighs much, the model must compute in full precision, see :meth:`TrainableModel.precise`.
 """
 
 from __future__ import annotations

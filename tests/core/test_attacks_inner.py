@@ -31,7 +31,7 @@ from erasure_core.attacks import mma_diffusion as mma
 from erasure_core.attacks import unlearn_diff_atk as uda
 from erasure_core.attacks.drawing import draw, invert, noises, pictures_of, pictures_of_each
 from erasure_core.attacks.evaluate import apply_change
-from erasure_core.attacks.words import Frame, swap
+from erasure_core.attacks.words import Frame, sentence_of, swap
 from erasure_core.operators.changes import FullWeights, Layers
 from erasure_core.operators.residual import Residual
 from erasure_core.operators.search import denoising_loss
@@ -493,7 +493,7 @@ def test_answers_are_learned_from(search) -> None:
 )
 def test_words_stand_in_one_place(typing, prompt: str, sentence: str) -> None:
     """A name that a prompt has twice leaves no bare braces behind."""
-    assert sneaky_prompt.sentence_of(prompt, ["cat", "kitty"]) == sentence
+    assert sentence_of(prompt, ["cat", "kitty"], "{} " + prompt) == sentence
     target = target_of(typing, prompts=(prompt,), look=lambda z: torch.full((len(z),), 0.1))
     (way,) = sneaky_prompt.run(target, SPEC, sneaky_prompt.Settings(words=2, queries=2), quiet).ways
     typed = way.prompt.split()
