@@ -101,7 +101,7 @@ class Erasure:
         erased = "; ".join(", ".join(c.words) + (f" -> {c.to}" if c.to else "") for c in h.spec.erase)
         ranks = sorted({d.rank for d in self.deltas.values()})
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "0"
-        kept = f"; kept: {', '.join(h.spec.keep)}" if h.spec.keep else ""
+        kept = f"; kept: {h.spec.kept}" if h.spec.kept else ""
         summed = h.settings.get("summed", 0)
         added = f", {summed} of them, which do not read text, added up" if summed else ""
         return (

@@ -56,6 +56,11 @@ class Checked:
             raise self.wrong(f"{what} must be a number from {low:g} to {high:g}")
         return float(value)
 
+    def flag(self, value: Any, what: str) -> bool:
+        if not isinstance(value, bool):
+            raise self.wrong(f"{what} is not true or false")
+        return value
+
     def entries(self, value: Any, what: str, limit: int) -> list[Any]:
         if not isinstance(value, list) or len(value) > limit:
             raise self.wrong(f"{what} must be a list of at most {limit} entries")

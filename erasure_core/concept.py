@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .port import ModelPort, TextStates, TokenKind
+from .vocabulary import VOCABULARY
 
 MAX_CONCEPTS = 1000
 MAX_WORDS_CHARACTERS = 2000
@@ -35,10 +37,14 @@ class Concept:
 
 @dataclass(frozen=True)
 class ConceptSpec:
-    """The whole request: concepts to erase and words whose pictures must not change."""
+    """The whole request: concepts to erase and words whose pictures must not change.
+
+    With ``everyday``, methods hold common words as well, those of :func:`everyday`.
+    """
 
     erase: tuple[Concept, ...]
     keep: tuple[str, ...] = ()
+    everyday: bool = False
 
     def __post_init__(self) -> None:
         if not self.erase:
@@ -75,7 +81,7 @@ class ConceptSpec:
                 )
 
     @classmethod
-    def parse(cls, concept: str, replace_with: str = "", keep: str = "") -> ConceptSpec:
+    def parse(cls, concept: str, replace_with: str = "", keep: str = "", *, everyday: bool = False) -> ConceptSpec:
         """Read the three text boxes of the Erase Concept node.
 
         ``concept``: one concept a line, aliases after commas ("cat, kitty"). ``replace_with``: one line for all
@@ -97,7 +103,7 @@ class ConceptSpec:
             )
         kept = dict.fromkeys(_split(keep, ",\n"))
         erase = tuple(Concept(tuple(words), to) for words, to in zip(groups, targets, strict=False))
-        return cls(erase, tuple(kept))
+        return cls(erase, tuple(kept), everyday)
 
     def union(self, other: ConceptSpec) -> ConceptSpec:
         """Both requests as one: a word that either erases is not kept."""
@@ -106,7 +112,12 @@ class ConceptSpec:
         erase = self.erase + tuple(c for c in extra if c.words)
         erased = {_fold(w) for c in erase for w in c.words}
         keep = [w for w in dict.fromkeys((*self.keep, *other.keep)) if _fold(w) not in erased]
-        return ConceptSpec(erase, tuple(keep))
+        return ConceptSpec(erase, tuple(keep), self.everyday or other.everyday)
+
+    @property
+    def kept(self) -> str:
+        """What is held beside the empty prompt, for people; empty where nothing is."""
+        return ", ".join([*self.keep, *(["everyday words"] if self.everyday else [])])
 
 
 _JOINERS = {0x200C, 0x200D, *range(0xE0020, 0xE0080)}
@@ -217,6 +228,23 @@ def paired_rows(source: TextStates, target: TextStates, rule: Rows) -> tuple[Ten
     return c[:n], to[:n]
 
 
+_ALIKE = 0.5
+"""Everyday words that are as like an erased word as this (cosine) are not held. On the testbed's encoder other words for one
+thing are at 0.85 or more, and few others above 0.5."""
+
+
+def everyday(port: ModelPort, spec: ConceptSpec) -> tuple[str, ...]:
+    """The common words of the vocabulary that an erasure may hold: not those that mean to ``port``'s text encoder what is
+    erased, or nearly. Likeness is the cosine between the means of two words' SUMMARY rows, each without the vocabulary's
+    mean: raw states of any two words are alike."""
+    words = [word for concept in spec.erase for word in concept.words]
+    states = port.text([*VOCABULARY, *words])
+    means = torch.stack([rows_of(text, Rows.SUMMARY).mean(0) for text in states])
+    known, erased = F.normalize(means - means[: len(VOCABULARY)].mean(0)).split([len(VOCABULARY), len(words)])
+    alike = (known @ erased.T).amax(1)
+    return tuple(word for word, a in zip(VOCABULARY, alike.tolist(), strict=True) if a < _ALIKE)
+
+
 @dataclass(frozen=True)
 class EditRows:
     """A concept spec in numbers: ``source`` rows become ``target`` rows, ``keep`` rows stay ([n, D], [n, D], [m, D])."""
@@ -243,7 +271,8 @@ def edit_rows(
         for word in concept.words
         for s, t in [(template.format(word), template.format(concept.to) if concept.to else "")]
     ]
-    keeps = expand(spec.keep, templates)
+    common = everyday(port, spec) if spec.everyday else ()
+    keeps = [*expand(spec.keep, templates), *common]
     prompts = list(dict.fromkeys([*(p for pair in pairs for p in pair), *keeps, ""]))
     states = dict(zip(prompts, port.text(prompts), strict=True))
     matched = [paired_rows(states[s], states[t], rule) for s, t in dict.fromkeys(pairs)]

@@ -30,8 +30,12 @@ class Layout(StrEnum):
 
 
 def spec_json(spec: ConceptSpec) -> dict[str, Any]:
-    """``erase`` and ``keep`` as plain values."""
-    return {"erase": [{"words": list(c.words), "to": c.to} for c in spec.erase], "keep": list(spec.keep)}
+    """``erase``, ``keep`` and ``everyday`` as plain values."""
+    return {
+        "erase": [{"words": list(c.words), "to": c.to} for c in spec.erase],
+        "keep": list(spec.keep),
+        "everyday": spec.everyday,
+    }
 
 
 def read_spec(read: Checked, raw: dict[str, Any]) -> ConceptSpec:
@@ -51,6 +55,7 @@ def read_spec(read: Checked, raw: dict[str, Any]) -> ConceptSpec:
                 for c in erase
             ),
             tuple(read.text(k, "keep") for k in read.entries(raw.get("keep", []), "keep", 100_000)),
+            read.flag(raw.get("everyday", False), "everyday"),
         )
     except ConceptError as error:
         raise read.wrong(str(error)) from None

@@ -29,7 +29,6 @@ from .methods.registry import setting
 from .operators.memory import Mode, Placement, PromptMemory, SavedMemory
 from .operators.train_loop import Optimiser, Phase, Trainer, cosine
 from .operators.trainable import Cond, TrainableModel, TrainablePort
-from .vocabulary import VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def losses(
 
 def suppress(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> SavedMemory:
     """Learn a memory that takes the concept out of pictures. Without kept words, everyday words are held."""
-    prompts = Prompts(port, spec if spec.keep else replace(spec, keep=everyday(spec)), aids.dark)
+    prompts = Prompts(port, replace(spec, everyday=spec.everyday or not spec.keep), aids.dark)
     words = [prompts.pairs[i % len(prompts.pairs)] for i in range(settings.pictures)]
     generator = torch.Generator().manual_seed(settings.seed)
     kept = [prompts.keep[i] for i in torch.randperm(len(prompts.keep), generator=generator)]
@@ -151,9 +150,3 @@ def suppress(port: TrainablePort, spec: ConceptSpec, settings: Settings, progres
         trainer.run(lambda done, total: progress(steps + done, steps + total), aids.watch)
         header = erasure_of(port, spec, "suppress", settings, {}).header
         return SavedMemory.of(memory, header, Mode.SUPPRESS)
-
-
-def everyday(spec: ConceptSpec) -> tuple[str, ...]:
-    """Common words that the request neither erases nor draws instead."""
-    named = " ".join(word for c in spec.erase for word in (*c.words, c.to)).casefold().split()
-    return tuple(word for word in VOCABULARY if word not in named)

@@ -111,7 +111,13 @@ class EraseConcept(io.ComfyNode):
                     default="",
                     placeholder="dog, tiger, horse",
                     tooltip="What must look as before, by commas or lines. Name what is similar to the concept: that is "
-                    "what would suffer. On the demo model name ten things or more: left empty, all pictures suffer there.",
+                    "what would suffer.",
+                ),
+                io.Boolean.Input(
+                    "keep_everyday",
+                    default=True,
+                    tooltip="Also hold some 230 everyday words for things, animals, people and places, but those that mean "
+                    "what is erased. Off: pictures of all that keep doesn't name may change. SPEED never holds them.",
                 ),
                 io.Combo.Input(
                     "quality",
@@ -174,6 +180,7 @@ class EraseConcept(io.ComfyNode):
         concept,
         replace_with,
         keep,
+        keep_everyday,
         quality,
         method=None,
         vae=None,
@@ -182,7 +189,7 @@ class EraseConcept(io.ComfyNode):
         judge=None,
         resume=False,
     ) -> io.NodeOutput:
-        spec = ConceptSpec.parse(concept, replace_with, keep)
+        spec = ConceptSpec.parse(concept, replace_with, keep, everyday=keep_everyday)
         if method is None and quality not in PRESETS:
             raise ValueError(f"quality: {quality!r} is none of {', '.join(PRESETS)}")
         name, settings = method or (PRESETS[quality].method, PRESETS[quality].settings_on(family_of(model)))

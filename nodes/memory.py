@@ -175,7 +175,7 @@ class LearnSafePromptMemory(io.ComfyNode):
         cls, model, clip, concept, replace_with, keep, mode, rows, placement, iterations, learning_rate, weights_rate,
         seed, vae=None,
     ) -> io.NodeOutput:  # fmt: skip
-        spec = ConceptSpec.parse(concept, replace_with, keep)
+        spec = ConceptSpec.parse(concept, replace_with, keep, everyday=not keep.strip())
         _choice("mode", mode, [m.value for m in Mode])
         _choice("placement", placement, _BLOCKS)
         common = {"iterations": iterations, "rows": rows, "placement": _BLOCKS[placement], "seed": seed}

@@ -42,7 +42,8 @@ def sample_graph(prompts: Sequence[str], seed: int, batch: int, erase: Json | No
     }
     model: list[Any] = ["demo", 0]
     if erase is not None:
-        inputs = {"model": ["demo", 0], "clip": ["demo", 1], "replace_with": "", "keep": "", "quality": "fast"} | erase
+        words = {"replace_with": "", "keep": "", "keep_everyday": True, "quality": "fast"} | erase
+        inputs = {"model": ["demo", 0], "clip": ["demo", 1], **words}
         graph["erase"] = {"class_type": "ErasureEraseConcept", "inputs": inputs}
         model = ["erase", 0]
     for i, prompt in enumerate(prompts):

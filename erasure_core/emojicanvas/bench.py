@@ -44,7 +44,7 @@ from .pair_page import pairs_page
 from .pair_quality import EACH
 from .passes_page import passes_page
 from .peak_page import peak_page
-from .rows import RESULTS, Bench, Plan, flags
+from .rows import RESULTS, Bench, Keep, Plan, flags
 from .splits import SCORING, STYLE_OBJECTS, TUNING, Shot, erasings
 from .studio import Sampler, Studio, to_bytes
 from .weights import BUNDLE, JUDGE
@@ -135,7 +135,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="pictures a kept object (effect 2, tune 1)")
     parser.add_argument("--replace-with", default="", help="what erased things become; nothing by default")
     parser.add_argument(
-        "--keep-nothing", action="store_true", help="effect: don't tell erasers what to keep; a page of its own"
+        "--keep",
+        type=Keep,
+        choices=list(Keep),
+        default=Keep.NAMED,
+        help="effect: what erasers are told to keep; a page for each",
     )
     parser.add_argument("--steps", type=int, default=Sampler.steps)
     parser.add_argument("--cfg", type=float, default=Sampler.cfg)
@@ -173,7 +177,7 @@ def main() -> None:
         CACHE / fingerprint,
         a.batch,
         tuple(a.only or (QUICK_CONCEPTS if a.quick else CONCEPTS if a.what == "leaderboard" else ())),
-        keep_named=not a.keep_nothing,
+        keep=a.keep,
     )
     if unknown := set(a.only) - {e.key for e in erasings(split)}:
         parser.error(

@@ -14,7 +14,7 @@ from ..metrics.rates import Rate, pooled
 from . import perceptual
 from .bench_settings import settings_for
 from .engines import Task, processes
-from .rows import MEASURES, RESULTS, Bench
+from .rows import MEASURES, RESULTS, Bench, Keep
 from .splits import erasings
 
 
@@ -71,16 +71,26 @@ def table(rows: Sequence[Mapping]) -> str:
     return "\n".join(lines)
 
 
-def _page(bench: Bench) -> tuple[str, str, str, str]:
-    """Name, title and command of the page, and what erasers were told to keep."""
-    if bench.plan.keep_named:
-        return "effect", "Effect of erasing on EmojiCanvas", "", (
-            "All of these were named in *keep*, which is the best case; for the worst one see "
-            "[nothing named](effect_keep_nothing.md)."
-        )  # fmt: skip
-    return "effect_keep_nothing", "Effect of erasing when nothing is named to keep", " --keep-nothing", (
-        "None of these was named in *keep*, which was left empty."
-    )  # fmt: skip
+_PAGES = {
+    Keep.NAMED: (
+        "effect",
+        "Effect of erasing on EmojiCanvas",
+        "All of these were named in *keep*, which is the best case; see also [everyday words](effect_keep_everyday.md) and "
+        "[nothing](effect_keep_nothing.md).",
+    ),
+    Keep.EVERYDAY: (
+        "effect_keep_everyday",
+        "Effect of erasing when everyday words are kept",
+        "None of these was named in *keep*; everyday words were held, as Erase Concept does by default. Of the objects here "
+        "their list names all but the bomb and the cigarette, of the styles none as captions do.",
+    ),
+    Keep.NOTHING: (
+        "effect_keep_nothing",
+        "Effect of erasing when nothing is kept",
+        "None of these was named in *keep*, which was left empty, and everyday words were not held either.",
+    ),
+}
+"""Name and title of the page, and what erasers were told to keep."""
 
 
 def effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool, jobs: int) -> None:
@@ -91,7 +101,8 @@ def effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool, j
     paths = [bench.row_path(e, m, s) for e in erasings(bench.plan.split) for m, s in known.items()]
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
     s, judge = bench.plan.sampler, bench.studio.judge
-    page, title, option, kept = _page(bench)
+    page, title, kept = _PAGES[bench.plan.keep]
+    option = "" if bench.plan.keep is Keep.NAMED else f" --keep {bench.plan.keep}"
     option += " --bf16" if s.bf16 else ""
     text = f"""# {title}
 

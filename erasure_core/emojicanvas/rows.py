@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,21 @@ def measure(
     return figures(asked, erasing, pictures, studio.judge), float(perceptual.distance(pictures["kept"], base).mean())
 
 
-def spec_of(erasing: Erasing, replace_with: str = "", keep_named: bool = True) -> ConceptSpec:
-    """The request: its names and named aliases; every other object and style is kept, unless nothing is named."""
-    keep = tuple(k for k in erasing.keep() if k != replace_with) if keep_named else ()
-    return ConceptSpec(tuple(Concept(words, replace_with) for words in erasing.words()), keep)
+class Keep(StrEnum):
+    """What erasers are told to keep."""
+
+    NAMED = "named"
+    """Every other object and style."""
+    EVERYDAY = "everyday"
+    """Everyday words, as the node Erase Concept does where nothing is named."""
+    NOTHING = "nothing"
+
+
+def spec_of(erasing: Erasing, replace_with: str = "", told: Keep = Keep.NAMED) -> ConceptSpec:
+    """The request: its names and named aliases, and what is to be kept."""
+    keep = tuple(k for k in erasing.keep() if k != replace_with) if told is Keep.NAMED else ()
+    erase = tuple(Concept(words, replace_with) for words in erasing.words())
+    return ConceptSpec(erase, keep, told is Keep.EVERYDAY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +111,7 @@ class Plan:
     batch: int = 32
     only: tuple[str, ...] = ()
     """Erase these alone, of what the split erases, by :attr:`Erasing.key`."""
-    keep_named: bool = True
-    """Tell erasers what to keep: every other object and style."""
+    keep: Keep = Keep.NAMED
 
     def studio(self) -> Studio:
         return Studio(EmojiCanvas.load(self.model), Judge.load(self.judge), self.sampler, self.folder, self.batch)
@@ -141,7 +152,8 @@ class Bench:
 
     def path(self, folder: str, ending: str, *key: Any) -> Path:
         """The file in which a result is kept that depends on ``key``, beside model and judge."""
-        text = json.dumps([*key, *([] if self.plan.keep_named else ["nothing kept"])], sort_keys=True)
+        told = [] if self.plan.keep is Keep.NAMED else [f"{self.plan.keep} kept"]
+        text = json.dumps([*key, *told], sort_keys=True)
         return self.plan.folder / folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}{ending}"
 
     def row_path(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> Path:
@@ -162,7 +174,7 @@ class Bench:
         keep(self.row_path(erasing, method, settings), self._row(erasing, self.asked(erasing), method, settings))
 
     def spec(self, erasing: Erasing) -> ConceptSpec:
-        return spec_of(erasing, self.plan.replace_with, self.plan.keep_named)
+        return spec_of(erasing, self.plan.replace_with, self.plan.keep)
 
     def erasure_path(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> Path:
         p = self.plan

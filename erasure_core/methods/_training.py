@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..artifact import Delta, Erasure, Fingerprint, Header
-from ..concept import ConceptSpec
+from ..concept import ConceptSpec, everyday
 from ..operators.changes import FullWeights, Init, Layers, LoRA
 from ..operators.checkpoint import Checkpoint
 from ..operators.regress import TargetTerm, keep_term, regress
@@ -61,15 +61,21 @@ class TrainSettings:
         return LoRA(self.layers, self.rank, init=Init.KAIMING) if self.rank else FullWeights(self.layers)
 
 
+_EVERYDAY = 60
+"""Everyday words that a training holds, of all kinds: more would each be met too seldom."""
+
+
 class Prompts:
     """Everything that a spec names, encoded once; conditionings that bring the concept back count as words for it."""
 
     def __init__(self, port: TrainablePort, spec: ConceptSpec, dark: Sequence[Tensor] = ()) -> None:
         pairs = [(word, concept.to) for concept in spec.erase for word in concept.words]
-        texts = list(dict.fromkeys([*(x for pair in pairs for x in pair), *spec.keep, ""]))
+        common = everyday(port, spec) if spec.everyday else ()
+        self.keep = list(dict.fromkeys([*spec.keep, *common[:: -(-len(common) // _EVERYDAY) or 1]]))
+        texts = list(dict.fromkeys([*(x for pair in pairs for x in pair), *self.keep, ""]))
         self._conds = dict(zip(texts, port.conditions(texts), strict=True))
         self.words = [word for word, _ in pairs]
-        self.keep, self.null = list(spec.keep), self._conds[""]
+        self.null = self._conds[""]
         for number, states in enumerate(dark):
             name = f"\0dark {number}"  # no word that anybody can type
             self._conds[name] = self.null.with_context(states[None].to(self.null.context))

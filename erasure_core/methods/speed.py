@@ -13,12 +13,13 @@ augmentation) adds noisy copies along the direction that the layer reads least.
 
 Departures: r and the null-space threshold are relative (to mean squared norms), so one default fits every text width;
 K2 is by default an orthonormal basis of all rows of the empty prompt instead of BOS and three cluster centres, because
-then the unconditional half of guidance does not move at all; keys are edited too if asked for.
+then the unconditional half of guidance does not move at all; keys are edited too if asked for. Everyday words
+(``ConceptSpec.everyday``) are not held: they would use up the directions in which it may erase.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -244,7 +245,8 @@ class LayerEdits:
 def run(port: ModelPort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
     """Erase with SPEED. Seconds; needs no pictures and no network passes."""
     sites = [s for s in text_sites(port) if settings.params != Params.VALUES or s.role is Role.TEXT_VALUE]
-    rows = edit_rows(port, spec, rule=settings.rows, templates=TEMPLATES[settings.templates], dark=aids.dark)
+    named = replace(spec, everyday=False)
+    rows = edit_rows(port, named, rule=settings.rows, templates=TEMPLATES[settings.templates], dark=aids.dark)
     empty = empty_rows(port.text([""])[0].states.cpu().double(), settings.empty_prompt)
     result = build(port, spec, "speed", asdict(settings), LayerEdits(rows, empty, settings), progress, sites)
     if not any(delta.rank for delta in result.deltas.values()):

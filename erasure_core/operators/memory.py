@@ -174,7 +174,7 @@ class SavedMemory:
         h = self.header
         words = "; ".join(", ".join(c.words) + (f" -> {c.to}" if c.to else "") for c in h.spec.erase)
         does = "suppressed while it is applied" if self.mode is Mode.SUPPRESS else "restored in the model that hides it"
-        kept = f"; kept: {', '.join(h.spec.keep)}" if h.spec.keep else ""
+        kept = f"; kept: {h.spec.kept}" if h.spec.kept else ""
         return (
             f"{does}: {words}{kept}\nmemory: {len(self.key)} rows, read by {_READ_BY[self.placement]}; "
             f"method: {h.method}; made for {h.family}; library {h.version}"

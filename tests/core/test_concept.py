@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 
 from erasure_core import Concept, ConceptError, ConceptSpec, Rows, TextStates, TokenKind
 from erasure_core.analytic import AnalyticPort
-from erasure_core.concept import TEMPLATES, clean, edit_rows, expand, paired_rows, rows_of
+from erasure_core.concept import TEMPLATES, clean, edit_rows, everyday, expand, paired_rows, rows_of
+from erasure_core.emojicanvas.model import EmojiCanvas, EmojiCanvasPort
 
 pytestmark = pytest.mark.core
 
@@ -142,6 +145,33 @@ def test_union_erases_both_and_keeps_what_neither_erases(one: list[str], two: li
     assert {w for c in both.erase for w in c.words} == {*one, *two}
     assert set(both.keep) == set(keep) - {*one, *two}
     assert a.union(a) == a
+
+
+@pytest.mark.parametrize(
+    ("concept", "gone", "held"),
+    [
+        ("kitty", {"cat"}, {"dog", "tiger", "house"}),
+        ("automobile\nale", {"car", "beer"}, {"rocket", "bread"}),
+        ("pencil sketch style", {"sketch", "pencil"}, {"pixel", "cat"}),
+        ("cigarette", set(), {"knife", "key"}),
+    ],
+)
+def test_everyday_words_leave_out_what_means_the_concept(concept: str, gone: set[str], held: set[str]) -> None:
+    """Of the demo model's text encoder, which learned what these words mean from captions."""
+    words = set(everyday(EmojiCanvasPort(EmojiCanvas.load()), ConceptSpec.parse(concept)))
+    assert not gone & words and held <= words and len(words) > 200
+
+
+def test_everyday_words_are_held_as_they_stand() -> None:
+    port, spec = AnalyticPort(width=8, blocks=1), ConceptSpec.parse("cat", "", "dog, cat food", everyday=True)
+    assert spec.kept == "dog, cat food, everyday words" and not ConceptSpec.parse("cat").kept
+    words = everyday(port, spec)
+    assert "cat" not in words and len(words) > 100
+    rows = edit_rows(port, spec, rule=Rows.SUMMARY, templates=TEMPLATES["few"]).keep
+    named = edit_rows(port, replace(spec, everyday=False), rule=Rows.SUMMARY, templates=TEMPLATES["few"]).keep
+    assert torch.equal(rows[: len(named)], named)
+    assert torch.equal(rows[len(named) :], torch.cat([rows_of(text, Rows.SUMMARY) for text in port.text(words)]))
+    assert spec.union(ConceptSpec.parse("dog")).everyday and ConceptSpec.parse("dog").union(spec).everyday
 
 
 def states(kinds: str) -> TextStates:

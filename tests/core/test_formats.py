@@ -316,6 +316,16 @@ def header(**changes: object) -> str:
     return json.dumps({k: v for k, v in {**good, **changes}.items() if v is not ...})
 
 
+def test_everyday_words_are_noted() -> None:
+    made = erasure()
+    spec = replace(made.header.spec, everyday=True)
+    text = formats.header_json(replace(made.header, spec=spec), SITES, Layout.LORA)
+    assert (
+        parse_header(text)[0].spec == spec and "everyday words" in replace(made, header=parse_header(text)[0]).summary()
+    )
+    assert not parse_header(header(everyday=...))[0].spec.everyday  # of files from before there were any
+
+
 @pytest.mark.parametrize("field", ["format", "method", "erase", "family", "sites"])
 def test_a_field_that_is_missing(field: str) -> None:
     with pytest.raises(FileError, match=f"header: {field}"):
@@ -330,7 +340,20 @@ JUNK = st.recursive(
 
 @given(
     st.sampled_from(
-        ["format", "layout", "method", "settings", "erase", "keep", "family", "base", "version", "strength", "sites"]
+        [
+            "format",
+            "layout",
+            "method",
+            "settings",
+            "erase",
+            "keep",
+            "everyday",
+            "family",
+            "base",
+            "version",
+            "strength",
+            "sites",
+        ]
     ),
     JUNK,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from erasure_core.operators.regress import TargetTerm, keep_term, regress, shift
 from erasure_core.operators.train_loop import Kind, Optimiser, Phase, Trainer, TrainingFailedError, cosine
 from erasure_core.operators.trainable import Cond, Weights
 from erasure_core.schedule import Space
+from erasure_core.vocabulary import VOCABULARY
 
 pytestmark = pytest.mark.core
 SPEC = ConceptSpec.parse("cat, kitty\nbomb", "", "dog")
@@ -226,6 +228,12 @@ def test_words_are_drawn_evenly(tiny) -> None:
     assert len(rows) == 6 and len(drawn["keep"]) == 6 and len(drawn[NULL]) == 1
     counts = [int((rows == prompts[w].context).flatten(1).all(1).sum()) for w in ("cat", "kitty", "bomb")]
     assert counts == [2, 2, 2]
+
+
+def test_everyday_words_stand_behind_those_that_are_named(tiny) -> None:
+    held = Prompts(tiny, replace(SPEC, everyday=True)).keep
+    assert held[: len(SPEC.keep)] == list(SPEC.keep) and len(held) == len(set(held))
+    assert 30 < len(held) - len(SPEC.keep) <= 60 and set(held) < {*SPEC.keep, *VOCABULARY}
 
 
 @pytest.mark.parametrize("settings", [

@@ -195,6 +195,13 @@ def test_centres_are_a_fixed_point_of_k_means() -> None:
     assert sorted(torch.bincount(nearest).tolist()) == [9, 9, 9]
 
 
+def test_everyday_words_are_not_held() -> None:
+    """They would fill the space that it may erase in."""
+    port = AnalyticPort(width=64, blocks=2)
+    plain, both = (erase(port, ConceptSpec.parse("cat", "", "dog", everyday=e), "speed", PLAIN) for e in (False, True))
+    assert all(torch.equal(d.dense(), both.deltas[name].dense()) for name, d in plain.deltas.items())
+
+
 @pytest.mark.parametrize("keep", ["dog", "\n".join(f"word {i}" for i in range(30))])
 def test_where_nothing_is_free_it_says_so(keep: str) -> None:
     """Twelve rows of the empty prompt fill a text width of ten, and so do thirty kept words: nothing can move."""

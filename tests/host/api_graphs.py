@@ -64,13 +64,15 @@ class Graph:
         *,
         replace_with="",
         keep="",
+        keep_everyday=False,
         quality="fast",
         method=None,
         **aids: Link,
     ) -> Node:
         """MODEL, ERASURE, report. ``method`` is a method's name and those of its settings that are not the default;
         ``aids`` are links to vae, pairs, dark, judge."""
-        inputs = {"model": model, "clip": clip, "concept": concept, "replace_with": replace_with, "keep": keep, **aids}
+        inputs = {"model": model, "clip": clip, "concept": concept, "replace_with": replace_with, "keep": keep}
+        inputs |= {"keep_everyday": keep_everyday, **aids}
         if method:
             name, changed = method
             widgets = {f.name: f.default for f in dataclasses.fields(all_methods()[name].settings)} | changed
