@@ -65,14 +65,19 @@ class Settings:
     )
     learning_rate: float = setting(2e-4, RATE, low=1e-8, high=1.0, step=1e-5)
     population: int = setting(
-        8, "Embeddings that search for a way back, side by side, all the time.", low=1, high=64, step=1
+        4,
+        "Embeddings that search for a way back, side by side, all the time. They share the pictures of a step: of fewer, "
+        "each finds its way sooner.",
+        low=1,
+        high=64,
+        step=1,
     )
     life: int = setting(
-        160, "Steps until such an embedding starts anew elsewhere. A longer life finds better hidden ways.",
+        320, "Steps until such an embedding starts anew elsewhere. A longer life finds better hidden ways.",
         low=1, high=100000, step=10,
     )  # fmt: skip
     attack_rate: float = setting(
-        0.03, "Size of their steps, relative to what is searched.", low=1e-6, high=10.0, step=1e-3
+        0.02, "Size of their steps, relative to what is searched.", low=1e-6, high=10.0, step=1e-3
     )
     negative_guidance: float = setting(
         1.0, "How far beyond the replacement, away from the concept.", low=0.0, high=20.0, step=0.1
@@ -90,7 +95,9 @@ class Settings:
     )
     layers: Layers = setting(Layers.ALL, "Which layers are changed. Less than all leaves ways back.")
     rank: int = setting(32, RANK, low=1, high=512, step=1)
-    batch: int = setting(8, "Pictures of the concept, and of what is kept, per step.", low=1, high=64, step=1)
+    batch: int = setting(
+        8, "Pictures per step: for the search, of the concept, and of what is kept, each.", low=1, high=64, step=1
+    )
     pictures: int = setting(32, "Pictures of the concept that are drawn first, where none are given.",
         low=1, high=10000, step=1)  # fmt: skip
     guidance: float = setting(4.0, "Guidance of the pictures that training looks at.", low=0.0, high=30.0, step=0.5)
@@ -207,15 +214,16 @@ def attack_loss(
     model: TrainableModel, adversaries: Adversaries, null: Cond, settings: Settings, generator: torch.Generator
 ) -> Tensor:
     """How far each adversary is from the original network's prediction for the concept's words: the sum over the population
-    of means over elements, so that one's gradient does not shrink with their number."""
-    n = adversaries.count
-    parts = torch.randperm(n, generator=generator)  # or one and the same always had the cleanest latents
-    t = times(model, settings, (parts + torch.rand(n, generator=generator)) / n)
-    owners = [adversaries.concept(k) for k in range(n)]
+    of means over its pictures and their elements, so that one's gradient does not shrink with their number."""
+    n, each = adversaries.count, max(1, settings.batch // adversaries.count)
+    parts = torch.randperm(n * each, generator=generator)  # or one and the same always had the cleanest latents
+    t = times(model, settings, (parts + torch.rand(n * each, generator=generator)) / (n * each))
+    owners = [adversaries.concept(k // each) for k in range(n * each)]
     z = noised(model, [_pick(c.pictures, generator) for c in owners], t)
     conds = {ERASE: Cond.cat([c.word(generator) for c in owners]), NULL: null}
     original = predictions_of(model, z, t, conds, conds, Weights.FROZEN, grad=False)
-    return n * relative(model.predict(z, t, adversaries.read(adversaries.now)), original[ERASE], original)
+    reads = adversaries.read(adversaries.now.repeat_interleave(each, 0))
+    return n * relative(model.predict(z, t, reads), original[ERASE], original)
 
 
 def erase_loss(

@@ -70,24 +70,31 @@ def shares(prediction: Tensor, target: Tensor, signal: Tensor) -> Tensor:
     return torch.stack(parts).mean() * (sum(size) / len(size))
 
 
-def test_each_embedding_is_drawn_to_what_the_original_sees_in_its_own_concept(tiny64, model, passes, null) -> None:
+@pytest.mark.parametrize("each", [1, 2])
+def test_each_embedding_is_drawn_to_what_the_original_sees_in_its_own_concept(
+    tiny64, model, passes, null, each: int
+) -> None:
     concepts = [concept(0), concept(10)]
     adversaries = population(null, concepts, population=4)
-    settings = Settings(least_noise=0.5)
+    settings = Settings(least_noise=0.5, batch=4 * each)
     loss = adversarial.attack_loss(model, adversaries, null, settings, torch.Generator().manual_seed(3))
     (frozen, _, _, both, target), (student, z, t, reads, _) = passes
-    words, empty = both.split(4)
-    assert (frozen, student) == ("frozen", "student") and torch.equal(empty, null.context.expand(4, -1, -1))
-    assert sorted(((t - 500) * 4 // 500).tolist()) == [0, 1, 2, 3], "one time from every part of what is trained"
-    for k in range(4):
-        own = concepts[k % 2]
+    words, empty = both.split(4 * each)
+    assert (frozen, student) == ("frozen", "student") and torch.equal(empty, null.context.expand(4 * each, -1, -1))
+    places = sorted(((t - 500) * 4 * each // 500).tolist())
+    assert places == list(range(4 * each)), "one time from every part of what is trained"
+    for k in range(4 * each):
+        number = k // each
+        own = concepts[number % 2]
         assert any(torch.equal(words[k], word.context[0]) for word in own.words)
         signal, noise = (
             tiny64.schedule.add_noise(x, 1 - x, t[k : k + 1]) for x in torch.eye(2)[:, :, None, None, None]
         )
         rest = (z[k] - signal.flatten()[0] * own.pictures[0]) / noise.flatten()[0]
         assert 0.3 < float(rest.std()) < 2, "what is left of the latent is noise"
-        assert torch.equal(reads[k, 1:], adversaries.now[k].detach()) and torch.equal(reads[k, :1], null.context[0, :1])
+        assert torch.equal(reads[k, 1:], adversaries.now[number].detach()) and torch.equal(
+            reads[k, :1], null.context[0, :1]
+        )
     plain = [tiny64.unet(z, t, states) for states in (words, empty)]
     assert torch.allclose(target, torch.cat(plain))
     assert torch.allclose(loss, 4 * shares(model.predict(z, t, Cond(reads)), plain[0], plain[0] - plain[1]))

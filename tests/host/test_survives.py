@@ -154,6 +154,20 @@ def test_embeddings_can_be_erased_and_kept(server: ComfyServer) -> None:
     assert all(not torch.equal(w, before[site]) for site, w in changed.items())
 
 
+def test_an_embedding_that_was_written_anew_is_read_anew(server: ComfyServer) -> None:
+    """What the CLIP said of its name before is not what it says now."""
+    rows = torch.randn(2, 2, 128, generator=torch.Generator().manual_seed(1)) * 0.3
+    made = []
+    for content in rows:
+        save_file({"clip_l": content}, server.models / "embeddings" / "anew.safetensors")
+        g = Graph()
+        model, clip, _ = g.demo()
+        node = g.weights(g.erase(g.again(model), clip, "embedding:anew", keep="dog")[0])
+        server.run(g.api)
+        made.append(weights(server, g, node))
+    assert all(not torch.equal(w, made[1][site]) for site, w in made[0].items())
+
+
 @pytest.mark.parametrize("concept", ["embedding:missing", "cat, embedding:missing", "embedding:wide"])
 def test_missing_embeddings_are_named(server: ComfyServer, concept: str) -> None:
     """ComfyUI drops an embedding that it can't find or that is of another width; erasing nothing would look like success."""
@@ -212,14 +226,17 @@ def test_unknown_choices(server: ComfyServer) -> None:
 # What is connected
 
 
-@pytest.mark.parametrize("method", ["uce", "rece", "speed"])
-def test_model_without_cross_attention(server: ComfyServer, method: str) -> None:
+@pytest.mark.parametrize(("method", "name"), [("uce", "Flux"), ("rece", "Flux"), ("speed", "Flux"), ("uce", "Video")])
+def test_model_without_cross_attention(server: ComfyServer, method: str, name: str) -> None:
+    """Flux has no attn2; that of LTX-Video reads what a projection makes of the text."""
     g = Graph()
     _, clip, _ = g.demo()
-    flux = g.add("ProbeFluxModel")[0]
-    g.show(g.erase(flux, clip, "cat", method=(method, {}))[2])
+    other = g.add(f"Probe{name}Model")[0]
+    g.show(g.erase(other, clip, "cat", method=(method, {}))[2])
     sentence = refusal(server, g)
-    assert sentence.startswith("model: flux has no separate text cross-attention (attn2.to_k / to_v)")
+    assert sentence.startswith(
+        f"model: {'ltxv' if name == 'Video' else 'flux'} has no separate text cross-attention (attn2.to_k / to_v)"
+    )
     assert sentence.endswith("It works on SD 1.x, SD 2.x and SDXL checkpoints")
 
 

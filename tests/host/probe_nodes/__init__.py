@@ -110,6 +110,21 @@ class FluxModel(Probe):
         return (comfy.model_patcher.ModelPatcher(config.get_model({}, device=cpu), cpu, cpu),)
 
 
+class VideoModel(Probe):
+    """A tiny MODEL of a transformer whose attn2 reads a projection of the text."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+    RETURN_TYPES, OUTPUT_NODE = ("MODEL",), False
+
+    def run(self):
+        small = dict(in_channels=8, cross_attention_dim=32, attention_head_dim=8, num_attention_heads=4)
+        small |= dict(caption_channels=16, num_layers=1)
+        config = comfy.supported_models.LTXV(dict(image_model="ltxv", **small))
+        config.set_inference_dtype(torch.float32, None)
+        cpu = torch.device("cpu")
+        return (comfy.model_patcher.ModelPatcher(config.get_model({}, device=cpu), cpu, cpu),)
+
+
 def pack(module: str):
     """A module of the pack under test, as ComfyUI loaded it."""
     return next(m for name, m in list(sys.modules.items()) if name.endswith(f"concept-erasure.{module}"))
@@ -307,6 +322,7 @@ NODES = (
     Effective,
     TextStates,
     FluxModel,
+    VideoModel,
     Stored,
     TinyXL,
     Replica,
