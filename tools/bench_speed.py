@@ -19,7 +19,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,20 @@ def loops(port: Any, count: int, rows: Any, ridge: float, part: int) -> dict[str
     return out
 
 
+def everyday(port: Any, spec: Any, erase: Callable[..., Any], rounds: int) -> dict[str, Any]:
+    """What it costs to hold everyday words too: encoding them, once, and then erasing."""
+    vocabulary = sys.modules["pack.erasure_core.vocabulary"].VOCABULARY
+    start = time.perf_counter()
+    port.text(vocabulary)
+    out: dict[str, Any] = {"prompts": len(vocabulary), "text": time.perf_counter() - start}
+    both = replace(spec, everyday=True)
+    for method in ("uce", "rece"):  # SPEED does not hold them
+        got = measure(lambda method=method: erase(method=method, spec=both), rounds)
+        out[method] = got.figures()
+        print(f"{method} with everyday words: {got.seconds:.3f} s, {got.memory / 1e6:.0f} MB", flush=True)
+    return out
+
+
 def bench(family: str, counts: Sequence[int], published: bool, sample: bool, rounds: int) -> dict[str, Any]:
     """All figures of one family, those of the published loops and of sampling only where asked for."""
     import comfy.sd
@@ -249,6 +263,8 @@ def bench(family: str, counts: Sequence[int], published: bool, sample: bool, rou
                     print(f"{family}: {method}, {count}: {got.seconds:.3f} s, {got.memory / 1e6:.0f} MB", flush=True)
                     if (method, count) == ("uce", 1):
                         example = got.result[0]
+                if count == 1:
+                    out["everyday"] = everyday(port, spec, erase, rounds)
                 if published:
                     ridge = 1e-3 * linear_edit.mean_square(rows.source)
                     out["published"] |= loops(port, count, rows, ridge, PART[family])
@@ -303,6 +319,15 @@ def table(results: dict[str, Any]) -> str:
         encoded = [text.get(str(n)) for n in COUNTS]
         shown = [f"{t['seconds']:.1f} s ({t['prompts']} prompts)" if t and t["seconds"] else "not run" for t in encoded]
         lines += [f"| encoding the text, apart | {shown[0]} | {shown[1]} | | |", ""]
+        if "everyday" in figures:
+            e = figures["everyday"]
+            most = max(e[m]["memory"] for m in ("uce", "rece")) / 1e6
+            lines += [
+                f"With everyday words held too, as Erase Concept does by default, one concept takes "
+                f"{e['uce']['seconds']:.2f} s (UCE) and {e['rece']['seconds']:.2f} s (RECE), at most {most:.0f} MB on top; "
+                f"encoding them, once for each text encoder, {e['text']:.1f} s ({e['prompts']} prompts).",
+                "",
+            ]
         if "sampling" in figures:
             s = figures["sampling"]
             lines += [

@@ -159,6 +159,19 @@ def test_half_precision_and_other_layouts_keep_it(server: ComfyServer, saved: Pa
     assert not (server.models / "loras" / f"{stem}.receipt.png").exists(), "the pictures stayed with the first file"
 
 
+def test_an_erasure_saved_over_itself_keeps_its_picture(server: ComfyServer, saved: Path) -> None:
+    stem = name()
+    kinds = ("safetensors", "receipt.json", "receipt.png")
+    for kind in kinds:
+        (saved.with_name(f"{stem}.{kind}")).write_bytes(saved.with_name(f"{saved.stem}.{kind}").read_bytes())
+    picture = saved.with_name(f"{stem}.receipt.png").read_bytes()
+    g = Graph()
+    g.save(g.load(f"loras/{stem}.safetensors")[0], stem, overwrite=True)
+    server.run(g.api)
+    assert saved.with_name(f"{stem}.receipt.png").read_bytes() == picture
+    assert "receipt: bomb suppressed by" in reported(server, f"loras/{stem}.safetensors")
+
+
 def test_what_is_overwritten_takes_its_receipt_with_it(server: ComfyServer) -> None:
     g, stem = Graph(), name()
     g.save(receipt(g, erased(g))[ERASURE], stem)
