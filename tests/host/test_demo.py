@@ -52,16 +52,19 @@ def test_latents_and_pictures(server: ComfyServer, core: EmojiCanvas) -> None:
     assert apart.quantile(0.999) < 2
 
 
-@pytest.mark.parametrize("method", ["uce", "rece", "speed"])
-def test_erasures(server: ComfyServer, core: EmojiCanvas, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "everyday"), [("uce", False), ("rece", False), ("speed", False), ("uce", True), ("rece", True)]
+)
+def test_erasures(server: ComfyServer, core: EmojiCanvas, method: str, everyday: bool) -> None:
     words = {"concept": "cat, kitty\npizza", "replace_with": "dog\ncar", "keep": "tiger, horse"}
     g = Graph()
     model, clip, _ = g.demo()
-    erased = g.erase(model, clip, **words, method=(method, {}))
-    g.save(erased[1], f"core-{method}", folder="erasure", layout=FULL)
+    erased = g.erase(model, clip, **words, keep_everyday=everyday, method=(method, {}))
+    file = f"core-{method}-{everyday}"
+    g.save(erased[1], file, folder="erasure", layout=FULL)
     server.run(g.api)
-    theirs = load(server.models / "erasure" / f"core-{method}.safetensors")
-    ours = erase(EmojiCanvasPort(core), ConceptSpec.parse(**words), method)
+    theirs = load(server.models / "erasure" / f"{file}.safetensors")
+    ours = erase(EmojiCanvasPort(core), ConceptSpec.parse(**words, everyday=everyday), method)
 
     assert theirs.header.spec == ours.header.spec
     assert theirs.header.family == ours.header.family
