@@ -16,9 +16,9 @@ what reads text was not enough on EmojiCanvas: a free search found a way around 
 (docs/results/leaderboard.md).
 
 Each embedding starts near the empty prompt or near one of the concept's words, half of them each, and retires after ``life``
-steps, one at a time, to a store of former ones. Several concepts share them out. They share the pictures of a step, too: what
-one picture says of the way is mostly noise, and few embeddings with several pictures each find theirs in half the steps that
-many with one picture take. An embedding that doesn't find its way before it retires teaches the weights nothing.
+steps, one at a time, to a store of former ones. Several concepts share them out. They share the pictures of a step, too: few
+embeddings with several pictures each find their ways sooner than many with one. On two objects of the tuning split two and four
+did better than eight, on the scoring split two (with a keep weight of 4) did not, so eight is still the default.
 
 Attack and erase look only at the noisier part of the way, where what is drawn is decided, and divide each square by the
 concept's own signal there, || eps_0(x_t, t, c_e) - eps_0(x_t, t, "") ||^2. That signal is small where there is most noise, and
@@ -67,7 +67,7 @@ class Settings:
     )
     learning_rate: float = setting(2e-4, RATE, low=1e-8, high=1.0, step=1e-5)
     population: int = setting(
-        2,
+        8,
         "Embeddings that search for a way back, side by side, all the time. They share the pictures of a step: of fewer, "
         "each finds its way sooner.",
         low=1,
@@ -79,7 +79,7 @@ class Settings:
         low=1, high=100000, step=10,
     )  # fmt: skip
     attack_rate: float = setting(
-        0.02, "Size of their steps, relative to what is searched.", low=1e-6, high=10.0, step=1e-3
+        0.03, "Size of their steps, relative to what is searched.", low=1e-6, high=10.0, step=1e-3
     )
     negative_guidance: float = setting(
         1.0, "How far beyond the replacement, away from the concept.", low=0.0, high=20.0, step=0.1
@@ -93,7 +93,7 @@ class Settings:
         step=0.05,
     )
     keep_weight: float = setting(
-        4.0, "How hard the kept words and the empty prompt are held.", low=0.0, high=1e6, step=0.1
+        2.0, "How hard the kept words and the empty prompt are held.", low=0.0, high=1e6, step=0.1
     )
     layers: Layers = setting(Layers.ALL, "Which layers are changed. Less than all leaves ways back.")
     rank: int = setting(32, RANK, low=1, high=512, step=1)
