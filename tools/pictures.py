@@ -121,6 +121,10 @@ def single_nodes(info: Json) -> dict[str, Json]:
         "ErasureEraseConcept": SEVERAL,
         "ErasureSave": {"name": "no-bomb"},
         "ErasureLoad": {"file": f"loras/{SHARED_FILE}.safetensors"},
+        "ErasureLoadDarkEmbeddings": {"file": "what-is-left"},
+        "ErasureLoadPairs": {"file": "dog-pairs.safetensors"},
+        "ErasureLoadPromptMemory": {"file": "key-to-beer.safetensors"},
+        "ErasureJudgeONNX": {"file": "classifier.onnx"},
     }
     sizes = {"ErasureEraseConcept": (400, 330)}
     loose = {
@@ -143,10 +147,7 @@ def single_nodes(info: Json) -> dict[str, Json]:
         open_ = {name: required.pop(name) for name in list(required) if required[name][0] in loose}
         schema["input"]["optional"] = open_ | schema["input"].get("optional", {})
         graph = Graph({kind: schema}, kind)
-        try:
-            graph.place(0, 0, graph.node(kind, sizes.get(kind, (330, 0)), **values.get(kind, {})))
-        except ValueError:  # it loads a file of a kind that is not here
-            continue
+        graph.place(0, 0, graph.node(kind, sizes.get(kind, (330, 0)), **values.get(kind, {})))
         graphs[kind] = graph.data()
     return graphs
 
