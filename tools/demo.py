@@ -58,7 +58,7 @@ def make_sheet(
     before = sample(client, prompts, batch)
     after = sample(client, prompts, batch, erase)
     subtitle = (
-        f"EmojiCanvas demo model, Erase Concept: concept “{erase['concept']}”, keep “{erase['keep']}”, "
+        f"EmojiCanvas demo model, Erase Concept: concept “{erase['concept']}”, keep “{erase['keep']}” and everyday words, "
         f"quality {erase['quality']}. "
         f"Each column shows the same {batch} seeds before and after."
     )
