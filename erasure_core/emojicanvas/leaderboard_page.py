@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..metrics.judge_error import Corrected
-from .bench_settings import ATTACKS
+from .bench_settings import ATTACKS, settings_for
 from .rows import RESULTS, Bench
 from .siege import ASKING, PICTURES, titles
 
@@ -41,6 +41,8 @@ def write_page(bench: Bench, contest: Contest, found: Sequence[Standing], cost: 
     options += "" if page == PAGE else f" --page {page}"
     changed = [f"{a}.{k}={v}" for a, settings in contest.budgets.items() for k, v in settings.items()]
     options += f" --budget {' '.join(changed)}" if changed else ""
+    set_ = [f"{m}.{k}={v}" for m, s in contest.chosen.items() for k, v in s.items() if v != settings_for(m).get(k)]
+    options += f" --set {' '.join(set_)}" if set_ else ""
     judge = bench.studio.judge
     settings = "\n".join(f"- {titles([a])[a]}: {_budget(a, contest.budgets.get(a, {}))}" for a in attacks)
     text = f"""# {page.replace("_", " ").capitalize()}

@@ -17,8 +17,8 @@ what reads text was not enough on EmojiCanvas: a free search found a way around 
 
 Each embedding starts near the empty prompt or near one of the concept's words, half of them each, and retires after ``life``
 steps, one at a time, to a store of former ones. Several concepts share them out. They share the pictures of a step, too: few
-embeddings with several pictures each find their ways sooner than many with one. On two objects of the tuning split two and four
-did better than eight, on the scoring split two (with a keep weight of 4) did not, so eight is still the default.
+embeddings with several pictures each find their ways sooner than many with one. Four of them, with a longer life, hold better
+against a search and disturb more (docs/results/adversarial_longer_life.md, one object); the defaults are the leaderboard's.
 
 Attack and erase look only at the noisier part of the way, where what is drawn is decided, and divide each square by the
 concept's own signal there, || eps_0(x_t, t, c_e) - eps_0(x_t, t, "") ||^2. That signal is small where there is most noise, and
