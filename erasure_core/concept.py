@@ -272,7 +272,7 @@ def edit_rows(
         for s, t in [(template.format(word), template.format(concept.to) if concept.to else "")]
     ]
     common = everyday(port, spec) if spec.everyday else ()
-    keeps = [*expand(spec.keep, templates), *common]
+    keeps = list(dict.fromkeys([*expand(spec.keep, templates), *common]))  # a word twice would weigh twice
     prompts = list(dict.fromkeys([*(p for pair in pairs for p in pair), *keeps, ""]))
     states = dict(zip(prompts, port.text(prompts), strict=True))
     matched = [paired_rows(states[s], states[t], rule) for s, t in dict.fromkeys(pairs)]

@@ -46,7 +46,8 @@ def merge(port: ModelPort, erasures: Sequence[Erasure]) -> Erasure:
     for erasure in erasures:
         erasure.check_fits(every)
     spec = reduce(lambda a, b: a.union(b), (e.header.spec for e in erasures))
-    rows = [edit_rows(port, e.header.spec, rule=Rows.SUMMARY, templates=_TEMPLATES).source for e in erasures]
+    erased = [replace(e.header.spec, keep=(), everyday=False) for e in erasures]
+    rows = [edit_rows(port, s, rule=Rows.SUMMARY, templates=_TEMPLATES).source for s in erased]
     keep = edit_rows(port, spec, rule=Rows.SUMMARY, templates=_TEMPLATES).keep
     moments = [e.T @ e for e in rows]
     gram = sum(moments, keep.T @ keep)

@@ -123,7 +123,8 @@ def losses(
 
 def suppress(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> SavedMemory:
     """Learn a memory that takes the concept out of pictures. Without kept words, everyday words are held."""
-    prompts = Prompts(port, replace(spec, everyday=spec.everyday or not spec.keep), aids.dark)
+    spec = replace(spec, everyday=spec.everyday or not spec.keep)
+    prompts = Prompts(port, spec, aids.dark)
     words = [prompts.pairs[i % len(prompts.pairs)] for i in range(settings.pictures)]
     generator = torch.Generator().manual_seed(settings.seed)
     kept = [prompts.keep[i] for i in torch.randperm(len(prompts.keep), generator=generator)]

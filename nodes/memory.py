@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -175,7 +176,8 @@ class LearnSafePromptMemory(io.ComfyNode):
         cls, model, clip, concept, replace_with, keep, mode, rows, placement, iterations, learning_rate, weights_rate,
         seed, vae=None,
     ) -> io.NodeOutput:  # fmt: skip
-        spec = ConceptSpec.parse(concept, replace_with, keep, everyday=not keep.strip())
+        spec = ConceptSpec.parse(concept, replace_with, keep)
+        spec = replace(spec, everyday=not spec.keep)
         _choice("mode", mode, [m.value for m in Mode])
         _choice("placement", placement, _BLOCKS)
         common = {"iterations": iterations, "rows": rows, "placement": _BLOCKS[placement], "seed": seed}

@@ -117,7 +117,7 @@ model trained for {bench.studio.model.steps_trained} steps, {s.steps} Euler step
 - **Rest of the picture**: for the erased prompts, the style where an object was erased, the object where a style was.
 - **Kept distance**: {perceptual.NAME} of kept pictures with and without the erasure, at the same noise.
 - **(n)** behind a kind says over how many erased concepts a method was measured.
-- **Seconds**: of one CPU core, to compute the erasure, without encoding the text. Memory: [peak](peak.md).
+- **Seconds**: of one CPU core, to compute the erasure, encoding the text included. Memory: [peak](peak.md).
 
 A style has no synonyms here; its alias is the bare word ("a neon cat"), which captions never used.
 

@@ -39,10 +39,10 @@ def write_page(bench: Bench, contest: Contest, found: Sequence[Standing], cost: 
     only = [e.key for e in plan.erasings() if e.key != "together"]
     options = f"{' --bf16' if plan.sampler.bf16 else ''} --only {' '.join(only)} --attack {' '.join(attacks)}"
     options += "" if page == PAGE else f" --page {page}"
-    changed = [f"{a}.{k}={v}" for a, settings in contest.budgets.items() for k, v in settings.items()]
-    options += f" --budget {' '.join(changed)}" if changed else ""
-    set_ = [f"{m}.{k}={v}" for m, s in contest.chosen.items() for k, v in s.items() if v != settings_for(m).get(k)]
-    options += f" --set {' '.join(set_)}" if set_ else ""
+    budgets = [f"{a}.{k}={v}" for a, settings in contest.budgets.items() for k, v in settings.items()]
+    options += f" --budget {' '.join(budgets)}" if budgets else ""
+    changed = [f"{m}.{k}={v}" for m, s in contest.chosen.items() for k, v in s.items() if v != settings_for(m).get(k)]
+    options += f" --set {' '.join(changed)}" if changed else ""
     judge = bench.studio.judge
     settings = "\n".join(f"- {titles([a])[a]}: {_budget(a, contest.budgets.get(a, {}))}" for a in attacks)
     text = f"""# {page.replace("_", " ").capitalize()}

@@ -84,7 +84,7 @@ class Keep(StrEnum):
     NAMED = "named"
     """Every other object and style."""
     EVERYDAY = "everyday"
-    """Everyday words, as the node Erase Concept does where nothing is named."""
+    """Everyday words, as Erase Concept does by default, and nothing else."""
     NOTHING = "nothing"
 
 
@@ -182,7 +182,7 @@ class Bench:
         return self.path("erasures", ".safetensors", *key)
 
     def erase(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> tuple[Erasure, dict[str, float]]:
-        """The erasure, and what it cost: ``seconds`` without encoding the text.
+        """The erasure, and what it cost: ``seconds``, encoding the text included.
 
         Computed once, then read from its file.
         """

@@ -25,7 +25,7 @@ from erasure_core.emojicanvas.weights import BUNDLE, JUDGE
 from erasure_core.metrics.judge_error import corrected
 from erasure_core.metrics.rates import Rate
 
-CONTEST = Contest({"uce": settings_for("uce")}, ["rece_residual"], {"rece_residual": {"variants": 1}})
+CONTEST = Contest({"uce": settings_for("uce", {"ridge": 0.002})}, ["rece_residual"], {"rece_residual": {"variants": 1}})
 
 
 def bench_in(folder: Path) -> Bench:
@@ -46,7 +46,8 @@ def measured(tmp_path_factory) -> tuple[Bench, str]:
 
 def test_every_cell_is_measured_and_the_page_says_what_it_says(measured) -> None:
     bench, page = measured
-    assert "--budget rece_residual.variants=1" in page and "- RECE Residual: variants 1" in page
+    assert "--budget rece_residual.variants=1 --set uce.ridge=0.002 --method uce" in page
+    assert "- RECE Residual: variants 1" in page
     found = standings(bench, CONTEST)
     assert [s.method for s in found] == ["none", "uce"]
     for s in found:

@@ -249,6 +249,11 @@ def test_suppressing_learns_rows_and_nothing_else(tiny) -> None:
     assert tiny.untouched() and steps[0] == (0, 6) and [d for d, _ in steps] == sorted(d for d, _ in steps)
 
 
+def test_without_kept_words_everyday_words_are_held(tiny) -> None:
+    made = module.suppress(tiny, replace(SPEC, keep=()), SMALL, quiet, Aids())
+    assert made.header.spec == replace(SPEC, keep=(), everyday=True) and "kept: everyday words" in made.summary()
+
+
 def test_the_canvas_draws_with_a_memory_as_training_saw_it() -> None:
     canvas = EmojiCanvas.load()
     port = EmojiCanvasPort(canvas)
