@@ -25,7 +25,7 @@ from erasure_core.emojicanvas.weights import BUNDLE, JUDGE
 from erasure_core.metrics.judge_error import corrected
 from erasure_core.metrics.rates import Rate
 
-CONTEST = Contest({"uce": settings_for("uce", {"ridge": 0.002})}, ["rece_residual"], {"rece_residual": {"variants": 1}})
+CONTEST = Contest({"uce": settings_for("uce")}, ["rece_residual"], {"rece_residual": {"variants": 1}})
 
 
 def bench_in(folder: Path) -> Bench:
@@ -46,7 +46,7 @@ def measured(tmp_path_factory) -> tuple[Bench, str]:
 
 def test_every_cell_is_measured_and_the_page_says_what_it_says(measured) -> None:
     bench, page = measured
-    assert "--budget rece_residual.variants=1 --set uce.ridge=0.002 --method uce" in page
+    assert "--budget rece_residual.variants=1 --method uce" in page
     assert "- RECE Residual: variants 1" in page
     found = standings(bench, CONTEST)
     assert [s.method for s in found] == ["none", "uce"]
@@ -132,6 +132,9 @@ def test_stopping_and_starting_loses_nothing(measured, monkeypatch, capsys) -> N
     assert Path("docs/results/leaderboard.md").read_text(encoding="utf-8") == page, (
         "a method measured before stays on it"
     )
+    harder = dataclasses.replace(CONTEST, chosen={"uce": settings_for("uce", {"ridge": 0.002})}, page="harder")
+    leaderboard(bench, harder, jobs=1, report=True)
+    assert "variants=1 --set uce.ridge=0.002 --method" in Path("docs/results/harder.md").read_text(encoding="utf-8")
     leaderboard(bench, CONTEST, jobs=1)
     again = json.loads(lost.read_text(encoding="utf-8"))
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in kept.items() if k != "seconds"}
