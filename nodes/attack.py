@@ -25,6 +25,7 @@ from ..erasure_core.operators.trainable import Cond, TrainableModel
 from ..erasure_core.receipt import AttackRecord, JudgedBy
 from .attack_report import best_first, plain, report_of
 from .mine import conditioning_of, latents_of, one_concept
+from .patching import check_ungated
 from .port import ComfyPort, family_of, ordinary_tensors
 from .reading import memory_digest, memory_of
 from .replica import Demand
@@ -252,6 +253,7 @@ class RedTeamAttack(io.ComfyNode):
                 f"base_model: it is {family_of(base_model)}, the erased model {family_of(model)}. Connect the model before "
                 "the erasure"
             )
+        check_ungated(model=model, base_model=base_model)
         changed = settings_of(chosen, effort, seed, synonyms)
         settings, memory, decode = settings_from(chosen, changed), memory_of(model), decoder(model, vae)
         watcher, demand = _Watcher(name, decode, memory), _demand(chosen, settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..erasure_core import gate_strengths, gated
-from .patching import apply_erasure
+from .patching import apply_erasure, gated_for
 from .port import ComfyPort, ordinary_tensors
 from .types import CATEGORY, Erasure
 
@@ -46,7 +46,7 @@ class GateErasures(io.ComfyNode):
         given = [e for e in (erasure_1, erasure_2, erasure_3, erasure_4) if e is not None]
         with ordinary_tensors():
             port = ComfyPort(model, clip)
-            patched = apply_erasure(model, gated(port, given, prompt), 1.0)
+            patched = gated_for(apply_erasure(model, gated(port, given, prompt), 1.0), prompt)
             strengths = gate_strengths(port, given, prompt)
         report = "\n".join(
             f"{', '.join(c.name for c in erasure.header.spec.erase)}: strength {m:.2f}"

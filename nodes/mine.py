@@ -22,6 +22,7 @@ from ..erasure_core.operators.changes import Layers, LoRA
 from ..erasure_core.operators.trainable import Cond, TrainableModel
 from .erasures import resolve
 from .methods import widget
+from .patching import check_ungated
 from .port import ComfyPort, family_of, ordinary_tensors
 from .replica import Demand, latent_shape
 from .towers import pseudo_words
@@ -145,6 +146,7 @@ class MineDarkEmbeddings(io.ComfyNode):
             raise ValueError(
                 f"base_model: it is {family_of(base_model)}, the model under test {family_of(model)}. Connect the same one"
             )
+        check_ungated(model=model, base_model=base_model)
         chosen, decode = Settings(**settings), decoder(model, vae)
         watcher = _Watcher([spec.erase[0].name], decode)
         demand = Demand(LoRA(Layers.TEXT, 1), pictures=chosen.batch)

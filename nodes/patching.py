@@ -8,6 +8,8 @@ from ..erasure_core import Delta, Erasure
 from ..erasure_core.names import to_comfy
 from .port import ComfyPort
 
+_GATED = "erasure_gated_for"
+
 
 def apply_erasure(model, erasure: Erasure, strength: float):
     """A clone of ``model`` that carries ``erasure``; at strength 0 a clone without any patch.
@@ -26,6 +28,24 @@ def apply_erasure(model, erasure: Erasure, strength: float):
             f"model: {len(refused)} weights refused the erasure, first {min(refused)}. Is another node replacing them?"
         )
     return patched
+
+
+def gated_for(model, prompt: str):
+    """``model``, a clone of ours, marked as patched for one prompt; what is made of it carries the mark on."""
+    model.set_attachments(_GATED, prompt)
+    return model
+
+
+def check_ungated(**models) -> None:
+    """Raise where one of these MODELs, by input, is patched for one prompt: it will be asked others here, which would be
+    counted with the gate as that prompt left it."""
+    for what, model in models.items():
+        prompt = None if model is None else model.get_attachment(_GATED)
+        if prompt is not None:
+            raise ValueError(
+                f"{what}: Gate Erasures patched it for the prompt {prompt[:60]!r} alone, and other prompts are drawn here. Put "
+                "the erasures on with Apply Erasure instead: that is the gate wide open"
+            )
 
 
 def _patch(delta: Delta):

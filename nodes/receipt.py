@@ -14,7 +14,7 @@ from ..erasure_core.metrics.rounding import ROUNDINGS
 from ..erasure_core.metrics.weights import text_measures, total_drift
 from ..erasure_core.receipt import Drawn, JudgedBy, Receipt
 from .measuring import Measuring, erased_words, spread, survival
-from .patching import apply_erasure
+from .patching import apply_erasure, check_ungated
 from .port import ComfyPort, ordinary_tensors
 from .reading import memory_digest
 from .sampling import Drawing, widgets
@@ -124,6 +124,7 @@ class ErasureReceipt(io.ComfyNode):
             raise ValueError(_no_place(prompt))
         if not strength or not any(d.rank for d in erasure.deltas.values()):
             raise ValueError("strength: an erasure that changes nothing has no receipt. Use a strength other than 0")
+        check_ungated(model=model)
         with ordinary_tensors():
             receipt, sheet = _measure(
                 model, clip, vae, erasure, strength, prompt, range(first_seed, first_seed + pictures), how,

@@ -9,6 +9,9 @@ import torch
 from api_graphs import Graph, latent, shown
 from comfy_client import ExecutionFailed
 from comfy_host import ComfyServer
+from test_attack import attacking
+from test_mine import mining
+from test_receipt import REPORT, receipt
 from test_survives import of_sd15
 
 
@@ -46,4 +49,21 @@ def test_an_erasure_for_another_family_is_refused(server: ComfyServer) -> None:
     )
     g.show(node[1])
     with pytest.raises(ExecutionFailed, match="it was made for sd15"):
+        server.run(g.api)
+
+
+@pytest.mark.parametrize("asked", ["ErasureAttack", "ErasureMineDarkEmbeddings", "ErasureReceipt"])
+def test_what_asks_other_prompts_refuses_a_gated_model(server: ComfyServer, asked: str) -> None:
+    """They would be counted at the gate of the one prompt. Nodes in between don't hide it."""
+    g = Graph()
+    model, clip, made, node = gate(g, "a house")
+    vae = [model[0], 2]
+    behind = g.apply(node[0], made[0][1], 0.5)
+    tested = {
+        "ErasureAttack": lambda: attacking(g, behind, model, clip, vae, "synonyms", concept="rose"),
+        "ErasureMineDarkEmbeddings": lambda: mining(g, behind, clip, vae, concept="rose"),
+        "ErasureReceipt": lambda: receipt(g, made[0][1], judged=False, model=behind),
+    }[asked]()
+    g.show(tested[REPORT if asked == "ErasureReceipt" else 3])
+    with pytest.raises(ExecutionFailed, match="model: Gate Erasures patched it for the prompt 'a house' alone"):
         server.run(g.api)
