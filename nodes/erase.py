@@ -49,11 +49,10 @@ def aids_of(port: ComfyPort, spec: ConceptSpec, watcher: Watcher, decode: Decode
         raise ValueError(
             f"pairs: made with {pairs.family}, but this model is {port.family}. Make them again with this one"
         )
-    if pairs is not None and pairs.unsafe.shape[1:] != port.latent_shape:
-        height, width = (8 * x for x in pairs.unsafe.shape[2:])
+    if pairs is not None and pairs.unsafe.shape[1] != port.latent_shape[0]:
         raise ValueError(
-            f"pairs: their pictures are {width} x {height}, but the model was made for {8 * port.latent_shape[2]} x "
-            f"{8 * port.latent_shape[1]}. Make them again with width and height 0"
+            f"pairs: their latents have {pairs.unsafe.shape[1]} channels, this model's {port.latent_shape[0]}. Make them again "
+            "with this model"
         )
     name = spec.erase[0].name
     if judge is not None and vae is None:
@@ -197,8 +196,9 @@ class EraseConcept(io.ComfyNode):
         demand = demand_of(settings_from(chosen, settings), chosen.predictions, precise=chosen.precise)
         decode = decoder(model, vae)
         watcher = Watcher(prompts_to_show(spec), decode)
+        size = pairs.unsafe.shape[2:] if pairs is not None and chosen.needs_pairs else None
         with ordinary_tensors():
-            port = ComfyPort(model, clip, demand=demand, opened=watcher.opened)
+            port = ComfyPort(model, clip, demand=demand, opened=watcher.opened, size=size)
             check_words_are_read(port, spec)
             aids = aids_of(port, spec, watcher, decode, vae=vae, pairs=pairs, dark=dark, judge=judge)
             if resume:

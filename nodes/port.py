@@ -58,6 +58,7 @@ class ComfyPort:
     Args:
         demand: what a training is going to hold beside the network.
         opened: called with every replica that is made to be trained on.
+        size: (h, w) of the latents that it is trained on; None: as the model was made for.
     """
 
     def __init__(
@@ -67,12 +68,15 @@ class ComfyPort:
         *,
         demand: Demand | None = None,
         opened: Callable[[TrainableModel], object] | None = None,
+        size: tuple[int, int] | None = None,
     ) -> None:
         self._model, self._clip = model, clip
         self._demand, self._opened = demand or Demand(), opened
         self.family = family_of(model)
         self.prediction = prediction_of(model)
-        self.latent_shape = latent_shape(model, self.family.name)
+        channels, *native = latent_shape(model, self.family.name)
+        height, width = size or native
+        self.latent_shape = channels, height, width
         self._patches = model.get_key_patches(PREFIX)
 
     def sites(self) -> Sequence[Site]:
@@ -105,7 +109,7 @@ class ComfyPort:
         Raises:
             ValueError: the model can't be trained on, or there is not enough memory.
         """
-        model = build(self._model, self.family.name, self._demand)
+        model = build(self._model, self.family.name, self._demand, self.latent_shape)
         if self._opened is not None:
             self._opened(model)
         return model

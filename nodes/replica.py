@@ -66,8 +66,10 @@ def effective(entry: list[Any], key: str, device: torch.device) -> Tensor:
     return comfy.lora.calculate_weight(patches, own, key) if patches else own
 
 
-def build(model, family: str, demand: Demand, device: torch.device | None = None) -> Replica:
-    """The replica of a MODEL on the compute device.
+def build(
+    model, family: str, demand: Demand, shape: tuple[int, int, int], device: torch.device | None = None
+) -> Replica:
+    """The replica of a MODEL on the compute device, for latents of one shape [C, h, w].
 
     Raises:
         ValueError: no UNet of Stable Diffusion, or not enough memory; the message says what to change.
@@ -75,7 +77,6 @@ def build(model, family: str, demand: Demand, device: torch.device | None = None
     device = device or mm.get_torch_device()
     check_trainable(model, family)
     schedule, prediction = schedule_of(model), prediction_of(model)
-    shape = latent_shape(model, family)
     half = None if demand.precise else _half(device)
     need = footprint(
         model, schedule, prediction, shape, demand, fused=_attends_in_pieces(device, half or torch.float32)

@@ -9,7 +9,7 @@ from typing import Any
 
 import comfy.utils
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from ..erasure_core import ConceptSpec
@@ -125,7 +125,7 @@ class Watcher:
             generator=torch.Generator().manual_seed(_SEED),
         )  # fmt: skip
         pictures = (self._decode(latents) * 255).round().to(torch.uint8).numpy()
-        self._pictures = [Image.fromarray(p).resize((_PICTURE, _PICTURE)) for p in pictures]
+        self._pictures = [ImageOps.pad(Image.fromarray(p), (_PICTURE, _PICTURE), color=_PAPER) for p in pictures]
         self._drawn = time.monotonic()
         self._cost = self._drawn - began
         self.spent += self._cost

@@ -291,3 +291,16 @@ def test_duo_learns_from_them(server: ComfyServer) -> None:
     base, one, two = (latent(server, run, node) for node in latents)
     assert not torch.equal(base, one) and torch.equal(one, two)
     assert "cat" in shown(run, said)
+
+
+def test_duo_trains_at_the_size_of_the_pairs(server: ComfyServer) -> None:
+    """Pairs of another size than the model's own: everything that training draws has theirs."""
+    g = Graph()
+    demo = g.add("ErasureLoadDemo")
+    widgets = {"iterations": 3, "batch": 2, "rank": 4, "beta": 100.0, "base_learning_rate": 1e-3}
+    erased = g.erase(demo[0], demo[1], "cat", method=("duo", widgets))
+    g.api[erased]["inputs"]["pairs"] = pair(g, demo, seed=111, width=96, height=64)[2]
+    latents = [g.latent(g.sample(m, demo[1])) for m in (demo[0], erased[0])]
+    run = server.run(g.api)
+    base, changed = (latent(server, run, node) for node in latents)
+    assert not torch.equal(base, changed) and torch.isfinite(changed).all()

@@ -183,7 +183,7 @@ class Replica(Probe):
             options = {"optimized_attention_override": replica._attention}
             live = network(z, t.float(), transformer_options=options, **known)
             stock = network(z, t.float(), **known)
-            with replica.build(model, "emojicanvas", replica.Demand()) as own:
+            with replica.build(model, "emojicanvas", replica.Demand(), (4, 16, 16)) as own:
                 mine = own.reference(z, t, cond)
                 parameters = own.train(replica.FullWeights(replica.Layers.ALL))
                 with torch.enable_grad():
