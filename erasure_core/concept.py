@@ -228,21 +228,37 @@ def paired_rows(source: TextStates, target: TextStates, rule: Rows) -> tuple[Ten
     return c[:n], to[:n]
 
 
+def meanings(port: ModelPort, texts: Sequence[str]) -> list[Tensor]:
+    """What each text means to ``port``'s text encoder: [n, D], a unit row for each of its n chunks, float64.
+
+    The mean of the chunk's SUMMARY rows without that of the vocabulary's words: raw states of any two texts are alike, since
+    most of them is what all prompts share.
+    """
+    states = port.text([*VOCABULARY, *texts])
+    parts = [
+        [
+            rows_of(TextStates(x.prompt, x.states[a:b], x.kinds[a:b]), Rows.SUMMARY).mean(0)
+            for a, b in _chunk_bounds(x.kinds)
+        ]
+        for x in states
+    ]
+    shared = torch.stack([rows[-1] for rows in parts[: len(VOCABULARY)]]).mean(0)
+    return [F.normalize(torch.stack(rows) - shared) for rows in parts[len(VOCABULARY) :]]
+
+
 _ALIKE = 0.5
 """Everyday words that are as like an erased word as this (cosine) are not held. On the testbed's encoder other words for one
 thing are at 0.85 or more, and few others above 0.5."""
 
 
 def everyday(port: ModelPort, spec: ConceptSpec) -> tuple[str, ...]:
-    """The common words of the vocabulary that an erasure may hold: not those that mean to ``port``'s text encoder what is
-    erased, or nearly. Likeness is the cosine between the means of two words' SUMMARY rows, each without the vocabulary's
-    mean: raw states of any two words are alike."""
+    """The common words of the vocabulary that an erasure may hold: none that is erased, and not those whose
+    :func:`meanings` are those of an erased word, or nearly."""
     words = [word for concept in spec.erase for word in concept.words]
-    states = port.text([*VOCABULARY, *words])
-    means = torch.stack([rows_of(text, Rows.SUMMARY).mean(0) for text in states])
-    known, erased = F.normalize(means - means[: len(VOCABULARY)].mean(0)).split([len(VOCABULARY), len(words)])
-    alike = (known @ erased.T).amax(1)
-    return tuple(word for word, a in zip(VOCABULARY, alike.tolist(), strict=True) if a < _ALIKE)
+    found = meanings(port, [*VOCABULARY, *words])
+    erased, spelt = torch.cat(found[len(VOCABULARY) :]), {_fold(word) for word in words}
+    alike = [float((rows @ erased.T).max()) for rows in found[: len(VOCABULARY)]]
+    return tuple(w for w, a in zip(VOCABULARY, alike, strict=True) if a < _ALIKE and _fold(w) not in spelt)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Erasures that act as much as a prompt resembles what they erase: SPM's facilitated transport (METHODS 1.7, 2.8).
 
-    W + sum_i m_i U_i D_i,    m_i = max over the concept's words of spm.gate(prompt, word)
+    W + sum_i m_i U_i D_i,    m_i = max over the concept's words and the prompt's chunks of spm.gate(chunk, word)
 
 One scalar on each product: the authors scale both factors, which gives m^2, and join the factors of several adapters, which
 adds cross-terms. What a file needs for this, the concept's words, is in its header already; the model's own text encoder
@@ -15,8 +15,9 @@ from dataclasses import replace
 from functools import reduce
 
 from .artifact import Erasure
+from .concept import ConceptSpec, meanings
 from .fusion import added
-from .methods.spm import content, gate
+from .methods.spm import gate
 from .port import ModelPort
 from .version import __version__
 
@@ -27,9 +28,12 @@ def gate_strengths(port: ModelPort, erasures: Sequence[Erasure], prompt: str) ->
     """m of each erasure for a prompt, from 0 to 1: 1 where a word that it erases stands in the prompt as it is."""
     erased = [[word for concept in e.header.spec.erase for word in concept.words] for e in erasures]
     texts = list(dict.fromkeys([prompt, *(word for words in erased for word in words)]))
-    read = {x.prompt: content(x) for x in port.text(texts)}
+    means = dict(zip(texts, meanings(port, texts), strict=True))
     found = {text: _WORD.findall(text.casefold()) for text in texts}
-    return [max(gate(read[prompt], read[word], found[prompt], found[word]) for word in words) for words in erased]
+    return [
+        max(gate(chunk, means[word][-1], found[prompt], found[word]) for word in words for chunk in means[prompt])
+        for words in erased
+    ]
 
 
 def gated(port: ModelPort, erasures: Sequence[Erasure], prompt: str) -> Erasure:

@@ -11,8 +11,11 @@ Facilitated transport: at inference each adapter counts as much as its prompt re
 
 Departures: the gate m is one scalar on the product (the authors scale both factors, which gives m^2, and mix the factors of
 several adapters); every anchor is evaluated (about half of theirs are the empty prompt in fact); linear layers only (theirs
-include SD 1.x's 1x1 convolutions proj_in/out); AdamW in full precision; the similarity of content rows is offered beside
-the flattened one, which BOS and padding dominate; kept words are held at the same latents.
+include SD 1.x's 1x1 convolutions proj_in/out); AdamW in full precision; kept words are held at the same latents.
+
+The authors take the similarity in the gate between the flattened states of the prompt and of the concept. BOS, the same and by
+far the longest row in every prompt, and what else prompts share hold that near 1, so that no gate ever closes. Here it is
+between what both mean beside everyday words (``concept.meanings``).
 """
 
 from __future__ import annotations
@@ -31,7 +34,6 @@ from ..operators.changes import Layers, LoRA
 from ..operators.regress import TargetTerm, shifted
 from ..operators.train_loop import Kind, cosine
 from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
-from ..port import TextStates, TokenKind
 from ._training import AWAY, ERASE, RANK, RATE, TO, TrainSettings, train_regression
 from .registry import Aids, MethodSpec, Progress, setting
 
@@ -90,19 +92,13 @@ def gate(
     """m = max( cos(prompt, concept), |tokens shared| / |tokens of the concept| ), within [0, 1].
 
     Args:
-        prompt, concept: states of one shape, flattened as the paper does, or the pooled rows of :func:`content`.
+        prompt, concept: of one shape: a row of ``concept.meanings`` each, or all states, flattened as the paper does.
         prompt_tokens, concept_tokens: without special tokens; ids as in the paper, or words.
     """
     cosine_ = float(F.cosine_similarity(prompt.flatten().double(), concept.flatten().double(), dim=0))
     wanted = set(concept_tokens)
     shared = len(wanted & set(prompt_tokens)) / len(wanted) if wanted else 0.0
     return min(1.0, max(0.0, cosine_, shared))
-
-
-def content(text: TextStates) -> Tensor:
-    """The mean of a prompt's content rows [D], centred on its BOS row: a similarity that unrelated prompts don't share."""
-    rows = text.states[text.kinds == TokenKind.CONTENT]
-    return (rows if len(rows) else text.states[1:]).mean(0) - text.states[0]
 
 
 def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:

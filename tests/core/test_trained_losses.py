@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasure_core import ConceptError, ConceptSpec, TextStates
+from erasure_core import ConceptError, ConceptSpec
 from erasure_core.methods import Aids, concept_ablation, eap, forget_me_not, kpop, leco, sdd, spm
 from erasure_core.methods._training import ERASE, KEEP, NULL, TO, Prompts
 from erasure_core.operators.changes import FullWeights, Layers, LoRA
@@ -206,8 +206,6 @@ def test_spm_gate_is_the_larger_of_similarity_and_overlap() -> None:
     assert spm.gate(one, two, {1, 5, 9}, {1, 5, 7, 8}) == pytest.approx(max(cosine, 0.5))
     assert spm.gate(one, one, set(), {3}) == pytest.approx(1)
     assert spm.gate(one, -one, set(), set()) == 0
-    text = TextStates("a b", one, torch.tensor([0, 1, 1, 2, 3, 3]))
-    assert torch.allclose(spm.content(text), (one[1] + one[2]) / 2 - one[0])
 
 
 def test_eap_samples_hard_and_learns_soft() -> None:

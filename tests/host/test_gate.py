@@ -34,7 +34,7 @@ def test_the_prompt_opens_and_shuts_the_gate(server: ComfyServer) -> None:
     drawn = [g.latent(g.sample(m, clip, "a rose", steps=3)) for m in (named[0], made[0][0], model)]
     run = server.run(g.api)
     (rose, cat), (rose_off, cat_off) = (strengths(shown(run, node)) for node in said)
-    assert rose == 1.0 and cat < 0.95 and max(rose_off, cat_off) < 0.95
+    assert rose == 1.0 and max(cat, rose_off, cat_off) < 0.3
     gated, whole, base = (latent(server, run, x) for x in drawn)
     assert torch.isfinite(gated).all()
     assert (gated - whole).norm() < (gated - base).norm(), "a prompt that names it gets the erasure"
