@@ -17,12 +17,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
+from itertools import permutations
 
 import torch
 from torch import Tensor
 
 from .artifact import Delta, Erasure
-from .concept import TEMPLATES, Rows, edit_rows
+from .concept import MAX_CONCEPTS, TEMPLATES, ConceptError, ConceptSpec, Rows, edit_rows
+from .concept import _fold as fold
 from .operators.linear_edit import mean_square
 from .port import ModelPort
 from .version import __version__
@@ -35,7 +37,7 @@ def merge(port: ModelPort, erasures: Sequence[Erasure]) -> Erasure:
 
     Raises:
         WrongModelError: one of them was made for another model.
-        ConceptError: a word that one erases is what another replaces with.
+        ConceptError: what one erases is what another replaces with, or they are too many concepts.
     """
     if not erasures:
         raise ValueError("merge: connect at least one erasure")
@@ -45,7 +47,7 @@ def merge(port: ModelPort, erasures: Sequence[Erasure]) -> Erasure:
     every = list(getattr(port, "linears", port.sites)())
     for erasure in erasures:
         erasure.check_fits(every)
-    spec = reduce(lambda a, b: a.union(b), (e.header.spec for e in erasures))
+    spec = _together([e.header.spec for e in erasures])
     erased = [replace(e.header.spec, keep=(), everyday=False) for e in erasures]
     rows = [edit_rows(port, s, rule=Rows.SUMMARY, templates=_TEMPLATES).source for s in erased]
     keep = edit_rows(port, spec, rule=Rows.SUMMARY, templates=_TEMPLATES).keep
@@ -65,6 +67,22 @@ def merge(port: ModelPort, erasures: Sequence[Erasure]) -> Erasure:
         strength=1.0,
     )
     return Erasure(header, {n: _fuse(n, erasures, projections) if n in text else added(n, erasures) for n in names})
+
+
+def _together(specs: Sequence[ConceptSpec]) -> ConceptSpec:
+    """All requests as one; where that can't be, an error that names the erasures, for no box holds what is wrong."""
+    for i, j in permutations(range(len(specs)), 2):
+        erased = {fold(word): concept.name for concept in specs[j].erase for word in concept.words}
+        for concept in specs[i].erase:
+            if fold(concept.to) in erased:
+                raise ConceptError(
+                    f"merge: erasure {i + 1} replaces {concept.name!r} with {concept.to!r}, which erasure {j + 1} erases. Make "
+                    "one of them again with something that stays, or leave them apart: one Apply Erasure for each"
+                )
+    amount = len({fold(concept.name) for spec in specs for concept in spec.erase})
+    if amount > MAX_CONCEPTS:
+        raise ConceptError(f"merge: {amount} concepts, at most {MAX_CONCEPTS} fit in one erasure. Merge fewer of them")
+    return reduce(lambda a, b: a.union(b), specs)
 
 
 def added(name: str, erasures: Sequence[Erasure]) -> Delta:

@@ -55,8 +55,13 @@ def gated(port: ModelPort, erasures: Sequence[Erasure], prompt: str) -> Erasure:
         erasures[0].header,
         method=" + ".join(dict.fromkeys(e.header.method for e in erasures)),
         settings={"gated": len(erasures)},
-        spec=reduce(lambda a, b: a.union(b), (e.header.spec for e in erasures)),
+        spec=reduce(lambda a, b: a.union(b), (_erased(e.header.spec) for e in erasures)),
         version=__version__,
         strength=1.0,
     )
     return Erasure(header, {name: added(name, scaled) for name in names})
+
+
+def _erased(spec: ConceptSpec) -> ConceptSpec:
+    """Without replacements: what one erasure replaces with may be what another erases, which their gates take apart."""
+    return replace(spec, erase=tuple(replace(concept, to="") for concept in spec.erase))

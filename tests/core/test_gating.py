@@ -132,6 +132,14 @@ def test_the_product_is_scaled_once_and_no_factor_meets_anothers(port) -> None:
     assert whole.header.settings == {"gated": 2}
 
 
+def test_one_may_erase_what_another_replaces_with(port) -> None:
+    """Joined they would contradict each other; gates take them one at a time."""
+    parts = [made(port, "car", 1), made(port, "bus", 2)]  # to dog
+    header = replace(parts[1].header, spec=ConceptSpec.parse("dog"))
+    whole = gated(port, [parts[0], replace(parts[1], header=header)], "a dog")
+    assert [(c.name, c.to) for c in whole.header.spec.erase] == [("car", ""), ("dog", "")]
+
+
 def test_it_works_from_a_file(port, tmp_path) -> None:
     erasure = made(port, "red car")
     again = load(save(erasure, tmp_path / "x.safetensors"))

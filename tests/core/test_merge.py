@@ -160,7 +160,12 @@ def test_what_does_not_read_text_is_added_up(tiny) -> None:
 
 
 def test_contradictions_and_strangers_are_refused(port) -> None:
-    with pytest.raises(ConceptError, match=r"'dog' is itself being erased"):
-        merge(port, [made(port, "cat", "dog"), made(port, "dog", "bird", "")])
+    car, dog, house = made(port, "cat", "Dog"), made(port, "hound, dog", "bird", ""), made(port, "house", "tree")
+    for order, sentence in (
+        ([car, dog], "merge: erasure 1 replaces 'cat' with 'Dog', which erasure 2 erases"),
+        ([dog, house, car], "merge: erasure 3 replaces 'cat' with 'Dog', which erasure 1 erases"),
+    ):
+        with pytest.raises(ConceptError, match=sentence):
+            merge(port, order)
     with pytest.raises(WrongModelError, match=r"text width 48.*text width 256"):
         merge(port, [made(port, "cat"), made(AnalyticPort(), "house")])
