@@ -114,6 +114,10 @@ class ConceptSpec:
         keep = [w for w in dict.fromkeys((*self.keep, *other.keep)) if _fold(w) not in erased]
         return ConceptSpec(erase, tuple(keep), self.everyday or other.everyday)
 
+    def erases(self, word: str) -> bool:
+        """Whether it is one of the words to erase, however it is spelt."""
+        return _fold(word) in {_fold(w) for concept in self.erase for w in concept.words}
+
     @property
     def kept(self) -> str:
         """What is held beside the empty prompt, for people; empty where nothing is."""
@@ -256,9 +260,9 @@ def everyday(port: ModelPort, spec: ConceptSpec) -> tuple[str, ...]:
     :func:`meanings` are those of an erased word, or nearly."""
     words = [word for concept in spec.erase for word in concept.words]
     found = meanings(port, [*VOCABULARY, *words])
-    erased, spelt = torch.cat(found[len(VOCABULARY) :]), {_fold(word) for word in words}
+    erased = torch.cat(found[len(VOCABULARY) :])
     alike = [float((rows @ erased.T).max()) for rows in found[: len(VOCABULARY)]]
-    return tuple(w for w, a in zip(VOCABULARY, alike, strict=True) if a < _ALIKE and _fold(w) not in spelt)
+    return tuple(w for w, a in zip(VOCABULARY, alike, strict=True) if a < _ALIKE and not spec.erases(w))
 
 
 @dataclass(frozen=True)

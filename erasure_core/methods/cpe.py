@@ -16,9 +16,9 @@ that the result is an ordinary LoRA, and the anchors alone keep it from acting e
 paper's. The authors' gate computes its keys with the query projection; the one here does not.
 
 Further: the guidance of an adversarial state is that of the concept's own words, which our source leaves open, as it does how
-offsets start (normal, deviation 0.01) and what the anchors are (kept words, replacements, the empty prompt, and some 200 common
-words); squares are means over rows and outputs, summed over layers; the last stage ends with erasing; one cosine a stage;
-AdamW in full precision. The numbers are the paper's for people (g 0.3, 16 offsets, 5 stages of 450 steps) but for three, for
+offsets start (normal, deviation 0.01) and what the anchors are (kept words, replacements, the empty prompt, and everyday words,
+asked for or not, that don't mean the concept); squares are means over rows and outputs, summed over layers; the last stage
+ends with erasing; one cosine a stage; AdamW in full precision. The numbers are the paper's for people (g 0.3, 16 offsets, 5 stages of 450 steps) but for three, for
 without a gate lambda 1e5 holds everything: on EmojiCanvas, "cat" to "dog", 2 stages of 150 steps at rate 3e-3 and rank 4 took
 the outputs for the word 41 % of the way at lambda 100 (other animals and things changed by 5 to 7 % of that way), 8 % at 1e3
 and 0.01 % at 1e5. For what shows unnamed the paper takes g 3, lambda 1e4, 32 offsets, 20 stages of 1200, rank 4.
@@ -36,13 +36,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..artifact import Erasure
-from ..concept import ConceptSpec
+from ..concept import ConceptSpec, everyday
 from ..devices import moved
 from ..operators.changes import Layers, LoRA
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer, cosine, generator_for
 from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from ..port import Role
-from ..vocabulary import VOCABULARY
 from ._training import RANK, RATE, Prompts, erasure_of, kept
 from .registry import Aids, MethodSpec, Progress, setting
 
@@ -143,10 +142,9 @@ class Losses:
 
 
 def anchors_of(port: TrainablePort, spec: ConceptSpec) -> list[str]:
-    """The words that are held: nothing that is erased."""
-    erased = {word for concept in spec.erase for word in concept.words}
-    wanted = [*spec.keep, *(c.to for c in spec.erase), "", *VOCABULARY]
-    return [word for word in dict.fromkeys(wanted) if word not in erased]
+    """The words that are held: nothing that is erased, and no everyday word that means it. These are part of the method, so
+    ``spec.everyday`` doesn't count."""
+    return list(dict.fromkeys([*spec.keep, *(c.to for c in spec.erase), "", *everyday(port, spec)]))
 
 
 def _states(conds: Sequence[Cond], model: TrainableModel) -> Tensor:

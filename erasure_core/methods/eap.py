@@ -9,14 +9,15 @@ Finds, while training, the word of a vocabulary that the current change damages 
 all in x0 space, GS a Gumbel softmax at temperature 2 with a straight-through one-hot, z and z_r sampled by the student for c
 and c_r. A theta step (Adam 1e-5) and a pi step (Adam 1e-2) in turn; pi starts uniform, one for each erased word.
 
-Departures: the vocabulary is the k nearest of the words given, without the authors' k-means behind it; the x0 losses weigh
-noisy times up enormously ((1 - abar) / abar, METHODS 1.2), so ``space`` can be eps; a replacement is the base of the target;
-linear layers only.
+Departures: the vocabulary is the k nearest of the words given, without the authors' k-means behind it, by default the everyday
+ones (asked to be kept or not) that don't mean the concept; the x0 losses weigh noisy times up enormously ((1 - abar) / abar,
+METHODS 1.2), so ``space`` can be eps; a replacement is the base of the target; linear layers only.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..artifact import Erasure
-from ..concept import ConceptError, ConceptSpec
+from ..concept import ConceptError, ConceptSpec, everyday
 from ..devices import moved
 from ..operators.regress import TargetTerm, keep_term, regress, shifted
 from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
 from ..schedule import Space
-from ..vocabulary import VOCABULARY
 from ._training import AWAY, ERASE, KEEP, NULL, TO, Prompts, TrainSettings, draw_progress, erasure_of, kept, on_policy
 from .registry import Aids, MethodSpec, Progress, setting
 
@@ -46,7 +46,10 @@ class Settings(TrainSettings):
     nearest: int = setting(
         100, "Words nearest to the concept that the adversary chooses from.", low=1, high=10000, step=10
     )
-    vocabulary: str = setting("", "Words that might suffer, by commas; empty: the kept words and some 200 common ones.")
+    vocabulary: str = setting(
+        "",
+        "Words that might suffer, by commas; empty: the kept words and some 230 everyday ones, even where these are not kept.",
+    )
     space: Space = setting(Space.X0, "What the losses compare; eps treats all noise levels more evenly.")
 
 
@@ -80,6 +83,22 @@ def damage(model: TrainableModel, z: Tensor, t: Tensor, cond: Cond, space: Space
     return F.mse_loss(student, frozen)
 
 
+def vocabulary_of(port: TrainablePort, spec: ConceptSpec, given: str, kept: Sequence[str]) -> list[str]:
+    """The words that the adversary chooses from: ``given``, by commas, or the kept ones and the everyday ones.
+
+    No erased word is among them, and no everyday word that means one: preserving it would hold what is to go. Words that are
+    given are taken at that, however alike.
+
+    Raises:
+        ConceptError: none is left.
+    """
+    listed = [word.strip() for word in given.split(",")] if given.strip() else [*kept, *everyday(port, spec)]
+    words = [word for word in dict.fromkeys(listed) if word and not spec.erases(word)]
+    if not words:
+        raise ConceptError("vocabulary: EAP needs words besides the erased ones. Add some, by commas")
+    return words
+
+
 def run(
     port: TrainablePort,
     spec: ConceptSpec,
@@ -93,10 +112,7 @@ def run(
         ConceptError: no word of the vocabulary is left beside the erased ones.
     """
     prompts = Prompts(port, spec, aids.dark)
-    vocabulary = settings.vocabulary.split(",") if settings.vocabulary.strip() else [*prompts.keep, *VOCABULARY]
-    words = [w for w in dict.fromkeys(x.strip() for x in vocabulary) if w and w not in prompts.words]
-    if not words:
-        raise ConceptError("vocabulary: EAP needs words besides the erased ones. Add some, by commas")
+    words = vocabulary_of(port, spec, settings.vocabulary, prompts.keep)
     held = [keep_term(KEEP, settings.keep_weight)] if prompts.keep and settings.keep_weight else []
     with port.trainable() as model:
         table = Cond.cat(port.conditions(words)).context.to(model.device, model.dtype)

@@ -154,6 +154,7 @@ def test_union_erases_both_and_keeps_what_neither_erases(one: list[str], two: li
         ("automobile\nale", {"car", "beer"}, {"rocket", "bread"}),
         ("pencil sketch style", {"sketch", "pencil"}, {"pixel", "cat"}),
         ("cigarette", set(), {"knife", "key"}),
+        ("CAT\nHouse", {"cat", "house"}, {"dog", "church"}),
     ],
 )
 def test_everyday_words_leave_out_what_means_the_concept(concept: str, gone: set[str], held: set[str]) -> None:

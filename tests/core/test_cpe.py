@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from erasure_core import ConceptSpec
+from erasure_core.emojicanvas.model import EmojiCanvas, EmojiCanvasPort
 from erasure_core.methods import Aids, cpe
 from erasure_core.operators.changes import Layers, LoRA
 
@@ -126,5 +127,12 @@ def test_it_moves_the_concept_and_holds_the_rest(tiny) -> None:
 
 
 def test_nothing_that_is_erased_is_held(tiny) -> None:
-    words = cpe.anchors_of(tiny, ConceptSpec.parse("cat, car", "dog", "bird"))
-    assert {"dog", "bird", ""} <= set(words) and not {"cat", "car"} & set(words)
+    words = cpe.anchors_of(tiny, ConceptSpec.parse("Cat, car", "dog", "bird, tree"))
+    assert {"dog", "bird", ""} <= set(words) and not {"cat", "Cat", "car"} & set(words)
+    assert words.count("tree") == 1
+
+
+def test_words_for_what_is_erased_are_not_held() -> None:
+    """On the demo model, whose encoder learned what these words mean from captions."""
+    words = set(cpe.anchors_of(EmojiCanvasPort(EmojiCanvas.load()), ConceptSpec.parse("Automobile\nkitty")))
+    assert not {"car", "cat"} & words and {"rocket", "dog", "house", ""} <= words and len(words) > 200

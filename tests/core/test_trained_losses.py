@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from erasure_core import ConceptError, ConceptSpec
+from erasure_core.emojicanvas.model import EmojiCanvas, EmojiCanvasPort
 from erasure_core.methods import Aids, concept_ablation, eap, forget_me_not, kpop, leco, sdd, spm
 from erasure_core.methods._training import ERASE, KEEP, NULL, TO, Prompts
 from erasure_core.operators.changes import FullWeights, Layers, LoRA
@@ -252,6 +253,14 @@ def test_eap_end_to_end(tiny) -> None:
         eap.run(tiny, SPEC, eap.Settings(**SMALL, vocabulary="cat"), quiet, Aids())
     table = torch.stack([torch.full((2, 2), float(x)) for x in (5, 1, 3, 2)])
     assert eap.nearest(table, torch.zeros(1, 2, 2), 2).tolist() == [1, 3]
+
+
+def test_eap_does_not_preserve_words_for_what_is_erased(tiny) -> None:
+    """Of everyday words those that mean it are left out too, on the demo model's encoder; of listed words only itself."""
+    spec = ConceptSpec.parse("Automobile", "", "rocket")
+    words = eap.vocabulary_of(EmojiCanvasPort(EmojiCanvas.load()), spec, "", ["rocket"])
+    assert words[0] == "rocket" and "car" not in words and {"house", "dog"} <= set(words)
+    assert eap.vocabulary_of(tiny, spec, "car,  automobile, AUTOMOBILE , tree,,car", []) == ["car", "tree"]
 
 
 def test_forget_me_not_sees_the_networks_own_attention(tiny64) -> None:
