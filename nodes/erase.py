@@ -116,8 +116,8 @@ class EraseConcept(io.ComfyNode):
                     "keep_everyday",
                     default=True,
                     tooltip="Also hold some 230 everyday words for things, animals, people and places, but those that mean "
-                    "what is erased. Off: pictures of all that keep doesn't name may change. SPEED never holds them, CPE and EAP always "
-                    "look after them.",
+                    "what is erased. Off: pictures of all that keep doesn't name may change. SPEED never holds them, "
+                    "CPE and EAP always look after them.",
                 ),
                 io.Combo.Input(
                     "quality",

@@ -1,13 +1,15 @@
 """SPEED, Scalable, Precise and Efficient Concept Erasure (Li et al., ICLR 2026, arXiv:2503.07392).
 
-A closed-form edit that cannot touch what is kept: the change is confined to the null space of the kept rows. With
+A closed-form edit that spares what is kept: the change is confined to the (nearly) null space of the kept rows. With
 C1 the edited rows and C* what they become (columns, [D, n]; products below are means over rows), R the second moment of
 the retained rows, P the projector on R's (nearly) null space and K2 the rows of the empty prompt:
 
     M  = (C1 C1^T P + r I)^-1
     dW = W (C* C1^T - C1 C1^T) P [I - M K2 (K2^T P M K2 + l I)^-1 K2^T P] M
 
-so dW k = 0 for every retained row in the row space of R and for the empty prompt, exactly (l = 0).
+so dW k = 0 for the empty prompt, exactly (l = 0), and for what of a retained row lies in the directions that R uses by more
+than ``threshold``: all of it at 0, where a trained text encoder may leave no direction to erase in. At the default, without the
+filter, what EmojiCanvas's layers read from ten kept words changed by 2 to 4 % (with it 6 to 9 %), and from erased ones by half.
 IPF (influence-based prior filtering) drops retained rows that the unconstrained edit hardly moves; DPA (directed prior
 augmentation) adds noisy copies along the direction that the layer reads least.
 
@@ -260,7 +262,7 @@ def run(port: ModelPort, spec: ConceptSpec, settings: Settings, progress: Progre
 SPEC = MethodSpec(
     name="speed",
     title="SPEED",
-    summary="Erases only in directions that the kept words don't use, so these hardly change (not at all with the filter "
+    summary="Erases only in directions that the kept words hardly use, so these hardly change (least with the filter "
     "off): the choice when many things must not change. Give it a good list of words to keep.",
     paper="https://arxiv.org/abs/2503.07392",
     settings=Settings,

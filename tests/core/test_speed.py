@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasure_core import ConceptError, ConceptSpec, Role, erase
+from erasure_core import ConceptError, ConceptSpec, ModelPort, Role, erase
 from erasure_core.analytic import AnalyticPort
-from erasure_core.concept import Rows, edit_rows
+from erasure_core.concept import TEMPLATES, Rows, edit_rows
+from erasure_core.emojicanvas.model import EmojiCanvas, EmojiCanvasPort
 from erasure_core.methods.speed import centres, weakest_input
 
 pytestmark = pytest.mark.core
+FEW = TEMPLATES["few"]
 PLAIN = {"filter": False, "augment": 0, "energy": 1.0}
 SPEC = ConceptSpec.parse("red apple, apple\nfurry cat", "pear", "dog, green tree")
 
@@ -208,3 +210,40 @@ def test_where_nothing_is_free_it_says_so(keep: str) -> None:
     port = AnalyticPort(width=10, blocks=1)
     with pytest.raises(ConceptError, match=r"^keep: .* leave no direction.*Keep fewer words"):
         erase(port, ConceptSpec.parse("cat", "", keep), "speed", {**PLAIN, "threshold": 0.0})
+
+
+def changes(port: ModelPort, spec: ConceptSpec, settings: dict) -> tuple[list[float], list[float]]:
+    """How far each layer's answers to kept and to erased rows move, as shares of their size."""
+    made, rows = erase(port, spec, "speed", settings).deltas, edit_rows(port, spec, rule=Rows.SUMMARY, templates=FEW)
+    sites = [s for s in port.sites() if s.name in made]
+    both = [
+        (x @ made[s.name].dense().double().T).norm() / (x @ port.weight(s).double().T).norm()
+        for x in (rows.keep, rows.source)
+        for s in sites
+    ]
+    return [float(x) for x in both[: len(sites)]], [float(x) for x in both[len(sites) :]]
+
+
+TEN = "dog, tiger, horse, house, car, rocket, rose, beer, frog, penguin"
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_kept_words_hardly_change_at_the_defaults(port, filtered: bool) -> None:
+    """A little where every direction of the text is used, as by the demo model's encoder; not at all where some aren't."""
+    canvas = EmojiCanvasPort(EmojiCanvas.load())
+    for concept in ("cat, kitty", "bomb, explosive"):
+        kept, erased = changes(canvas, ConceptSpec.parse(concept, "", TEN), {"filter": filtered})
+        assert max(kept) < (0.09 if filtered else 0.04) and min(erased) > 0.5
+        assert min(kept) > 0.01, "not at all would be said otherwise"
+    kept, erased = changes(port, ConceptSpec.parse("cat, kitty", "", "dog, tree"), {"filter": filtered})
+    assert max(kept) < (0.2 if filtered else 1e-6) and min(erased) > 0.3
+
+
+def test_a_threshold_of_zero_leaves_no_room_on_a_trained_encoder() -> None:
+    with pytest.raises(ConceptError, match="keep: 10 kept words leave no direction in which SPEED could erase"):
+        erase(
+            EmojiCanvasPort(EmojiCanvas.load()),
+            ConceptSpec.parse("cat", "", TEN),
+            "speed",
+            {"threshold": 0.0, "filter": False},
+        )
