@@ -56,7 +56,7 @@ def load_pairs(path: str | os.PathLike[str]) -> ConceptPairs:
     """
     path = Path(path)
     with opened(path) as f:
-        header = read_pairs_header(f.metadata(), path)
+        header = _header(f.metadata(), path)
         scenes, shown = _read_scenes(f.metadata().get(_SCENES, ""))
         names = set(f.keys())
         if names != {"unsafe", "safe"}:
@@ -82,12 +82,18 @@ def _read_scenes(text: str) -> tuple[tuple[Scene, ...], tuple[int, ...]]:
     return tuple(scenes), tuple(shown)
 
 
-def read_pairs_header(metadata: Mapping[str, str] | None, path: Path) -> Header:
-    """The header in a file's metadata; every field is checked.
+def read_pairs_header(path: str | os.PathLike[str]) -> Header:
+    """Only the header of a set; cheap.
 
     Raises:
-        FileError: it is another kind of file, or a damaged header.
+        FileError: as :func:`load_pairs`.
     """
+    path = Path(path)
+    with opened(path) as f:
+        return _header(f.metadata(), path)
+
+
+def _header(metadata: Mapping[str, str] | None, path: Path) -> Header:
     if not metadata or _METADATA not in metadata:
         raise FileError(f"{path.name}: a safetensors file, but not a set of pairs. Save one with Save Concept Pairs")
     return parse_header(metadata[_METADATA])[0]

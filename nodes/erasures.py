@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
 from pathlib import Path
 
 import folder_paths
@@ -17,10 +16,10 @@ from ..erasure_core.methods._training import fingerprint
 from ..erasure_core.receipt_file import parse_receipt, receipt_json
 from .patching import apply_erasure
 from .port import ComfyPort, ordinary_tensors
+from .saved import Saved
 from .types import CATEGORY, Erasure
 
 FOLDERS = ("loras", "erasure")
-_NONE = "(no erasure saved yet)"
 _PRECISIONS = {"full (float32)": torch.float32, "half (float16)": torch.float16}
 _LAYOUTS = {
     "LoRA (ComfyUI, A1111, Forge)": Layout.LORA,
@@ -31,37 +30,7 @@ _LAYOUTS = {
 folder_paths.add_model_folder_path("erasure", os.path.join(folder_paths.models_dir, "erasure"))
 
 
-@lru_cache(maxsize=4096)
-def _is_erasure(path: str, modified: float, size: int) -> bool:
-    try:
-        read_header(path)
-    except (FileError, OSError):
-        return False
-    return True
-
-
-def saved_erasures() -> list[str]:
-    """``folder/file`` of every erasure that can be loaded, newest first."""
-    found: list[tuple[float, str]] = []
-    for folder in FOLDERS:
-        for name in folder_paths.get_filename_list(folder):
-            path = folder_paths.get_full_path(folder, name)
-            if path is None or not name.endswith(".safetensors"):
-                continue
-            stat = os.stat(path)
-            if _is_erasure(path, stat.st_mtime, stat.st_size):
-                found.append((stat.st_mtime, f"{folder}/{name}"))
-    return [name for _, name in sorted(found, reverse=True)]
-
-
-def resolve(file: str) -> str:
-    """The path of a ``folder/file`` entry; only files that ComfyUI itself lists are reachable."""
-    folder, _, name = file.partition("/")
-    path = folder_paths.get_full_path(folder, name) if folder in FOLDERS and name else None
-    root_listed = folder in FOLDERS and name in folder_paths.get_filename_list(folder)
-    if path is None or not root_listed:
-        raise FileError(f"file: {file[:80]!r} is not in models/loras or models/erasure. Choose one from the list")
-    return path
+SAVED = Saved("erasure", "Save Erasure", FOLDERS, read_header)
 
 
 class SaveErasure(io.ComfyNode):
@@ -188,7 +157,7 @@ class LoadErasure(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=saved_erasures() or [_NONE],
+                    options=SAVED.options(),
                     tooltip="Erasures in models/loras and models/erasure, newest first. Press R to refresh the list.",
                 ),
                 io.Model.Input(
@@ -205,22 +174,15 @@ class LoadErasure(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file):
-        if file is None:
-            return True
-        try:
-            resolve(file)
-        except FileError as error:
-            return str(error)
-        return True
+        return SAVED.check(file)
 
     @classmethod
     def fingerprint_inputs(cls, file, model=None):
-        stat = os.stat(resolve(file))
-        return f"{stat.st_mtime_ns}:{stat.st_size}"
+        return SAVED.stamp(file)
 
     @classmethod
     def execute(cls, file, model=None) -> io.NodeOutput:
-        path = resolve(file)
+        path = SAVED.path(file)
         with ordinary_tensors():
             erasure = load(path)
             report = f"{erasure.summary()}\n\n{receipt_report(path, erasure, model)}"

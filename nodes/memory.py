@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import folder_paths
@@ -14,22 +12,23 @@ from comfy_api.latest import io, ui
 
 from ..erasure_core import Aids, ConceptError, ConceptSpec, FileError
 from ..erasure_core import Erasure as CoreErasure
-from ..erasure_core.formats import check_file_name
+from ..erasure_core.formats import check_file_name, opened
+from ..erasure_core.header import parse_header
 from ..erasure_core.methods import kpop
 from ..erasure_core.operators.changes import Layers, LoRA
+from ..erasure_core.operators.memory import _METADATA as MARK
 from ..erasure_core.operators.memory import Mode, Placement, SavedMemory, load_memory, save_memory
 from ..erasure_core.suppress import Settings as SuppressSettings
 from ..erasure_core.suppress import suppress
 from .erase import check_words_are_read
-from .erasures import resolve
 from .patching import apply_erasure
 from .port import ComfyPort, ordinary_tensors
 from .reading import apply_memory
 from .replica import Demand
+from .saved import Saved
 from .training import Watcher, decoder, demand_of, prompts_to_show
 from .types import CATEGORY, Erasure, Memory
 
-_NONE = "(no prompt memory saved yet)"
 _BLOCKS = {"all blocks": Placement.ALL, "middle and output blocks": Placement.MIDOUT, "middle block": Placement.MID}
 _READERS = {"both": False, "prompt only": True}
 
@@ -249,26 +248,15 @@ class ApplySafePromptMemory(io.ComfyNode):
             return io.NodeOutput(apply_memory(model, memory, strength, conditional_only=_READERS[rows]))
 
 
-@lru_cache(maxsize=4096)
-def _is_memory(path: str, modified: float, size: int) -> bool:
-    try:
-        load_memory(path)
-    except (FileError, OSError):
-        return False
-    return True
+def _read_header(path: str) -> object:
+    """Of a prompt memory, without its rows."""
+    with opened(Path(path)) as f:
+        if MARK not in (f.metadata() or {}):
+            raise FileError(f"{path}: a safetensors file, but not a prompt memory")
+        return parse_header(f.metadata()[MARK])
 
 
-def saved_memories() -> list[str]:
-    """``erasure/file`` of every prompt memory in models/erasure, newest first."""
-    found: list[tuple[float, str]] = []
-    for name in folder_paths.get_filename_list("erasure"):
-        path = folder_paths.get_full_path("erasure", name)
-        if path is None or not name.endswith(".safetensors"):
-            continue
-        stat = os.stat(path)
-        if _is_memory(path, stat.st_mtime, stat.st_size):
-            found.append((stat.st_mtime, f"erasure/{name}"))
-    return [name for _, name in sorted(found, reverse=True)]
+SAVED = Saved("prompt memory", "Save Prompt Memory", ("erasure",), _read_header)
 
 
 class SavePromptMemory(io.ComfyNode):
@@ -323,7 +311,7 @@ class LoadPromptMemory(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=saved_memories() or [_NONE],
+                    options=SAVED.options(),
                     tooltip="Prompt memories in models/erasure, newest first. Press R to refresh the list.",
                 )
             ],
@@ -335,21 +323,14 @@ class LoadPromptMemory(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file):
-        if file is None:
-            return True
-        try:
-            resolve(file)
-        except FileError as error:
-            return str(error)
-        return True
+        return SAVED.check(file)
 
     @classmethod
     def fingerprint_inputs(cls, file):
-        stat = os.stat(resolve(file))
-        return f"{stat.st_mtime_ns}:{stat.st_size}"
+        return SAVED.stamp(file)
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
         with ordinary_tensors():
-            memory: SavedMemory = load_memory(resolve(file))
+            memory: SavedMemory = load_memory(SAVED.path(file))
         return io.NodeOutput(memory, memory.summary(), ui=ui.PreviewText(memory.summary()))

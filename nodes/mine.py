@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from functools import lru_cache
 from pathlib import Path
 
 import comfy.utils
@@ -20,11 +18,11 @@ from ..erasure_core.metrics.judges import look_through
 from ..erasure_core.mining import Settings, mine
 from ..erasure_core.operators.changes import Layers, LoRA
 from ..erasure_core.operators.trainable import Cond, TrainableModel
-from .erasures import resolve
 from .methods import widget
 from .patching import check_ungated
 from .port import ComfyPort, family_of, ordinary_tensors
 from .replica import Demand, latent_shape
+from .saved import Saved
 from .towers import pseudo_words
 from .training import Watcher, decoder
 from .types import CATEGORY, Dark, Judge
@@ -32,7 +30,6 @@ from .types import CATEGORY, Dark, Judge
 _FREE, _WORDS = "free", "words"
 _SHOWN = ("count", "steps", "learning_rate", "looks", "seed")
 """Settings with a widget; the others stand at what suits every model."""
-_NONE = "(no dark embeddings saved yet)"
 _AT_ONCE = 8
 
 
@@ -198,26 +195,7 @@ def _source(base_model, images, judge) -> str:
     return f"searched with pictures that the model drew itself{seen}"
 
 
-@lru_cache(maxsize=4096)
-def _is_dark(path: str, modified: float, size: int) -> bool:
-    try:
-        read_dark_header(path)
-    except (FileError, OSError):
-        return False
-    return True
-
-
-def saved_dark() -> list[str]:
-    """``erasure/file`` of every set in models/erasure, newest first."""
-    found: list[tuple[float, str]] = []
-    for name in folder_paths.get_filename_list("erasure"):
-        path = folder_paths.get_full_path("erasure", name)
-        if path is None or not name.endswith(".safetensors"):
-            continue
-        stat = os.stat(path)
-        if _is_dark(path, stat.st_mtime, stat.st_size):
-            found.append((stat.st_mtime, f"erasure/{name}"))
-    return [name for _, name in sorted(found, reverse=True)]
+SAVED = Saved("dark embeddings", "Save Dark Embeddings", ("erasure",), read_dark_header)
 
 
 class SaveDarkEmbeddings(io.ComfyNode):
@@ -278,7 +256,7 @@ class LoadDarkEmbeddings(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The CLIP that belongs to the model."),
                 io.Combo.Input(
                     "file",
-                    options=saved_dark() or [_NONE],
+                    options=SAVED.options(),
                     tooltip="Sets in models/erasure, newest first. Press R to refresh the list.",
                 ),
             ],
@@ -293,22 +271,15 @@ class LoadDarkEmbeddings(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file):
-        if file is None:
-            return True
-        try:
-            resolve(file)
-        except FileError as error:
-            return str(error)
-        return True
+        return SAVED.check(file)
 
     @classmethod
     def fingerprint_inputs(cls, file, clip=None):
-        stat = os.stat(resolve(file))
-        return f"{stat.st_mtime_ns}:{stat.st_size}"
+        return SAVED.stamp(file)
 
     @classmethod
     def execute(cls, clip, file) -> io.NodeOutput:
         with ordinary_tensors():
-            dark = load_dark(resolve(file))
+            dark = load_dark(SAVED.path(file))
             conditioning = conditioning_of(clip, dark.states[0])
         return io.NodeOutput(dark, conditioning, dark.summary(), ui=ui.PreviewText(dark.summary()))

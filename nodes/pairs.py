@@ -10,12 +10,13 @@ from comfy_api.latest import io, ui
 
 from ..erasure_core import FileError
 from ..erasure_core.formats import check_file_name
-from ..erasure_core.pair_files import load_pairs, save_pairs
+from ..erasure_core.pair_files import load_pairs, read_pairs_header, save_pairs
 from .port import ordinary_tensors
+from .saved import Saved
 from .types import CATEGORY, Pairs
 
 FOLDER = "erasure_pairs"
-_NONE = "(no pairs saved yet)"
+SAVED = Saved("pairs", "Save Concept Pairs", (FOLDER,), read_pairs_header, bare=True)
 
 folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
 
@@ -69,8 +70,8 @@ class LoadPairs(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=saved_pairs() or [_NONE],
-                    tooltip="Files in models/erasure_pairs. Press R to refresh the list.",
+                    options=SAVED.options(),
+                    tooltip="Files in models/erasure_pairs, newest first. Press R to refresh the list.",
                 )
             ],
             outputs=[
@@ -81,37 +82,14 @@ class LoadPairs(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file):
-        try:
-            if file is not None:
-                resolve(file)
-        except FileError as error:
-            return str(error)
-        return True
+        return SAVED.check(file)
 
     @classmethod
     def fingerprint_inputs(cls, file):
-        stat = os.stat(resolve(file))
-        return f"{stat.st_mtime_ns}:{stat.st_size}"
+        return SAVED.stamp(file)
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
         with ordinary_tensors():
-            pairs = load_pairs(resolve(file))
+            pairs = load_pairs(SAVED.path(file))
         return io.NodeOutput(pairs, pairs.summary(), ui=ui.PreviewText(pairs.summary()))
-
-
-def saved_pairs() -> list[str]:
-    """The files that ComfyUI lists in models/erasure_pairs."""
-    return sorted(name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".safetensors"))
-
-
-def resolve(file: str) -> str:
-    """The path of a listed file; nothing else is reachable.
-
-    Raises:
-        FileError: it isn't listed.
-    """
-    path = folder_paths.get_full_path(FOLDER, file) if file in saved_pairs() else None
-    if path is None:
-        raise FileError(f"file: {file[:80]!r} is not in models/{FOLDER}. Choose one from the list")
-    return path
