@@ -12,6 +12,7 @@ from comfy_api.latest import io, ui
 
 from ..erasure_core import Aids, ConceptError, ConceptSpec, all_methods, erase
 from ..erasure_core.methods import settings_from
+from ..erasure_core.metrics.judges import word_for
 from ..erasure_core.operators.checkpoint import Checkpoint
 from ..erasure_core.presets import PRESETS
 from .patching import apply_erasure
@@ -41,7 +42,7 @@ def aids_of(port: ComfyPort, spec: ConceptSpec, watcher: Watcher, decode: Decode
     """What is connected beside the model, as ordinary tensors, checked against the model and the words.
 
     Raises:
-        ValueError: something was made with another kind of model, or the judge lacks a vae or doesn't know the concept.
+        ValueError: something was made with another kind of model, or the judge lacks a vae or knows no word of the concept.
     """
     if dark is not None:
         dark.check_fits(port.family)
@@ -54,17 +55,19 @@ def aids_of(port: ComfyPort, spec: ConceptSpec, watcher: Watcher, decode: Decode
             f"pairs: their latents have {pairs.unsafe.shape[1]} channels, this model's {port.latent_shape[0]}. Make them again "
             "with this model"
         )
-    name = spec.erase[0].name
-    if judge is not None and vae is None:
-        raise ValueError("vae: the judge looks at pictures. Connect the VAE as well")
-    if judge is not None and judge.labels is not None and name not in judge.labels:
-        raise ValueError(
-            f"judge: it doesn't know {name!r}, only {', '.join(judge.labels)}. Name the concept as it does"
-        )
+    look = None
+    if judge is not None:
+        if vae is None:
+            raise ValueError("vae: the judge looks at pictures. Connect the VAE as well")
+        word = word_for(judge, spec.erase[0].words)
+
+        def look(latents: torch.Tensor) -> torch.Tensor:
+            return judge.probability(decode(latents).movedim(-1, 1), word)
+
     return Aids(
         dark=() if dark is None else tuple(dark.states.clone().unbind(0)),
         pairs=None if pairs is None else replace(pairs, unsafe=pairs.unsafe.clone(), safe=pairs.safe.clone()),
-        look=None if judge is None else lambda latents: judge.probability(decode(latents).movedim(-1, 1), name),
+        look=look,
         watch=watcher.watch,
     )
 
@@ -194,14 +197,16 @@ class EraseConcept(io.ComfyNode):
             raise ValueError(f"quality: {quality!r} is none of {', '.join(PRESETS)}")
         name, settings = method or (PRESETS[quality].method, PRESETS[quality].settings_on(family_of(model)))
         chosen = all_methods()[name]
-        demand = demand_of(settings_from(chosen, settings), chosen.predictions, precise=chosen.precise)
+        wanted = settings_from(chosen, settings)
+        demand = demand_of(wanted, chosen.predictions, precise=chosen.precise)
         decode = decoder(model, vae)
         watcher = Watcher(prompts_to_show(spec), decode)
+        asked = judge if hasattr(wanted, "looks") else None  # others never look at a picture
         size = pairs.unsafe.shape[2:] if pairs is not None and chosen.needs_pairs else None
         with ordinary_tensors():
             port = ComfyPort(model, clip, demand=demand, opened=watcher.opened, size=size)
             check_words_are_read(port, spec)
-            aids = aids_of(port, spec, watcher, decode, vae=vae, pairs=pairs, dark=dark, judge=judge)
+            aids = aids_of(port, spec, watcher, decode, vae=vae, pairs=pairs, dark=dark, judge=asked)
             if resume:
                 aids = replace(aids, checkpoint=unfinished(name))
             if chosen.trains:

@@ -25,6 +25,8 @@ CONTRASTS = ("nothing in particular", "a person", "an animal", "a plant", "food"
 """What a picture may show instead, where the user names nothing."""
 
 _TEMPLATE = "a picture of {}"
+_LISTED = 20
+"""Labels that an error names; a classifier may have a thousand."""
 _LOGIT_SCALE = 100.0  # where CLIP's training clips it, and where the released models stand
 _PLAIN = {
     "red": (1.0, 0.0, 0.0), "green": (0.0, 0.6, 0.0), "blue": (0.0, 0.0, 1.0), "yellow": (1.0, 1.0, 0.0),
@@ -63,10 +65,29 @@ def check_pictures(pictures: Tensor) -> Tensor:
     return pictures.float().clamp(0, 1)
 
 
-def unknown(judge: Judge, concept: str) -> ValueError:
-    """The error for a concept that ``judge`` doesn't know."""
-    known = ", ".join(judge.labels or ())
-    return ValueError(f"judge: {judge.name} does not know {concept!r}. It knows: {known}")
+def unknown(judge: Judge, *words: str) -> ValueError:
+    """The error for a concept of which ``judge`` knows no word."""
+    labels = judge.labels or ()
+    known = ", ".join(labels[:_LISTED]) + (f" and {len(labels) - _LISTED} more" if len(labels) > _LISTED else "")
+    asked = f"does not know {words[0]!r}" if len(words) == 1 else f"knows none of {', '.join(map(repr, words))}"
+    return ValueError(f"judge: {judge.name} {asked}. It knows: {known}")
+
+
+def word_for(judge: Judge, words: Sequence[str]) -> str:
+    """The first of a concept's words that the judge knows, by its own matching.
+
+    Raises:
+        ValueError: it knows none; the message lists what it knows.
+    """
+    if judge.labels is None:
+        return words[0]
+    for word in words:
+        try:
+            judge.probability(torch.zeros(1, 3, 64, 64), word)
+        except ValueError:  # its way to say that it doesn't
+            continue
+        return word
+    raise unknown(judge, *words)
 
 
 def look_through(judge: Judge, decode: Callable[[Tensor], Tensor], concept: str) -> Callable[[Tensor], Tensor]:

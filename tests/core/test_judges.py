@@ -10,7 +10,7 @@ from torch import Tensor
 from erasure_core.emojicanvas.concepts import OBJECTS, STYLES
 from erasure_core.emojicanvas.judge import Judge as Network
 from erasure_core.emojicanvas.judging import CanvasJudge, label_of
-from erasure_core.metrics.judges import ExampleJudge, Judge, ZeroShotJudge, agreement, look_through
+from erasure_core.metrics.judges import ExampleJudge, Judge, ZeroShotJudge, agreement, look_through, word_for
 
 pytestmark = pytest.mark.core
 
@@ -159,3 +159,20 @@ def test_a_judge_behind_a_decoder() -> None:
     assert torch.equal(look(z), judge.probability(z / 2, "cat"))
     with pytest.raises(ValueError, match="does not know"):
         look_through(CanvasJudge(Network().eval()), lambda z: z, "zebra")
+
+
+def test_the_word_that_a_judge_knows() -> None:
+    """By the judge's own matching, whatever is asked first."""
+    canvas = CanvasJudge(Network().eval())
+    assert word_for(canvas, ["A Cat"]) == "A Cat" and word_for(canvas, ["moggy", "kitty"]) == "kitty"
+    assert word_for(canvas, ["brindlewash style"]) == "brindlewash style"
+    assert word_for(ZeroShotJudge(encode, encode_texts, ["dog"]), ["moggy", "cat"]) == "moggy", "any text will do"
+    with pytest.raises(ValueError, match=r"emojicanvas-judge knows none of 'zebra', 'okapi'. It knows: cat"):
+        word_for(canvas, ["zebra", "okapi"])
+
+
+def test_an_error_names_a_few_labels_only() -> None:
+    pictures = coloured(0.8, 0.2, 0.2, n=6, spread=0.05), coloured(0.4, 0.4, 0.4, n=6, spread=0.05, seed=1)
+    judge = ExampleJudge(encode, [f"word{n}" for n in range(1000)], *pictures)
+    with pytest.raises(ValueError, match=r"does not know 'dog'. It knows: word0, .*, word19 and 980 more$"):
+        judge.probability(pictures[0], "dog")

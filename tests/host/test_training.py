@@ -214,11 +214,32 @@ def test_the_judge_ends_mining(server: ComfyServer, says: float, rounds: int) ->
     assert max(value for n, value, total in run.progress if n == node and value < total) == rounds
 
 
-def test_a_judge_needs_a_decoder(server: ComfyServer) -> None:
+def test_a_judge_that_is_asked_needs_a_decoder(server: ComfyServer) -> None:
     g = Graph()
     model, clip, _ = g.demo()
-    g.show(g.erase(model, clip, "cat", judge=g.add("ProbeFixedJudge", says=0.0)[0])[2])
+    judge = g.add("ProbeFixedJudge", says=0.0)[0]
+    g.show(g.erase(model, clip, "cat", method=small("dark_miner"), judge=judge)[2])
     with pytest.raises(ExecutionFailed, match=r"vae: the judge looks at pictures\. Connect the VAE as well"):
+        server.run(g.api)
+
+
+@pytest.mark.parametrize("concept", ["Kitty", "moggy, a cat", "brindlewash style"])
+def test_a_judge_is_asked_by_a_word_that_it_knows(server: ComfyServer, concept: str) -> None:
+    """Its own matching decides, over all words of the concept."""
+    g = Graph()
+    demo = g.add("ErasureLoadDemo")
+    method = small("dark_miner", rounds=1)
+    g.show(g.erase(demo[0], demo[1], concept, method=method, vae=demo[2], judge=demo[3])[2])
+    server.run(g.api)
+
+
+def test_a_judge_that_knows_no_word_is_refused_only_where_it_is_asked(server: ComfyServer) -> None:
+    g = Graph()
+    demo = g.add("ErasureLoadDemo")
+    g.show(g.erase(demo[0], demo[1], "zebra, okapi", vae=demo[2], judge=demo[3])[2])
+    server.run(g.api)
+    g.show(g.erase(demo[0], demo[1], "zebra, okapi", method=small("dark_miner"), vae=demo[2], judge=demo[3])[2])
+    with pytest.raises(ExecutionFailed, match=r"emojicanvas-judge knows none of 'zebra', 'okapi'. It knows: cat"):
         server.run(g.api)
 
 
