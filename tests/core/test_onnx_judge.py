@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+from pathlib import Path
 
 import pytest
 import tiny_onnx
 import torch
 from torch import Tensor
 
-from erasure_core.integrations.onnx_judge import OnnxJudge, Outputs, Pixels, labels_beside, parse_groups
+from erasure_core.integrations.onnx_judge import OnnxJudge, Outputs, Pixels, labels_beside, parse_groups, parse_labels
 from erasure_core.metrics.judges import Judge
 
 pytestmark = pytest.mark.core
@@ -131,3 +133,16 @@ def test_without_onnxruntime(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(ValueError, match="ONNX files need the package onnxruntime"):
         OnnxJudge(path, RGB)
+
+
+def test_what_the_help_page_says_can_be_pasted() -> None:
+    """Labels and groups of the files that it tells of: each group's labels are there, and so are the choices it names."""
+    page = (Path(__file__).parents[2] / "web/docs/ErasureJudgeONNX.md").read_text(encoding="utf-8")
+    nudenet, groups, open_nsfw = re.findall(r"```\n(.*?)```", page, re.DOTALL)
+    labels = parse_labels(nudenet)
+    assert len(set(labels)) == 18 and parse_labels(open_nsfw) == ["safe", "nsfw"]
+    assert set(parse_groups(groups)["nudity"]) < set(labels)
+    for pixels in re.findall(r"\*\*pixels\*\* \*([^*]+)\*,", page):
+        assert pixels in list(Pixels)
+    for outputs in re.findall(r"\*\*outputs\*\* \*([^*]+)\*,", page):
+        assert outputs in list(Outputs)
