@@ -11,12 +11,14 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..erasure_core import Aids, ConceptError, ConceptSpec, all_methods, erase
+from ..erasure_core.dark import DarkEmbeddings
 from ..erasure_core.methods import settings_from
 from ..erasure_core.metrics.judges import word_for
 from ..erasure_core.operators.checkpoint import Checkpoint
 from ..erasure_core.presets import PRESETS
 from .patching import apply_erasure
 from .port import ComfyPort, family_of, ordinary_tensors
+from .towers import pseudo_words
 from .training import Decode, Watcher, decoder, demand_of, prompts_to_show
 from .types import CATEGORY, Dark, Erasure, Judge, Method, Pairs
 
@@ -72,11 +74,11 @@ def aids_of(port: ComfyPort, spec: ConceptSpec, watcher: Watcher, decode: Decode
     )
 
 
-def unfinished(method: str) -> Checkpoint:
-    """Where the state of a training with this method is kept; one of them, the last."""
+def unfinished(what: str) -> Checkpoint:
+    """Where the state of a training of this kind, a method's or a memory's, is kept; one of them, the last."""
     folder = Path(folder_paths.get_user_directory()) / "concept_erasure"
     folder.mkdir(parents=True, exist_ok=True)
-    return Checkpoint(folder / f"unfinished-{method}.safetensors", _KEPT_EVERY)
+    return Checkpoint(folder / f"unfinished-{what}.safetensors", _KEPT_EVERY)
 
 
 class EraseConcept(io.ComfyNode):
@@ -162,6 +164,11 @@ class EraseConcept(io.ComfyNode):
                 io.Model.Output(display_name="model", tooltip="The model without the concept, at full strength."),
                 Erasure.Output(display_name="erasure", tooltip="For Apply (with a strength), Save and Merge Erasure."),
                 io.String.Output(display_name="report", tooltip="What was done, in words."),
+                Dark.Output(
+                    display_name="dark",
+                    tooltip="What Dark Miner found and erased, for Save Dark Embeddings or other models; from other methods "
+                    "nothing.",
+                ),
             ],
         )
 
@@ -207,18 +214,28 @@ class EraseConcept(io.ComfyNode):
             port = ComfyPort(model, clip, demand=demand, opened=watcher.opened, size=size)
             check_words_are_read(port, spec)
             aids = aids_of(port, spec, watcher, decode, vae=vae, pairs=pairs, dark=dark, judge=asked)
+            found: list[tuple[DarkEmbeddings | None, str]] = []
+            aids = replace(
+                aids,
+                slot=lambda count: pseudo_words(clip, count).slot,
+                found=lambda pool, said: found.append((pool, said)),
+            )
             if resume:
                 aids = replace(aids, checkpoint=unfinished(name))
             if chosen.trains:
                 watcher.encode(port.conditions)
             erasure = erase(port, spec, name, settings, watcher.progress, aids)
             patched = apply_erasure(model, erasure, 1.0)
-        report = erasure.summary() + (f"\n{watcher.report()}" if chosen.trains else "")
+        mined, said = found[0] if found else (None, "")
+        ignored = ", ".join(chosen.ignores(spec, aids))
+        unread = f"{chosen.title} makes no use of: {ignored}." if ignored else ""
+        parts = [erasure.summary(), unread, said, watcher.report() if chosen.trains else ""]
+        report = "\n".join(part for part in parts if part)
         shown = ui.PreviewText(report).as_dict()
         if watcher.picture is not None:
             picture = torch.from_numpy(np.array(watcher.picture)).float()[None] / 255
             shown |= ui.PreviewImage(picture, cls=cls).as_dict()
-        return io.NodeOutput(patched, erasure, report, ui=shown)
+        return io.NodeOutput(patched, erasure, report, mined, ui=shown)
 
 
 class ApplyErasure(io.ComfyNode):

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -31,11 +32,12 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
+from ..dark import MAX_EMBEDDINGS, DarkEmbeddings
 from ..devices import moved
 from ..fusion import added
 from ..operators.changes import Layers, LoRA
 from ..operators.regress import TargetTerm, keep_term, regress
-from ..operators.search import Variable, free, mine
+from ..operators.search import Variable, free, mine, pseudo_words
 from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from ..port import ModelPort, Site
@@ -44,6 +46,13 @@ from ._training import KEEP, NULL, RANK, RATE, Prompts, draw_pictures, erasure_o
 from .registry import Aids, Look, MethodSpec, Progress, setting
 
 ANCHOR, DARK = "anchor", "dark"
+
+
+class Form(StrEnum):
+    """What is searched."""
+
+    FREE = "free"
+    WORDS = "words"
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,11 @@ class Settings:
         high=64,
         step=1,
     )
+    form: Form = setting(
+        Form.FREE, "free: anything that the network can read, the strongest search. words: pseudo-words that the text encoder "
+        "reads, as textual inversion learns them; closes what prompts can reach."
+    )  # fmt: skip
+    words: int = setting(4, "Form words only: how many pseudo-words a find has.", low=1, high=16, step=1)
     threshold: float = setting(
         0.2, "Mining stops once the pictures of what it finds score no more than this.", low=-1.0, high=1.0, step=0.01
     )
@@ -84,13 +98,25 @@ class Settings:
 
 @dataclass(frozen=True)
 class Mined:
-    """The erasure, the conditionings [L, D] that were found and erased, and the score of every find, the last included."""
+    """The erasure, and how it came about."""
 
     erasure: Erasure
-    pool: tuple[Tensor, ...]
+    pool: DarkEmbeddings | None
+    """What was found and erased, round by round, each scored as it was found; None where the words alone were enough. The first
+    ones of very many."""
     scores: tuple[float, ...]
+    """Of each round's best find, the last round's included; empty where nobody looked."""
     exhausted: bool
     """Whether the last find fell below the threshold, rather than the rounds ending."""
+
+    def report(self) -> str:
+        """What was found, in a sentence or two."""
+        found = f"{0 if self.pool is None else len(self.pool)} embeddings found and erased"
+        if not self.scores:
+            return f"Dark Miner: {found}; no judge looked, so every round was made."
+        best = ", ".join(f"{score:.2f}" for score in self.scores)
+        end = "so the search found nothing more" if self.exhausted else "but the rounds ended: ways back are left"
+        return f"Dark Miner: {found}. The best find of each round scored {best}, {end}."
 
 
 def difference_look(encode: Callable[[Tensor], Tensor], examples: Tensor, reference: Tensor) -> Look:
@@ -109,13 +135,26 @@ def difference_look(encode: Callable[[Tensor], Tensor], examples: Tensor, refere
     return look
 
 
-def score(model: TrainableModel, finds: list[Cond], null: Cond, look: Look, settings: Settings) -> float:
-    """What ``look`` gives to pictures that the student draws from the best of several conditionings, in the mean."""
+def scores_of(model: TrainableModel, finds: list[Cond], null: Cond, look: Look, settings: Settings) -> list[float]:
+    """For each conditioning what ``look`` gives to pictures that the student draws from it, in the mean."""
     z = model.denoise_until(
         Cond.cat([cond.expand(settings.looks) for cond in finds]), null, guidance=settings.guidance, progress=1.0,
         steps=settings.sample_steps, generator=torch.Generator().manual_seed(settings.seed),
     )  # fmt: skip
-    return float(look(z).view(len(finds), settings.looks).mean(1).max())
+    return look(z).view(len(finds), settings.looks).mean(1).tolist()
+
+
+def variable_of(prompts: Prompts, aids: Aids, settings: Settings) -> Variable:
+    """What is mined.
+
+    Raises:
+        ValueError: words are asked for, but nothing reads them with gradients.
+    """
+    if settings.form is Form.FREE:
+        return free(prompts.null)
+    if aids.slot is None:
+        raise ValueError("form: words are searched through the text encoder, which was not given. Choose free")
+    return pseudo_words(aids.slot(settings.words), prompts.null)
 
 
 def circumvent(
@@ -141,23 +180,11 @@ def circumvent(
     return Phase(f"circumvent {number}", model.parameters(), loss, Optimiser(settings.learning_rate))
 
 
-def mine_and_erase(
-    port: TrainablePort,
-    spec: ConceptSpec,
-    settings: Settings,
-    progress: Progress,
-    aids: Aids,
-    *,
-    variable: Variable | None = None,
-) -> Mined:
-    """Mine and erase until nothing is found.
-
-    Args:
-        variable: what is mined. Default: a free conditioning.
-    """
+def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Mined:
+    """Mine and erase until nothing is found."""
     prompts = Prompts(port, spec, aids.dark)
     anchor = prompts[spec.erase[0].to]
-    searched = variable or free(prompts.null)
+    searched = variable_of(prompts, aids, settings)
 
     def within(number: int) -> Progress:
         """Cancelling works inside a round too."""
@@ -165,7 +192,8 @@ def mine_and_erase(
 
     pool = [prompts[name] for name, _ in prompts.pairs]
     found: list[Cond] = []
-    scores: list[float] = []
+    marks: list[float] = []  # of what was found
+    scores: list[float] = []  # of the rounds
     with port.trainable() as model:
         model.train(LoRA(settings.layers, settings.rank), settings.seed)
         keep, first = kept(aids, port, model, spec, "dark_miner", settings), 0
@@ -173,6 +201,7 @@ def mine_and_erase(
             first = int(state["rounds"])
             found += [prompts.null.with_context(c[None].to(model.device)) for c in state["found"]]
             pool += found
+            marks += state["marks"].tolist()
             scores += state["scores"].tolist()
             model.load(state)
             del state
@@ -191,7 +220,8 @@ def mine_and_erase(
                 mined = [c.context[0].cpu() for c in found]
                 keep.save({
                     "rounds": torch.tensor(number + 1), "scores": torch.tensor(scores, dtype=torch.float64),
-                    "found": torch.stack(mined) if mined else torch.zeros(0), **model.tensors(),
+                    "found": torch.stack(mined) if mined else torch.zeros(0),
+                    "marks": torch.tensor(marks, dtype=torch.float64), **model.tensors(),
                 })  # fmt: skip
 
         if not first:
@@ -203,12 +233,15 @@ def mine_and_erase(
             ).value  # fmt: skip
             with torch.no_grad():
                 mined = [searched.read(x) for x in value]
+            seen = [0.0] * len(mined)
             if aids.look is not None:
-                scores.append(score(model, mined, prompts.null, aids.look, settings))
+                seen = scores_of(model, mined, prompts.null, aids.look, settings)
+                scores.append(max(seen))
                 if scores[-1] <= settings.threshold:
                     break
             pool += mined
             found += mined
+            marks += seen
             circumvent_all(number)
         progress(settings.rounds + 1, settings.rounds + 1)
         if keep is not None:
@@ -217,7 +250,16 @@ def mine_and_erase(
         if settings.seal:
             made = sealed(port, spec, made, aids)
         exhausted = bool(scores) and scores[-1] <= settings.threshold
-        return Mined(made, tuple(c.context[0].float().cpu() for c in found), tuple(scores), exhausted)
+        return Mined(made, pool_of(made, found, marks, aids), tuple(scores), exhausted)
+
+
+def pool_of(made: Erasure, found: list[Cond], marks: list[float], aids: Aids) -> DarkEmbeddings | None:
+    """The finds as a set that can be saved."""
+    if not found:
+        return None
+    how = {**made.header.settings, "scored by": "nobody" if aids.look is None else "judge"}
+    states = torch.stack([c.context[0].float().cpu() for c in found[:MAX_EMBEDDINGS]])
+    return DarkEmbeddings(replace(made.header, settings=how), states, tuple(marks[:MAX_EMBEDDINGS]))
 
 
 class _Changed:
@@ -243,8 +285,11 @@ def sealed(port: ModelPort, spec: ConceptSpec, made: Erasure, aids: Aids) -> Era
 
 
 def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
-    """Erase with Dark Miner: :func:`mine_and_erase` without what was found."""
-    return mine_and_erase(port, spec, settings, progress, aids).erasure
+    """Erase with Dark Miner: :func:`mine_and_erase`, which tells ``aids.found`` about the pool."""
+    mined = mine_and_erase(port, spec, settings, progress, aids)
+    if aids.found is not None:
+        aids.found(mined.pool, mined.report())
+    return mined.erasure
 
 
 SPEC = MethodSpec(

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
+from ..dark import DarkEmbeddings
 from ..operators.checkpoint import Checkpoint
+from ..operators.search import TokenSlot
 from ..operators.train_loop import Watch
 from ..pairs import ConceptPairs
 
@@ -44,6 +46,10 @@ class Aids:
     watch: Watch | None = None
     checkpoint: Checkpoint | None = None
     """Where a training keeps its state, to go on from there if it is cut off; only of this very training."""
+    slot: Callable[[int], TokenSlot] | None = None
+    """So many pseudo-words, read by a text encoder that carries gradients; for methods that search for words."""
+    found: Callable[[DarkEmbeddings | None, str], object] | None = None
+    """Told at the end what a method that mines has found, and how that went."""
 
 
 class Run(Protocol):
@@ -68,10 +74,33 @@ class MethodSpec:
     trains: bool = False
     """Whether it runs the network: takes minutes, and shows its progress through ``Aids.watch``."""
     needs_pairs: bool = False
+    unread: tuple[str, ...] = ()
+    """What of a request it doesn't look at, by the names of inputs: replace_with, keep, keep_everyday, dark."""
     predictions: int = 3
     """For the memory estimate: predictions with gradient that a training step holds at most, for each picture of its batch."""
     precise: bool = False
     """Likewise: whether it may call :meth:`TrainableModel.precise`, which takes the memory of float32."""
+
+    def reads(self, spec: ConceptSpec) -> ConceptSpec:
+        """``spec`` without what the method doesn't look at: a file must not say of a word that it was held when it wasn't."""
+        plain = tuple(dataclasses.replace(concept, to="") for concept in spec.erase)
+        return ConceptSpec(
+            plain if "replace_with" in self.unread else spec.erase,
+            () if "keep" in self.unread else spec.keep,
+            spec.everyday and "keep_everyday" not in self.unread,
+        )
+
+    def ignores(self, spec: ConceptSpec, aids: Aids) -> tuple[str, ...]:
+        """The inputs that were filled in and that the method doesn't look at."""
+        given = {
+            "replace_with": any(concept.to for concept in spec.erase),
+            "keep": bool(spec.keep),
+            "keep_everyday": spec.everyday,
+            "dark": bool(aids.dark),
+            "pairs": aids.pairs is not None,
+        }
+        unread = self.unread if self.needs_pairs else (*self.unread, "pairs")
+        return tuple(name for name, filled in given.items() if filled and name in unread)
 
 
 def setting(

@@ -19,8 +19,10 @@ import torch
 
 from erasure_core import ConceptSpec, Delta, Erasure, Family, ModelPort, TextStates, all_methods, erase, load, save
 from erasure_core.analytic import AnalyticPort
+from erasure_core.emojicanvas.text import TextConfig, TextEncoder
 from erasure_core.methods import Aids, MethodSpec, Progress, settings_from
 from erasure_core.operators.checkpoint import Checkpoint
+from erasure_core.operators.search import TokenSlot
 from erasure_core.operators.train_loop import Trainer, TrainingFailedError
 from erasure_core.operators.trainable import TrainableModel
 from erasure_core.pairs import ConceptPairs
@@ -52,12 +54,17 @@ def run(
     progress: Progress | None = None,
     **aids: Any,
 ) -> Erasure:
-    """A short run with pairs for those that need them."""
+    """A short run with pairs for those that need them, and a text encoder for those that search for words."""
     names = {f.name for f in dataclasses.fields(method.settings)} if method.trains else set()
     chosen = {**{k: v for k, v in QUICK.items() if k in names}, **(settings or {})}
     unsafe, safe = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     pairs = ConceptPairs(unsafe, safe, (("apple", "pear"),), port.family)
-    return erase(port, spec, method.name, chosen, progress, Aids(pairs=pairs, **aids))
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        encoder = TextEncoder(TextConfig(16, 2, 2)).requires_grad_(False)
+    ids = torch.tensor([[49406, 320, 1000, 2000, 3000, 49407]])
+    everything = Aids(pairs=pairs, slot=lambda n: TokenSlot(encoder, ids, range(1, 5)[:n]), **aids)
+    return erase(port, spec, method.name, chosen, progress, everything)
 
 
 def weights(port: Any) -> dict[str, bytes]:
@@ -352,6 +359,46 @@ def test_training_is_watched_and_refused_where_it_cannot_be(method: MethodSpec, 
     if method.needs_pairs:
         with pytest.raises(ValueError, match=rf"pairs: {method.title} learns from pairs of pictures"):
             erase(make(method), SPEC, method.name)
+
+
+PARTS = ("replace_with", "keep", "keep_everyday", "dark")
+
+
+def part_of(name: str, port: Any) -> tuple[ConceptSpec, dict[str, Any]]:
+    """A request with one part filled in beside the concept, and the aids of it."""
+    texts = {"replace_with": "pear", "keep": "dog"}
+    spec = ConceptSpec.parse(
+        "apple", **({name: texts[name]} if name in texts else {}), everyday=name == "keep_everyday"
+    )
+    states = port.text(["brown bread"])[0].states
+    return spec, {"dark": (states,)} if name == "dark" else {}
+
+
+@each
+@pytest.mark.parametrize("part", PARTS)
+def test_what_a_method_does_not_look_at_changes_nothing_and_is_not_in_the_header(
+    method: MethodSpec, part: str, make
+) -> None:
+    longer = {"iterations": 4} if method.trains else {}
+    plain = run(make(method), method, longer, ConceptSpec.parse("apple"))
+    spec, aids = part_of(part, make(method))
+    made = run(make(method), method, longer, spec, **aids)
+    unchanged = all(torch.equal(d.dense(), made.deltas[n].dense()) for n, d in plain.deltas.items())
+    assert unchanged == (part in method.unread)
+    assert made.header.spec == (plain.header.spec if part in method.unread else spec)
+    assert (part in method.ignores(spec, Aids(**aids))) == (part in method.unread)
+
+
+def test_a_summary_names_only_what_was_held(port) -> None:
+    spec = ConceptSpec.parse("cat", "dog", "bird", everyday=True)
+    assert "kept: bird, everyday words" in erase(port, spec, "uce").summary()
+    assert "kept: bird\n" in erase(port, spec, "speed").summary()
+    methods = all_methods()
+    assert methods["uce"].ignores(spec, Aids()) == ()
+    assert methods["duo"].ignores(spec, Aids()) == ("replace_with", "keep", "keep_everyday")
+    pairs = ConceptPairs(torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4, 4), (("a", "b"),), port.family)
+    assert methods["speed"].ignores(spec, Aids(pairs=pairs)) == ("keep_everyday", "pairs")
+    assert methods["duo"].ignores(ConceptSpec.parse("cat"), Aids(pairs=pairs)) == ()
 
 
 def test_unknown_methods_and_the_port_protocol(port) -> None:

@@ -285,21 +285,51 @@ def test_dark_miner_runs_until_nothing_is_found(tiny) -> None:
 
     latents = torch.randn(3, 4, 4, 4)
     done = mined(0.9, 0.1)
-    assert done.exhausted and done.scores == pytest.approx((0.9, 0.1)) and len(done.pool) == 2
-    assert done.pool[0].shape == (6, 16)
+    assert done.exhausted and done.scores == pytest.approx((0.9, 0.1))
+    assert done.pool is not None and done.pool.states.shape == (2, 6, 16)
+    assert done.pool.scores == pytest.approx((0.9, 0.9)) and done.pool.header.settings["scored by"] == "judge"
     assert all(d.rank == 2 and d.dense().any() for d in done.erasure.deltas.values())
+    assert "2 embeddings" in done.report() and "0.90, 0.10, so the search found nothing more" in done.report()
     out = mined(0.9, 0.8)
-    assert not out.exhausted and len(out.pool) == 4, "the rounds ended first"
-    assert len({found.flatten()[20].item() for found in out.pool}) == 4, "each search is another one"
+    assert out.pool is not None and not out.exhausted and len(out.pool) == 4, "the rounds ended first"
+    assert "ways back are left" in out.report()
+    assert len({found.flatten()[20].item() for found in out.pool.states}) == 4, "each search is another one"
     none = mined(0.1)
-    assert none.exhausted and not none.pool, "the words alone were enough"
+    assert none.exhausted and none.pool is None, "the words alone were enough"
     again = mined(0.9, 0.1)
     assert all(torch.equal(d.dense(), again.erasure.deltas[n].dense()) for n, d in done.erasure.deltas.items())
     more = mined(0.1, dark=(torch.randn(6, 16),))
     assert any(not torch.equal(d.dense(), none.erasure.deltas[n].dense()) for n, d in more.erasure.deltas.items())
-    blind = dark_miner.mine_and_erase(tiny, SPEC, dark_miner.Settings(**SMALL, pictures=2), quiet, Aids())
-    assert len(blind.pool) == 4 and not blind.scores and not blind.exhausted, "nobody looks: every round is made"
+    told: list = []
+    blind = Aids(found=lambda *x: told.append(x))
+    dark_miner.run(tiny, SPEC, dark_miner.Settings(**SMALL, pictures=2), quiet, blind)
+    ((pool, report),) = told
+    assert len(pool) == 4 and "no judge looked" in report, "nobody looks: every round is made"
+    assert pool.header.settings["scored by"] == "nobody"
     assert tiny.untouched()
+
+
+def test_dark_miner_searches_words_where_an_encoder_reads_them(tiny) -> None:
+    encoder = TextEncoder(TextConfig(16, 2, 2)).requires_grad_(False)
+    read: list[Tensor] = []
+
+    class Slot(TokenSlot):
+        def states(self, vectors: Tensor) -> Tensor:
+            read.append(super().states(vectors))
+            return read[-1]
+
+    def slot(count: int) -> TokenSlot:
+        return Slot(encoder, torch.tensor([[49406, 320, 1000, 2000, 49407, 49407]]), range(1, 1 + count))
+
+    settings = dark_miner.Settings(**SMALL, form=dark_miner.Form.WORDS, words=3)
+    aids = Aids(pictures=torch.randn(3, 4, 4, 4), slot=slot)
+    pool = dark_miner.mine_and_erase(tiny, SPEC, settings, quiet, aids).pool
+    assert pool is not None and len(pool) == 4
+    assert all(any(torch.equal(states, x[0]) for x in read) for states in pool.states), (
+        "what the encoder makes of words"
+    )
+    with pytest.raises(ValueError, match=r"form: .* Choose free"):
+        dark_miner.mine_and_erase(tiny, SPEC, settings, quiet, Aids(pictures=torch.randn(3, 4, 4, 4)))
 
 
 def test_dark_miner_ends_by_solving_for_the_words_on_what_training_left(tiny64, monkeypatch) -> None:

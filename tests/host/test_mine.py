@@ -205,3 +205,33 @@ def test_the_text_encoder_is_comfyuis(server: ComfyServer, family: str, skip: in
     seen = report(server.run(g.api), measured)
     assert seen["towers"] == towers and seen["size"] > 0.1
     assert seen["off"] is not None and seen["off"] < 1e-5 * max(1, seen["size"])
+
+
+@pytest.mark.parametrize("form", ["free", "words"])
+def test_what_dark_miner_found_comes_out_of_erase_concept(server: ComfyServer, form: str) -> None:
+    g = Graph()
+    model, clip, vae = g.demo()
+    judge = g.add("ProbeFixedJudge", says=0.75)[0]
+    few = {"rounds": 2, "population": 2, "mine_steps": 2, "iterations": 2, "sample_steps": 3, "pictures": 2, "looks": 1}
+    erased = g.erase(
+        model, clip, "tulip", method=("dark_miner", {**few, "form": form, "words": 2}), vae=vae, judge=judge
+    )
+    name = f"pool-{uuid.uuid4().hex}"
+    g.add("ErasureSaveDarkEmbeddings", dark=erased[3], name=name, overwrite=False)
+    said = g.show(erased[2])
+    run = server.run(g.api)
+    assert (
+        "Dark Miner: 4 embeddings found and erased. The best find of each round scored 0.75, 0.75, but the rounds ended: "
+        "ways back are left." in shown(run, said)
+    )
+    pool = load_dark(server.models / "erasure" / f"{name}.safetensors")
+    assert pool.scores == (0.75,) * 4 and pool.concept == "tulip" and pool.header.method == "dark_miner"
+    assert pool.header.settings["form"] == form and not pool.words
+
+
+def test_saving_what_was_not_found_is_refused(server: ComfyServer) -> None:
+    g = Graph()
+    model, clip, _ = g.demo()
+    g.add("ErasureSaveDarkEmbeddings", dark=g.erase(model, clip, "tulip")[3], name="none", overwrite=False)
+    with pytest.raises(ExecutionFailed, match=r"dark: nothing was found"):
+        server.run(g.api)
