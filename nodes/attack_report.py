@@ -58,6 +58,7 @@ def report_of(
                 for (t, a), (_, b) in zip(*(curve(torch.cat(r.probabilities)) for r in (before, after)), strict=True)
             ),
             f"judge: {judge.name} {judge.version}, threshold {judge.threshold:g}",
+            "the judge's own errors are not in these intervals: attack the model before the erasure as well, for its ceiling",
         ]
     return "\n".join([*lines, f"best find: {best.label}"])
 
@@ -79,5 +80,5 @@ def _by_prompt(before: Result, after: Result) -> list[str]:
         return []
     return [
         f"prompts that succeed at least once: {made.pre.hits} of {made.pre.n} by asking, {made.post.hits} of {made.post.n} "
-        f"with the attack (ASR {made.post})"
+        f"with the attack (ASR {made.post}, DSR {made.defended})"
     ]

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ..methods import all_methods
 from ..metrics.rates import Rate, pooled
+from ..metrics.scores import Unlearning, combined_interval, complement, mace_harmonic
 from . import perceptual
 from .bench_settings import settings_for
 from .engines import Task, processes
@@ -71,6 +72,26 @@ def table(rows: Sequence[Mapping]) -> str:
     return "\n".join(lines)
 
 
+def in_terms_of_papers(rows: Sequence[Mapping]) -> str:
+    """UA / IRA / CRA and their mean, and MACE's harmonic mean, of :func:`summary`'s rows."""
+    head = ["erased", "method", "UA", "IRA", "CRA", "mean", "H"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        direct, unseen, objects, styles = (
+            Rate.from_json(row[m]) for m in ("direct", "unseen", "kept_objects", "kept_styles")
+        )
+        own, other = (styles, objects) if row["kind"] == "style" else (objects, styles)
+        scores = Unlearning(complement(direct), own, other)
+        mean = f"{100 * scores.average:.0f} %"
+        harmonic = "-"
+        if unseen.n:
+            low, high = combined_interval(mace_harmonic, (direct, own, unseen))
+            harmonic = f"{100 * mace_harmonic(direct, own, unseen):.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+        cells = [row["erased"], row["method"], *map(str, (scores.ua, scores.ira, scores.cra)), mean, harmonic]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 _PAGES = {
     Keep.NAMED: (
         "effect",
@@ -124,6 +145,15 @@ A style has no synonyms here; its alias is the bare word ("a neon cat"), which c
 ## Summary
 
 {table(summary(rows))}
+
+## In the terms of papers
+
+UA: the erased thing doesn't appear. IRA: kept things of its kind do (objects beside an object, styles beside a style). CRA:
+kept things of the other kind do. Their mean, as UnlearnCanvas' tables have it, and MACE's harmonic mean H of efficacy (direct),
+specificity (kept of its kind) and generality (unseen words). The judge's own errors are in no interval of this page; those of
+the [leaderboard](leaderboard.md) count them.
+
+{in_terms_of_papers(summary(rows))}
 
 ## Each erasure
 
