@@ -26,6 +26,8 @@ def erase(
 ) -> Erasure:
     """Compute the change that makes a model stop drawing ``spec.erase``. The model itself is not touched.
 
+    What of ``spec`` the method doesn't look at (``MethodSpec.unread``) is not in the Erasure's header either.
+
     Args:
         port: the model.
         spec: what to erase, what it becomes, what to keep.
@@ -48,6 +50,7 @@ def erase(
     if chosen.needs_pairs and given.pairs is None:
         raise ValueError(f"pairs: {chosen.title} learns from pairs of pictures. Connect Make SDEdit Pair")
     made = settings_from(chosen, settings or {})
+    spec = chosen.reads(spec)
     check_request(method, asdict(made), spec)
     with torch.no_grad():
         return chosen.run(port, spec, made, progress or (lambda done, total: None), given)

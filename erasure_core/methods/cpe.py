@@ -17,11 +17,12 @@ paper's. The authors' gate computes its keys with the query projection; the one 
 
 Further: the guidance of an adversarial state is that of the concept's own words, which our source leaves open, as it does how
 offsets start (normal, deviation 0.01) and what the anchors are (kept words, replacements, the empty prompt, and everyday words,
-asked for or not, that don't mean the concept); squares are means over rows and outputs, summed over layers; the last stage
-ends with erasing; one cosine a stage; AdamW in full precision. The numbers are the paper's for people (g 0.3, 16 offsets, 5 stages of 450 steps) but for three, for
-without a gate lambda 1e5 holds everything: on EmojiCanvas, "cat" to "dog", 2 stages of 150 steps at rate 3e-3 and rank 4 took
-the outputs for the word 41 % of the way at lambda 100 (other animals and things changed by 5 to 7 % of that way), 8 % at 1e3
-and 0.01 % at 1e5. For what shows unnamed the paper takes g 3, lambda 1e4, 32 offsets, 20 stages of 1200, rank 4.
+asked for or not, that don't mean the concept); squares are means over rows and outputs, summed over layers; the last stage ends
+with erasing; one cosine a stage; AdamW in full precision. The numbers are the paper's for people (g 0.3, 16 offsets, 5 stages
+of 450 steps) but for three, for without a gate lambda 1e5 holds everything: on EmojiCanvas, "cat" to "dog", 2 stages of 150
+steps at rate 3e-3 and rank 4 took the outputs for the word 41 % of the way at lambda 100 (other animals and things changed by 5
+to 7 % of that way), 8 % at 1e3 and 0.01 % at 1e5. For what shows unnamed the paper takes g 3, lambda 1e4, 32 offsets, 20 stages
+of 1200, rank 4.
 
 A training that is cut off goes on from the last whole stage.
 """

@@ -121,5 +121,6 @@ SPEC = MethodSpec(
     run=run,
     trains=True,
     needs_pairs=True,
+    unread=("replace_with", "keep", "keep_everyday", "dark"),
     precise=True,
 )

@@ -173,4 +173,5 @@ SPEC = MethodSpec(
     settings=Settings,
     run=run,
     trains=True,
+    unread=("replace_with",),
 )

@@ -21,7 +21,7 @@ then the unconditional half of guidance does not move at all; keys are edited to
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 import torch
@@ -247,8 +247,7 @@ class LayerEdits:
 def run(port: ModelPort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
     """Erase with SPEED. Seconds; needs no pictures and no network passes."""
     sites = [s for s in text_sites(port) if settings.params != Params.VALUES or s.role is Role.TEXT_VALUE]
-    named = replace(spec, everyday=False)
-    rows = edit_rows(port, named, rule=settings.rows, templates=TEMPLATES[settings.templates], dark=aids.dark)
+    rows = edit_rows(port, spec, rule=settings.rows, templates=TEMPLATES[settings.templates], dark=aids.dark)
     empty = empty_rows(port.text([""])[0].states.cpu().double(), settings.empty_prompt)
     result = build(port, spec, "speed", asdict(settings), LayerEdits(rows, empty, settings), progress, sites)
     if not any(delta.rank for delta in result.deltas.values()):
@@ -267,4 +266,5 @@ SPEC = MethodSpec(
     paper="https://arxiv.org/abs/2503.07392",
     settings=Settings,
     run=run,
+    unread=("keep_everyday",),
 )
