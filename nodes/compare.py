@@ -228,6 +228,8 @@ class CompareErasures(io.ComfyNode):
         if not lines:
             raise ValueError("prompts: write at least one")
         given = [erasures[f"erasure_{i}"] for i in range(1, _COUNT + 1) if erasures.get(f"erasure_{i}") is not None]
+        if given and not levels:
+            raise ValueError("strengths: write at least one number other than 0, or no erasure is drawn")
         named = labels_of(given, labels)
         how = Drawing(steps, cfg, sampler_name, scheduler, width, height)
         how.check()

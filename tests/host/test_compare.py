@@ -115,6 +115,8 @@ def test_cancel(server: ComfyServer) -> None:
         ({"strengths": "strong"}, "strengths: 'strong' must be numbers by commas"),
         ({"strengths": "9"}, "strengths: at most 12 numbers from -2 to 3"),
         ({"strengths": "nan"}, "strengths: at most 12 numbers from -2 to 3"),
+        ({"strengths": ""}, "strengths: write at least one number other than 0"),
+        ({"strengths": "0, 0.0"}, "strengths: write at least one number other than 0"),
         ({"labels": "one\ntwo"}, r"labels: 2 for 1 erasures"),
         ({"judge": True}, r"concept: 0 lines for 2 prompts"),
         ({"judge": True, "concept": "unicorn"}, r"does not know 'unicorn'"),
