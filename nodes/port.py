@@ -12,6 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import comfy.model_management as mm
+import comfy.sd1_clip
 import torch
 from torch import Tensor
 
@@ -30,7 +31,10 @@ _BOS, _EOS = 49406, 49407
 _ENCODE_AT_ONCE = 32
 _CACHED_BYTES = 256 << 20
 
-_text_cache: WeakKeyDictionary[Any, dict[tuple, TextStates]] = WeakKeyDictionary()
+Read = tuple[TextStates, Tensor | None]
+"""What a CLIP makes of a prompt: its states, and its pooled text [1, D] where one could be told apart."""
+
+_text_cache: WeakKeyDictionary[Any, dict[tuple, Read]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -117,14 +121,17 @@ class ComfyPort:
     def conditions(self, prompts: Sequence[str]) -> list[Cond]:
         """Each prompt as the network reads it, on the compute device; SDXL's with pooled text and picture size."""
         device = mm.get_torch_device()
-        texts = self.text(prompts)
-        return [Cond(x.states[None].to(device, copy=True), self._extras(x.prompt, device)) for x in texts]
+        return [
+            Cond(text.states[None].to(device, copy=True), self._extras(text.prompt, pooled, device))
+            for text, pooled in self._read(prompts)
+        ]
 
-    def _extras(self, prompt: str, device: torch.device) -> dict[str, Tensor]:
+    def _extras(self, prompt: str, pooled: Tensor | None, device: torch.device) -> dict[str, Tensor]:
         if not self._model.model.adm_channels:
             return {}
-        tokens = {name: [[(w[0], 1.0) for w in s] for s in x] for name, x in self._clip.tokenize(prompt).items()}
-        _, pooled = self._clip.encode_from_tokens(tokens, return_pooled=True)
+        if pooled is None:
+            mm.throw_exception_if_processing_interrupted()
+            pooled = self._clip.encode_from_tokens(_plain([self._clip.tokenize(prompt)]), return_pooled=True)[1]
         _, height, width = self.latent_shape
         y = self._model.model.encode_adm(
             pooled_output=pooled.float().cpu(), width=8 * width, height=8 * height, device=torch.device("cpu")
@@ -132,11 +139,14 @@ class ComfyPort:
         return {"y": y.to(device, torch.float32, copy=True)}
 
     def text(self, prompts: Sequence[str]) -> list[TextStates]:
+        return [text for text, _ in self._read(prompts)]
+
+    def _read(self, prompts: Sequence[str]) -> list[Read]:
         if self._clip is None:
             raise ValueError("clip: connect the CLIP that belongs to the model")
         clip = self._clip
         cache = _text_cache.setdefault(clip, {})
-        if sum(x.states.nbytes for x in cache.values()) > _CACHED_BYTES:
+        if sum(x.states.nbytes for x, _ in cache.values()) > _CACHED_BYTES:
             cache.clear()
         for key in [k for k in cache if "embedding:" in k[-1]]:  # its file may have been written anew
             del cache[key]
@@ -144,8 +154,8 @@ class ComfyPort:
         wanted = [p for p in dict.fromkeys(prompts) if (*state, p) not in cache]
         for start in range(0, len(wanted), _ENCODE_AT_ONCE):
             mm.throw_exception_if_processing_interrupted()
-            for states in _encode(clip, wanted[start : start + _ENCODE_AT_ONCE]):
-                cache[(*state, states.prompt)] = states
+            for read in _encode(clip, wanted[start : start + _ENCODE_AT_ONCE]):
+                cache[(*state, read[0].prompt)] = read
         return [cache[(*state, p)] for p in prompts]
 
     def predict(self, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -159,23 +169,44 @@ class ComfyPort:
         return net(z.to(device, dtype), t.to(device), context=context.to(device, dtype)).float()
 
 
-def _encode(clip, prompts: Sequence[str]) -> list[TextStates]:
+def _encode(clip, prompts: Sequence[str]) -> list[Read]:
     """Encode prompts together. ComfyUI encodes the sections of one prompt as a batch and lays them end to end, so
     the sections of many prompts can travel as one, every word at weight 1."""
     tokenised = [clip.tokenize(p) for p in prompts]
     lengths = [{name: len(sections) for name, sections in t.items()} for t in tokenised]
     if len(prompts) > 1 and any(len(set(n.values())) != 1 for n in lengths):  # towers that split a prompt differently
         return [s for p in prompts for s in _encode(clip, [p])]
-    plain = {name: [[(word[0], 1.0) for word in s] for t in tokenised for s in t[name]] for name in tokenised[0]}
-    states = clip.encode_from_tokens(plain)[0].float().cpu().clone()  # [all rows, D]
+    states, pooled = _states_and_pooled(clip, _plain(tokenised))
     first = next(iter(tokenised[0]))
     counts = [sum(len(s) for s in t[first]) for t in tokenised]
     if sum(counts) != len(states):
         raise ValueError(f"clip: {sum(counts)} tokens gave {len(states)} rows; this text encoder is not supported")
-    out, start = [], 0
+    out, start, at = [], 0, 0
     for prompt, tokens, count in zip(prompts, tokenised, counts, strict=True):
         ids = [[w[0] if isinstance(w[0], int) else -1 for w in section] for section in tokens[first]]
         kinds = torch.cat([token_kinds(section, bos=_BOS, eos=_EOS) for section in ids])
-        out.append(TextStates(prompt, states[start : start + count].clone(), kinds))
-        start += count
+        own = None if pooled is None else pooled[at : at + 1].clone()  # ComfyUI takes the first section's too
+        out.append((TextStates(prompt, states[start : start + count].clone(), kinds), own))
+        start, at = start + count, at + len(tokens[first])
     return out
+
+
+def _plain(tokenised: Sequence[dict]) -> dict[str, list]:
+    """The sections of several prompts as those of one, every word at weight 1."""
+    return {name: [[(word[0], 1.0) for word in s] for t in tokenised for s in t[name]] for name in tokenised[0]}
+
+
+def _states_and_pooled(clip, tokens: dict[str, list]) -> tuple[Tensor, Tensor | None]:
+    """States [all rows, D], and pooled text [sections, D]. ComfyUI hands out the first section's alone, so the others are
+    read where they come out of the tower that this one is from; None where it isn't found."""
+    towers = [x for x in clip.cond_stage_model.modules() if isinstance(x, comfy.sd1_clip.SDClipModel)]
+    seen: list[Tensor | None] = []
+    hooks = [x.register_forward_hook(lambda _module, _args, out: seen.append(out[1])) for x in towers]
+    try:
+        states, first = clip.encode_from_tokens(tokens, return_pooled=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rows = (x.float().cpu() for x in seen if first is not None and x is not None)
+    pooled = next((x for x in rows if torch.equal(x[:1], first.float().cpu())), None)
+    return states[0].float().cpu().clone(), pooled

@@ -35,6 +35,9 @@ _PREDICTIONS = {"epsilon": Prediction.EPS, "v_prediction": Prediction.V}
 _BATCH, _CACHED = 16, 2048
 _ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 
+Read = tuple[TextStates, Tensor | None]
+"""What a pipeline makes of a prompt: its states and, for XL, its pooled text [1, D]."""
+
 
 class DiffusersPort:
     """A :class:`TrainablePort` of a pipeline as it is now: make a new port after changing its text encoders or adapters.
@@ -59,7 +62,7 @@ class DiffusersPort:
             )
         self.prediction = _PREDICTIONS[kind]
         self._modules = _linear_layers(unet, self.family)
-        self._encoded: OrderedDict[str, TextStates] = OrderedDict()
+        self._encoded: OrderedDict[str, Read] = OrderedDict()
 
     def sites(self) -> Sequence[Site]:
         return [site for site in self.linears() if site.role is not Role.OTHER]
@@ -71,23 +74,27 @@ class DiffusersPort:
     def weight(self, site: Site) -> Tensor:
         return _effective_weight(self._modules[site.name][1])
 
-    @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> list[TextStates]:
-        states = {p: self._encoded[p] for p in prompts if p in self._encoded}
-        missing = [p for p in dict.fromkeys(prompts) if p not in states]
+        return [states for states, _ in self._read(prompts)]
+
+    @torch.no_grad()
+    def _read(self, prompts: Sequence[str]) -> list[Read]:
+        known = {p: self._encoded[p] for p in prompts if p in self._encoded}
+        missing = [p for p in dict.fromkeys(prompts) if p not in known]
         for start in range(0, len(missing), _BATCH):
             for one in self._encode(missing[start : start + _BATCH]):
-                states[one.prompt] = self._encoded[one.prompt] = one
+                prompt = one[0].prompt
+                known[prompt] = self._encoded[prompt] = one
         while len(self._encoded) > _CACHED:
             self._encoded.popitem(last=False)
-        return [states[p] for p in prompts]
+        return [known[p] for p in prompts]
 
-    def _encode(self, prompts: list[str]) -> list[TextStates]:
+    def _encode(self, prompts: list[str]) -> list[Read]:
         """As the pipeline does it: textual inversions expanded, cut and padded to the tokenizer's length, and for XL the
         penultimate states of both encoders side by side. Token kinds come from the first tokenizer."""
         encoded = self.pipe.encode_prompt(
             prompt=prompts, device=self._device(), num_images_per_prompt=1, do_classifier_free_guidance=False
-        )[0]
+        )
         tokenizer = getattr(self.pipe, "tokenizer", None) or self.pipe.tokenizer_2
         convert = getattr(self.pipe, "maybe_convert_prompt", None)
         ids = tokenizer(
@@ -96,14 +103,16 @@ class DiffusersPort:
             max_length=tokenizer.model_max_length,
             truncation=True,
         ).input_ids
-        states = encoded.detach().float().cpu()
+        states = encoded[0].detach().float().cpu()
+        pooled = encoded[2].detach().float().cpu() if self._pools else None
+        kinds = [token_kinds(i, bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id) for i in ids]
         return [
-            TextStates(p, s.clone(), token_kinds(i, bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id))
-            for p, s, i in zip(prompts, states, ids, strict=True)
+            (TextStates(p, states[n].clone(), kinds[n]), None if pooled is None else pooled[n : n + 1].clone())
+            for n, p in enumerate(prompts)
         ]
 
     def predict(self, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        if getattr(self.unet.config, "addition_embed_type", None):
+        if self._pools:
             raise ValueError(
                 f"model: predict() supports SD 1.x and 2.x, not {self.family.name}, which needs sizes and pooled text"
             )
@@ -117,19 +126,19 @@ class DiffusersPort:
 
         The empty prompt is the encoding of "", also where the pipeline itself would put zeros in its place.
         """
-        contexts = [x.states[None].to(self._device(), copy=True) for x in self.text(prompts)]
-        if not getattr(self.unet.config, "addition_embed_type", None):
+        read = self._read(prompts)
+        contexts = [text.states[None].to(self._device(), copy=True) for text, _ in read]
+        if not self._pools:
             return [Cond(x) for x in contexts]
         pixels = [side * self.pipe.vae_scale_factor for side in self._latent_shape()[1:]]
         ids = torch.tensor([[*pixels, 0, 0, *pixels]], dtype=torch.float32, device=self._device())
-        pooled = {p: self._pooled(p) for p in dict.fromkeys(prompts)}
-        return [Cond(x, {"text_embeds": pooled[p], "time_ids": ids}) for x, p in zip(contexts, prompts, strict=True)]
+        pooled = [row.to(self._device(), copy=True) for _, row in read if row is not None]
+        return [Cond(x, {"text_embeds": row, "time_ids": ids}) for x, row in zip(contexts, pooled, strict=True)]
 
-    def _pooled(self, prompt: str) -> Tensor:
-        encoded = self.pipe.encode_prompt(
-            prompt=prompt, device=self._device(), num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        return encoded[2].detach().to(self._device(), torch.float32)
+    @property
+    def _pools(self) -> bool:
+        """Whether its UNet reads pooled text and sizes beside the states, as XL's does."""
+        return bool(getattr(self.unet.config, "addition_embed_type", None))
 
     def trainable(self) -> TrainableModel:
         """A float32 copy of the UNet with its adapters merged, on the device that the pipeline computes on.

@@ -304,6 +304,23 @@ def test_a_trained_change_of_every_kind_of_layer_loads_as_a_lora(
     assert (plain - expected).abs().max() > 1e-3
 
 
+def test_xl_encodes_a_prompt_once(xl, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, asked, encode = ["a red cat", "", "blue"], [], xl.encode_prompt
+    expected = [encode(p, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)[2] for p in prompts]
+
+    def counted(*args, prompt, **how):
+        asked.extend(prompt)
+        return encode(*args, prompt=prompt, **how)
+
+    monkeypatch.setattr(xl, "encode_prompt", counted)
+    port = DiffusersPort(xl)
+    port.text(prompts[:2])
+    conds = port.conditions([*prompts, prompts[0]])
+    assert asked == prompts
+    for cond, pooled in zip(conds, [*expected, expected[0]], strict=True):
+        assert torch.allclose(cond.extra["text_embeds"], pooled, atol=1e-5)
+
+
 def test_xl_is_trained_with_its_pooled_text_and_size(xl) -> None:
     port = DiffusersPort(xl)
     cond, null = port.conditions(["a red cat", ""])

@@ -69,6 +69,7 @@ def test_replica_is_the_live_network(server: ComfyServer, kind: str) -> None:
     node = g.add("ProbeReplica", model=model, clip=clip)
     seen = report(server.run(g.api), node)
     assert seen["equal"] and seen["stock"] < 1e-4
+    assert len(seen["beside"]) == (kind == "XL") and all(off < 1e-4 for off in seen["beside"])
     assert seen["gradients"] and seen["inference"] == 0
     assert seen["untouched"] and seen["freed"]
     assert 0 < seen["bytes"]["checkpointed"] < seen["bytes"]["plain"] / 2 and seen["bytes"]["weights"] > 1e7
@@ -79,6 +80,19 @@ def test_replica_is_the_live_network(server: ComfyServer, kind: str) -> None:
     assert seen["in pieces"] == [True, False]
     assert seen["refused"].startswith(f"model: training on it here takes about {1.35 * (1 << 50) / 1e9:.1f} GB")
     assert "GB of cpu memory are free. Lower the method's batch" in seen["refused"]
+
+
+@pytest.mark.parametrize("family", ["demo", "sd20", "sdxl"])
+def test_a_prompt_is_encoded_once(server: ComfyServer, family: str) -> None:
+    """Its states and its pooled text come of one pass, in batches too."""
+    g = Graph()
+    inputs = {"clip": g.demo()[1], "model": g.add("ProbeTinyXL")[0]}
+    if family != "demo":
+        inputs = {"clip": g.add("ProbeTinyClip", family=family)[0]}
+    node = g.add("ProbeConditions", **inputs)
+    seen = report(server.run(g.api), node)
+    assert seen["sections"] == seen["wanted"] == 5 and seen["off"] < 1e-4
+    assert seen["with a model"] == (5 if family == "demo" else 0)
 
 
 def user_lora(server: ComfyServer) -> None:

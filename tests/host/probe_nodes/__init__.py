@@ -179,7 +179,8 @@ class Replica(Probe):
             g = torch.Generator().manual_seed(1)
             z, t = torch.randn(2, 4, 16, 16, generator=g), torch.tensor([10, 900])
             cond = replica.Cond.cat(port.ComfyPort(model, clip).conditions(["a cat", "a small dog"]))
-            known = {"context": cond.context, **self.by_comfy(model, clip, ["a cat", "a small dog"])}
+            known = {"context": cond.context, **cond.extra}
+            beside = self.by_comfy(model, clip, ["a cat", "a small dog"])
             options = {"optimized_attention_override": replica._attention}
             live = network(z, t.float(), transformer_options=options, **known)
             stock = network(z, t.float(), **known)
@@ -204,6 +205,7 @@ class Replica(Probe):
         return answer(
             {
                 "equal": torch.equal(live, mine),
+                "beside": [float((cond.extra[k] - x).abs().max()) for k, x in beside.items()],
                 "stock": float((stock - mine).abs().max()),
                 "gradients": all(bool(x.any()) for x in gradients),
                 "inference": inference,
@@ -245,6 +247,34 @@ class Replica(Probe):
             )
             rows.append(extra["y"].cond)
         return {"y": torch.cat(rows)}
+
+
+class Conditions(Probe):
+    """How often a text encoder is asked for prompts whose states and pooled text are both wanted, and how far the pooled
+    text is from ComfyUI's own; of a model that reads it, if there is one."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"clip": ("CLIP",)}, "optional": {"model": ("MODEL",)}})
+
+    def run(self, clip, model=None):
+        port, prompts = pack("nodes.port"), ["a cat, once", "a small dog " * 40, "once", "neon style, once"]
+        asked, encode = [], clip.cond_stage_model.encode_token_weights
+        clip.cond_stage_model.encode_token_weights = lambda tokens: asked.append(tokens) or encode(tokens)
+        try:
+            with port.ordinary_tensors():
+                pooled = [row for _, row in port._encode(clip, prompts)]
+                sections = sum(len(next(iter(x.values()))) for x in asked)
+                asked.clear()
+                if model is not None:
+                    own = port.ComfyPort(model, clip)
+                    own.text(prompts[:2])
+                    own.conditions(prompts)
+        finally:
+            del clip.cond_stage_model.encode_token_weights
+        again = sum(len(next(iter(x.values()))) for x in asked)
+        known = [clip.encode_from_tokens(clip.tokenize(p), return_pooled=True)[1].float().cpu() for p in prompts]
+        wanted = sum(len(next(iter(clip.tokenize(p).values()))) for p in prompts)
+        off = max(float((a - b).abs().max()) for a, b in zip(pooled, known, strict=True))
+        return answer({"wanted": wanted, "sections": sections, "with a model": again, "off": off})
 
 
 class _Verdict:
@@ -326,6 +356,7 @@ NODES = (
     Stored,
     TinyXL,
     Replica,
+    Conditions,
     FixedJudge,
     Memory,
     TinyClip,
