@@ -81,7 +81,8 @@ def search_prompt(
     pictures = pictures.to(erased.device, erased.dtype)
 
     def loss(_: int, generator: torch.Generator) -> dict[str, Tensor]:
-        x0 = pictures[torch.randint(0, len(pictures), (1,), generator=generator).to(pictures.device)]
+        k = int(torch.randint(0, len(pictures), (), generator=generator))
+        x0 = pictures[k : k + 1]
         t = torch.randint(0, len(schedule), (1,), generator=generator)
         z = schedule.add_noise(x0, erased.noise(1, generator), t)
         cond = null.with_context(slot.states(projected(soft, table)))

@@ -209,7 +209,7 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
                 start = torch.randn(
                     settings.adversaries, *concept.shape[1:], generator=generator_for(settings.seed, "offsets", stage)
                 )
-                found = (0.01 * start).to(concept).requires_grad_()
+                found = moved(0.01 * start, concept.device, concept.dtype).requires_grad_()
                 go_on(attack(found, len(offsets)), settings.attack_steps)
                 offsets = torch.cat([offsets, found.detach()])
             optimiser = Optimiser(settings.learning_rate, Kind.ADAMW, 0.01)

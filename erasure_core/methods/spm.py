@@ -109,7 +109,7 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
     ) -> dict[str, Tensor]:
         if not settings.anchors or not settings.anchor_weight:
             return {}
-        anchors = sample_anchors(conds[ERASE].context[:1].to(z), settings.anchors, generator)
+        anchors = sample_anchors(moved(conds[ERASE].context[:1], z.device, z.dtype), settings.anchors, generator)
         return {"anchors": settings.anchor_weight * anchoring_loss(model, z, t, anchors, conds[ERASE])}
 
     return train_regression(

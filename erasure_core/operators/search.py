@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..devices import moved
 from .memory import PromptMemory
 from .train_loop import Kind, Optimiser, Phase, Progress, constant, cosine, generator_for
 from .trainable import Cond, TrainableModel, Weights
@@ -122,15 +124,19 @@ class TokenSlot:
     ids: Tensor
     positions: Sequence[int]
 
+    @cached_property
+    def _index(self) -> Tensor:
+        """``positions`` where the ids are, copied there once rather than in each step of a search."""
+        return moved(torch.tensor(list(self.positions)), self.ids.device)
+
     def start(self) -> Tensor:
         """The embeddings of the words that are there now, [n, D]."""
         return self.encoder.embed(self.ids)[0, list(self.positions)].detach().clone()
 
     def states(self, vectors: Tensor) -> Tensor:
         """Text states [1, L, D] with the pseudo-words in place, differentiable in ``vectors`` [n, D]."""
-        index = torch.tensor(list(self.positions), device=vectors.device)
         embeddings = self.encoder.embed(self.ids).detach().to(vectors)
-        return self.encoder(embeddings=embeddings.index_copy(1, index, vectors[None]))
+        return self.encoder(embeddings=embeddings.index_copy(1, self._index.to(vectors.device), vectors[None]))
 
 
 def denoising_loss(
@@ -157,7 +163,8 @@ def denoising_loss(
     chosen = torch.randint(0, len(latents), (batch,), generator=generator)
     if t is None:
         t = torch.randint(0, len(model.schedule), (batch,), generator=generator)
-    x0, noise = latents[chosen.to(latents.device)].to(model.device, model.dtype), model.noise(batch, generator)
+    x0 = moved(latents[moved(chosen, latents.device)], model.device, model.dtype)
+    noise = model.noise(batch, generator)
     z = model.schedule.add_noise(x0, noise, t)
     target = model.schedule.target(model.space, x0, noise, t) if teacher is None else teacher(z, t, generator)
     return F.mse_loss(model.predict(z, t, cond, weights, memory), target)

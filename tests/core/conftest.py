@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from erasure_core import ConceptSpec, Family, Prediction, Site, TextStates
 from erasure_core.analytic import AnalyticPort
@@ -33,6 +34,25 @@ settings.load_profile("core")
 @pytest.fixture(autouse=True)
 def _own_randomness():
     torch.manual_seed(20)
+
+
+class Waits(TorchDispatchMode):
+    """Counts copies from the host to the meta device that the host would wait for on a GPU, while ``on``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on, self.seen = False, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and made.device.type == "meta":
+            self.seen += self.on and not (kwargs or {}).get("non_blocking")
+        return made
+
+
+@pytest.fixture
+def waits() -> Waits:
+    return Waits()
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from erasure_core.operators.search import (
     search,
 )
 from erasure_core.operators.train_loop import Kind, generator_for
-from erasure_core.operators.trainable import Cond, Weights
+from erasure_core.operators.trainable import Cond, TrainableModel, Weights
 
 pytestmark = pytest.mark.core
 SPEC = ConceptSpec.parse("bomb", "", "dog")
@@ -350,3 +352,26 @@ def test_dark_miner_ends_by_solving_for_the_words_on_what_training_left(tiny64, 
     for name, delta in whole.deltas.items():
         expected = change.get(name, 0.0) + (solved.deltas[name].dense() if name in solved.deltas else 0.0)
         assert torch.allclose(delta.dense().double(), torch.as_tensor(expected).double(), atol=1e-5), name
+
+
+def test_a_step_of_a_search_brings_nothing_to_the_device_that_it_waits_for(tiny, waits) -> None:
+    """On the meta device; the first step may set things up."""
+    model = TrainableModel(copy.deepcopy(tiny.unet).to("meta"), tiny.schedule, tiny.prediction, (4, 4, 4))
+    encoder = TextEncoder(TextConfig(16, 2, 2)).requires_grad_(False).to("meta")
+    ids = torch.tensor([[49406, 320, 1000, 2000, *[49407] * 73]], device="meta")
+    slot, latents = TokenSlot(encoder, ids, [2, 3]), normal(3, 4, 4, 4)  # the pool may stay on the host
+
+    def objective(vectors: Tensor, generator: torch.Generator) -> Tensor:
+        return denoising_loss(model, latents, Cond(slot.states(vectors)), generator, batch=2)
+
+    class Ended(Exception):
+        pass
+
+    def progress(done: int, steps: int) -> None:
+        waits.on = done > 0
+        if done == steps - 1:
+            raise Ended
+
+    with waits, pytest.raises(Ended):
+        search(slot.start(), objective, steps=4, lr=0.1, progress=progress)
+    assert waits.seen == 0
