@@ -72,6 +72,10 @@ class Family:
         return f"{self.name} (text width {self.context_dim})"
 
 
+FAMILIES = {768: "sd15", 1024: "sd20", 1280: "sdxl-refiner", 2048: "sdxl"}
+"""Names of Stable Diffusion's families by the width of their text states."""
+
+
 @dataclass(frozen=True)
 class TextStates:
     """The encoding of one prompt: ``states`` [L, D] and the :class:`TokenKind` of each row, ``kinds`` [L]."""

@@ -48,10 +48,8 @@ def aids_of(port: ComfyPort, spec: ConceptSpec, watcher: Watcher, decode: Decode
     """
     if dark is not None:
         dark.check_fits(port.family)
-    if pairs is not None and pairs.family != port.family:
-        raise ValueError(
-            f"pairs: made with {pairs.family}, but this model is {port.family}. Make them again with this one"
-        )
+    if pairs is not None:
+        pairs.check_fits(port.family)
     if pairs is not None and pairs.unsafe.shape[1] != port.latent_shape[0]:
         raise ValueError(
             f"pairs: their latents have {pairs.unsafe.shape[1]} channels, this model's {port.latent_shape[0]}. Make them again "

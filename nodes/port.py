@@ -19,14 +19,13 @@ from torch import Tensor
 from ..erasure_core import Family, Role, Site, TextStates
 from ..erasure_core.operators.changes import role_of
 from ..erasure_core.operators.trainable import Cond, TrainableModel
-from ..erasure_core.port import token_kinds
+from ..erasure_core.port import FAMILIES, token_kinds
 from .replica import PREFIX, Demand, build, effective, latent_shape, prediction_of
 
 # Of a UNet: others (LTXV) have attn2 too, fed by a projection of the text that no port knows.
 _TEXT_SITE = re.compile(
     r"^diffusion_model\.((?:input_blocks|middle_block|output_blocks)\..+\.attn2\.to_([kv]))\.weight$"
 )
-_FAMILIES = {768: "sd15", 1024: "sd20", 1280: "sdxl-refiner", 2048: "sdxl"}
 _BOS, _EOS = 49406, 49407
 _ENCODE_AT_ONCE = 32
 _CACHED_BYTES = 256 << 20
@@ -48,7 +47,7 @@ def family_of(model) -> Family:
     """Which family a MODEL belongs to, from its network's configuration."""
     config = model.model.model_config
     unet = config.unet_config
-    name = getattr(config, "erasure_family", None) or _FAMILIES.get(
+    name = getattr(config, "erasure_family", None) or FAMILIES.get(
         unet.get("context_dim"), type(config).__name__.lower()
     )
     blocks = unet.get("num_res_blocks", 1)

@@ -26,11 +26,9 @@ from .. import names
 from ..artifact import Erasure
 from ..operators.changes import role_of
 from ..operators.trainable import Cond, TrainableModel
-from ..port import Family, Prediction, Role, Site, TextStates, token_kinds
+from ..port import FAMILIES, Family, Prediction, Role, Site, TextStates, token_kinds
 from ..schedule import Schedule
 
-FAMILIES = {768: "sd15", 1024: "sd20", 2048: "sdxl"}
-"""By the width of the text states; any other model of this build is "sd-like"."""
 _PREDICTIONS = {"epsilon": Prediction.EPS, "v_prediction": Prediction.V}
 _BATCH, _CACHED = 16, 2048
 _ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
@@ -214,7 +212,7 @@ def _family(unet: nn.Module) -> Family:
     depths = set(depths) if isinstance(depths, list | tuple) else {depths}
     if len(widths) != 1 or len(depths) != 1 or None in widths:
         raise ValueError("model: its blocks differ in text width or depth, so its weights have no original names")
-    width = widths.pop()
+    width = widths.pop()  # any other model of this build is "sd-like"
     return Family(FAMILIES.get(width, "sd-like"), width, depths.pop(), len(config.block_out_channels))
 
 

@@ -10,10 +10,9 @@ the matrices make of text states c [L, D]:
 
 in stages: erase, find new offsets delta, erase those too, and so on; old offsets stay.
 
-Departure: in the paper U D is behind a residual attention gate (:class:`ResidualAttentionGate`), a non-linear function of the
-whole prompt in every layer, which no file format of LoRAs and no other program can hold. Here it is always on (gate 1), so
-that the result is an ordinary LoRA, and the anchors alone keep it from acting elsewhere: expect it to keep less than the
-paper's. The authors' gate computes its keys with the query projection; the one here does not.
+Departure: in the paper U D is behind a residual attention gate (METHODS 2.34), a non-linear function of the whole prompt in
+every layer, which no file format of LoRAs and no other program can hold. Here it is always on (gate 1), so that the result is
+an ordinary LoRA, and the anchors alone keep it from acting elsewhere: expect it to keep less than the paper's.
 
 Further: the guidance of an adversarial state is that of the concept's own words, which our source leaves open, as it does how
 offsets start (normal, deviation 0.01) and what the anchors are (kept words, replacements, the empty prompt, and everyday words,
@@ -34,7 +33,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec, everyday
@@ -62,34 +61,6 @@ class Settings:
     rank: int = setting(4, f"{RANK} One for each concept.", low=1, high=64, step=1)
     batch: int = setting(8, "Words, ways around and held words of a step, each.", low=1, high=64, step=1)
     seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
-
-
-class ResidualAttentionGate(nn.Module):
-    """The paper's gate: how much of each concept's change a row of the prompt gets, by attention over the whole prompt.
-
-    e = softmax(Q_n c (K_n c)^T / sqrt(h)) c,    g_n = sigmoid(w_n . e)        for each concept n and row
-    R(c) = g_m U_m D_m c                                                       m = argmax_n g_n of the row
-    """
-
-    def __init__(self, concepts: int, width: int, hidden: int, generator: torch.Generator) -> None:
-        super().__init__()
-
-        def drawn(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(concepts, *shape, generator=generator) / width**0.5)
-
-        self.query, self.key, self.score = drawn(hidden, width), drawn(hidden, width), drawn(width)
-
-    def gates(self, c: Tensor) -> Tensor:
-        """[N, B, L] in (0, 1) for text states c [B, L, D]."""
-        q, k = (torch.einsum("bld,nhd->nblh", c, w) for w in (self.query, self.key))
-        read = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ c
-        return torch.einsum("nbld,nd->nbl", read, self.score).sigmoid()
-
-    def forward(self, c: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        """[B, L, d_out] to add to W c; up [N, d_out, r], down [N, r, D]."""
-        gates, chosen = self.gates(c).max(0)
-        changes = torch.einsum("nblr,nor->nblo", torch.einsum("bld,nrd->nblr", c, down), up)
-        return gates[..., None] * changes.gather(0, chosen[None, ..., None].expand(1, *changes.shape[1:]))[0]
 
 
 def layer_weights(model: TrainableModel, length: int) -> dict[str, Tensor]:

@@ -22,8 +22,6 @@ from .trainable import Cond, TrainableModel, Weights
 
 Objective = Callable[[Tensor, torch.Generator], Tensor]
 """objective(variable, generator) -> scalar to minimise; draws its noise from the generator."""
-Projection = Callable[[Tensor], Tensor]
-"""Applied to the variable behind every step."""
 Seen = Callable[[Tensor, int, float], object]
 """seen(variable as it is now, steps done, loss)."""
 Teacher = Callable[[Tensor, Tensor, torch.Generator], Tensor]
@@ -45,7 +43,6 @@ def search(
     steps: int,
     lr: float,
     kind: Kind = Kind.ADAM,
-    projection: Projection | None = None,
     seed: int = 0,
     name: str = "search",
     every: int = 25,
@@ -60,15 +57,7 @@ def search(
         seen: shown the variable and the last loss at every ``every``-th step.
     """
     variable = start.detach().clone().requires_grad_()
-
-    def project() -> None:
-        if projection is not None:
-            with torch.no_grad():
-                variable.copy_(projection(variable))
-
-    phase = Phase(
-        name, [variable], lambda _, g: {"loss": objective(variable, g)}, Optimiser(lr, kind), rate, after=project
-    )
+    phase = Phase(name, [variable], lambda _, g: {"loss": objective(variable, g)}, Optimiser(lr, kind), rate)
     kept = []
     for i in range(steps):
         if progress:
@@ -79,26 +68,6 @@ def search(
             if seen is not None:
                 seen(variable.detach(), i + 1, float(kept[-1]))
     return Found(variable.detach(), tuple(torch.stack(kept).tolist()) if kept else ())
-
-
-def linf_ball(centre: Tensor, radius: float) -> Projection:
-    """Each entry within ``radius`` of the centre's (RACE)."""
-    return lambda x: torch.maximum(torch.minimum(x, centre + radius), centre - radius)
-
-
-def l2_ball(centre: Tensor, radius: float) -> Projection:
-    """Within Euclidean distance ``radius`` of the centre, over all entries."""
-
-    def project(x: Tensor) -> Tensor:
-        offset = x - centre
-        return centre + offset * (radius / offset.norm().clamp_min(1e-12)).clamp(max=1)
-
-    return project
-
-
-def row_norms(norm: float) -> Projection:
-    """Rows scaled to one norm: pseudo-words of the length that words have."""
-    return lambda x: F.normalize(x, dim=-1) * norm
 
 
 class EmbeddingEncoder(Protocol):

@@ -18,11 +18,8 @@ from erasure_core.operators.search import (
     TokenSlot,
     denoising_loss,
     free,
-    l2_ball,
-    linf_ball,
     mine,
     pseudo_words,
-    row_norms,
     search,
 )
 from erasure_core.operators.train_loop import Kind, generator_for
@@ -70,24 +67,6 @@ def test_a_search_draws_from_its_own_seed() -> None:
     one = run(1)
     torch.manual_seed(2)
     assert torch.equal(one, run(1)) and not torch.equal(one, run(2))
-
-
-def test_projections_are_the_nearest_points() -> None:
-    centre, x = normal(4, 5, seed=1), normal(4, 5, seed=2) * 3
-    box = linf_ball(centre, 0.1)(x)
-    assert torch.allclose(box, centre + (x - centre).clamp(-0.1, 0.1))
-    ball = l2_ball(centre, 0.5)(x)
-    assert float((ball - centre).norm()) == pytest.approx(0.5)
-    assert float(torch.cosine_similarity((ball - centre).flatten(), (x - centre).flatten(), 0)) == pytest.approx(1)
-    assert torch.allclose(l2_ball(centre, 100.0)(x), x)
-    assert torch.allclose(row_norms(2.0)(x).norm(dim=1), torch.full((4,), 2.0, dtype=torch.float64))
-
-
-def test_projected_descent_ends_on_the_ball() -> None:
-    goal = torch.tensor([3.0, 4.0])
-    found = search(torch.zeros(2), lambda x, _: (x - goal).square().sum(), steps=60, lr=0.2, kind=Kind.SGD,
-                   projection=l2_ball(torch.zeros(2), 1.0))  # fmt: skip
-    assert torch.allclose(found.value, goal / 5, atol=1e-4)
 
 
 def test_the_gradient_of_a_pseudo_word_goes_through_the_text_encoder() -> None:
@@ -201,7 +180,7 @@ def test_verifying_looks_at_pictures_of_the_conditioning(tiny) -> None:
         expected = model.denoise_until(
             cond.expand(3), null, guidance=2.0, progress=1.0, steps=3, generator=torch.Generator().manual_seed(4)
         )
-        assert dark_miner.score(model, [cond], null, look, settings) == pytest.approx(0.3)
+        assert dark_miner.scores_of(model, [cond], null, look, settings) == [pytest.approx(0.3)]
     assert torch.equal(seen[0], expected)
 
 
