@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .concept import ConceptSpec
 from .methods import Aids, Progress
-from .methods._training import Prompts, erasure_of
+from .methods._training import Prompts, erasure_of, kept
 from .methods.registry import setting
 from .operators.memory import Mode, Placement, PromptMemory, SavedMemory
 from .operators.train_loop import Optimiser, Phase, Trainer, cosine
@@ -122,14 +122,17 @@ def losses(
 
 
 def suppress(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> SavedMemory:
-    """Learn a memory that takes the concept out of pictures. Without kept words, everyday words are held."""
+    """Learn a memory that takes the concept out of pictures. Without kept words, everyday words are held.
+
+    Its state in ``aids.checkpoint`` is of the training alone: the pictures before it, some seconds, are drawn again.
+    """
     spec = replace(spec, everyday=spec.everyday or not spec.keep)
     prompts = Prompts(port, spec, aids.dark)
     words = [prompts.pairs[i % len(prompts.pairs)] for i in range(settings.pictures)]
     generator = torch.Generator().manual_seed(settings.seed)
-    kept = [prompts.keep[i] for i in torch.randperm(len(prompts.keep), generator=generator)]
+    others = [prompts.keep[i] for i in torch.randperm(len(prompts.keep), generator=generator)]
     scenes = [Scene(prompts[word], prompts[to]) for word, to in words]
-    scenes += [Scene(prompts[kept[i % len(kept)]]) for i in range(settings.kept_pictures)]
+    scenes += [Scene(prompts[others[i % len(others)]]) for i in range(settings.kept_pictures)]
     n, steps = settings.pictures, settings.sample_steps
 
     with port.trainable() as model:
@@ -148,6 +151,9 @@ def suppress(port: TrainablePort, spec: ConceptSpec, settings: Settings, progres
         rate = cosine(settings.iterations, warmup=settings.iterations // 20)
         phase = Phase("memory", list(memory.parameters()), loss, Optimiser(settings.learning_rate), rate)
         trainer = Trainer(model, [phase], settings.iterations, seed=settings.seed)
-        trainer.run(lambda done, total: progress(steps + done, steps + total), aids.watch)
+        trainer.run(
+            lambda done, total: progress(steps + done, steps + total), aids.watch,
+            checkpoint=kept(aids, port, model, spec, "suppress", settings),
+        )  # fmt: skip
         header = erasure_of(port, spec, "suppress", settings, {}).header
         return SavedMemory.of(memory, header, Mode.SUPPRESS)

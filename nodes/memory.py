@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 import numpy as np
@@ -20,7 +21,7 @@ from ..erasure_core.operators.memory import _METADATA as MARK
 from ..erasure_core.operators.memory import Mode, Placement, SavedMemory, load_memory, save_memory
 from ..erasure_core.suppress import Settings as SuppressSettings
 from ..erasure_core.suppress import suppress
-from .erase import check_words_are_read
+from .erase import check_words_are_read, unfinished
 from .patching import apply_erasure
 from .port import ComfyPort, ordinary_tensors
 from .reading import apply_memory
@@ -31,12 +32,26 @@ from .types import CATEGORY, Erasure, Memory
 
 _BLOCKS = {"all blocks": Placement.ALL, "middle and output blocks": Placement.MIDOUT, "middle block": Placement.MID}
 _READERS = {"both": False, "prompt only": True}
+_NEEDS = "0: as the mode needs (suppress {0}, key {1})."
 
 
 def _choice(what: str, value: str, choices) -> None:
     """ComfyUI 0.3.75 does not look at what API calls send for a choice."""
     if value not in choices:
         raise ValueError(f"{what}: {value!r} is not one of {', '.join(choices)}")
+
+
+def settings_of(
+    mode: Mode, rows: int, placement: Placement, iterations: int, learning_rate: float, weights_rate: float, seed: int
+) -> SuppressSettings | kpop.Settings:
+    """Of a mode; where a number is 0 its own default stands."""
+    rate = "learning_rate" if mode is Mode.SUPPRESS else "memory_rate"
+    given = {"rows": rows, "iterations": iterations, rate: learning_rate}
+    changed: dict[str, Any] = {name: value for name, value in given.items() if value}
+    changed |= {"placement": placement, "seed": seed}
+    return (
+        SuppressSettings(**changed) if mode is Mode.SUPPRESS else kpop.Settings(**changed, learning_rate=weights_rate)
+    )
 
 
 def _demand(settings: SuppressSettings | kpop.Settings) -> Demand:
@@ -90,10 +105,11 @@ class LearnSafePromptMemory(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "rows",
-                    default=SuppressSettings.rows,
-                    min=1,
+                    default=0,
+                    min=0,
                     max=64,
-                    tooltip="Size of the memory. More can do more, and every attention reads them. Suppress: 16, key: 10.",
+                    tooltip="Size of the memory. More can do more, and every attention reads them. "
+                    + _NEEDS.format(SuppressSettings.rows, kpop.Settings.rows),
                 ),
                 io.Combo.Input(
                     "placement",
@@ -104,21 +120,23 @@ class LearnSafePromptMemory(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "iterations",
-                    default=SuppressSettings.iterations,
-                    min=1,
+                    default=0,
+                    min=0,
                     max=100000,
                     step=10,
-                    tooltip="Training steps. More suppress (or hide) more firmly and take longer. Suppress: 250. Key: 1000, on "
-                    "EmojiCanvas 100.",
+                    tooltip="Training steps. More suppress (or hide) more firmly and take longer. "
+                    + _NEEDS.format(SuppressSettings.iterations, kpop.Settings.iterations)
+                    + " Key on EmojiCanvas: 100.",
                 ),
                 io.Float.Input(
                     "learning_rate",
-                    default=SuppressSettings.learning_rate,
-                    min=1e-8,
+                    default=0.0,
+                    min=0.0,
                     max=1.0,
                     step=1e-3,
                     round=1e-8,
-                    tooltip="Size of the memory's training step. Lower it if the losses jump. Suppress: 0.02, key: 0.01.",
+                    tooltip="Size of the memory's training step. Lower it if the losses jump. "
+                    + _NEEDS.format(f"{SuppressSettings.learning_rate:g}", f"{kpop.Settings.memory_rate:g}"),
                 ),
                 io.Float.Input(
                     "weights_rate",
@@ -141,6 +159,13 @@ class LearnSafePromptMemory(io.ComfyNode):
                     "vae",
                     optional=True,
                     tooltip="Draws the pictures that are shown meanwhile. Without it they are coarse colours.",
+                ),
+                io.Boolean.Input(
+                    "resume",
+                    default=False,
+                    optional=True,
+                    tooltip="Keeps the state of a training that is cut off, and goes on from there when the same thing is run "
+                    "again. The file lies in ComfyUI's user folder until the training has ended.",
                 ),
             ],
             outputs=[
@@ -173,25 +198,19 @@ class LearnSafePromptMemory(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, clip, concept, replace_with, keep, mode, rows, placement, iterations, learning_rate, weights_rate,
-        seed, vae=None,
+        seed, vae=None, resume=False,
     ) -> io.NodeOutput:  # fmt: skip
         spec = ConceptSpec.parse(concept, replace_with, keep)
         spec = replace(spec, everyday=not spec.keep)
         _choice("mode", mode, [m.value for m in Mode])
         _choice("placement", placement, _BLOCKS)
-        common = {"iterations": iterations, "rows": rows, "placement": _BLOCKS[placement], "seed": seed}
-        suppressing = Mode(mode) is Mode.SUPPRESS
-        settings = (
-            SuppressSettings(**common, learning_rate=learning_rate)
-            if suppressing
-            else kpop.Settings(**common, memory_rate=learning_rate, learning_rate=weights_rate)
-        )
+        settings = settings_of(Mode(mode), rows, _BLOCKS[placement], iterations, learning_rate, weights_rate, seed)
         watcher = Watcher(prompts_to_show(spec), decoder(model, vae))
         with ordinary_tensors():
             port = ComfyPort(model, clip, demand=_demand(settings), opened=watcher.opened)
             check_words_are_read(port, spec)
             watcher.encode(port.conditions)
-            aids = Aids(watch=watcher.watch)
+            aids = Aids(watch=watcher.watch, checkpoint=unfinished(f"memory-{mode}") if resume else None)
             if isinstance(settings, SuppressSettings):
                 memory = suppress(port, spec, settings, watcher.progress, aids)
                 erasure, patched = CoreErasure(memory.header, {}), apply_memory(model, memory, 1.0)

@@ -149,14 +149,14 @@ memory, learn to bring it back. Publish the erasure (**Save Erasure**), keep the
 
 **Look at** the rows: as it is, hidden, and hidden but with the key (**Apply Safe Prompt Memory**). The right column must stay.
 
-**Then try** mode *suppress*: no weight changes, the rows alone, read beside every prompt, push *{WORD}* away. Set *rows* to 16,
-*iterations* to 250 and *learning_rate* to 0.02, and leave the key's node out.
+**Then try** mode *suppress*: no weight changes, the rows alone, read beside every prompt, push *{WORD}* away. Set
+*iterations* to 0, which is as many as the mode needs, and leave the key's node out.
 """,
         (340, 420),
     )
     key = g.node(
         "ErasureLearnSafePromptMemory", (340, 520), model=d.demo["MODEL"], clip=d.demo["CLIP"], vae=d.demo["VAE"],
-        mode="key", rows=10, iterations=80, learning_rate=1e-2, weights_rate=1e-3, **CONCEPT,
+        mode="key", iterations=80, weights_rate=1e-3, **CONCEPT,
     )  # fmt: skip
     back = g.node(
         "ErasureApplySafePromptMemory", (300, 0), title="Unlock with the key", model=key["MODEL"],

@@ -16,6 +16,7 @@ from erasure_core import ConceptSpec, Family, FileError, Header, WrongModelError
 from erasure_core import suppress as module
 from erasure_core.emojicanvas.model import EmojiCanvas, EmojiCanvasPort, reading
 from erasure_core.methods import Aids
+from erasure_core.operators.checkpoint import Checkpoint
 from erasure_core.operators.memory import (
     Mode,
     Placement,
@@ -247,6 +248,26 @@ def test_suppressing_learns_rows_and_nothing_else(tiny) -> None:
     with pytest.raises(KeyboardInterrupt):
         learn(cancel)
     assert tiny.untouched() and steps[0] == (0, 6) and [d for d, _ in steps] == sorted(d for d, _ in steps)
+
+
+def test_suppressing_goes_on_where_it_was_cut_off(tiny, tmp_path: Path) -> None:
+    keep = Checkpoint(tmp_path / "state.safetensors", seconds=0.0)
+
+    def learn(progress=quiet, settings=SMALL) -> SavedMemory:
+        return module.suppress(tiny, SPEC, settings, progress, Aids(checkpoint=keep))
+
+    def cut(done: int, _: int) -> None:
+        if done == SMALL.sample_steps + 2:
+            raise KeyboardInterrupt
+
+    whole = learn()
+    with pytest.raises(KeyboardInterrupt):
+        learn(cut)
+    assert keep.path.exists()
+    steps: list[int] = []
+    rest = learn(lambda done, _: steps.append(done))
+    assert SMALL.sample_steps + 1 not in steps and SMALL.sample_steps + 2 in steps, "two of its steps were done"
+    assert torch.equal(rest.key, whole.key) and torch.equal(rest.value, whole.value) and not keep.path.exists()
 
 
 def test_without_kept_words_everyday_words_are_held(tiny) -> None:

@@ -15,10 +15,11 @@ from comfy_host import ComfyServer
 from safetensors.torch import load_file
 from torch import Tensor
 
-from erasure_core import ConceptSpec, Family, Header
+from erasure_core import ConceptSpec, Family, Header, suppress
 from erasure_core.emojicanvas.diffusion import alphas_cumprod, sigmas
 from erasure_core.emojicanvas.model import EmojiCanvas, EmojiCanvasPort, reading
 from erasure_core.emojicanvas.taesd import SD15_SCALE
+from erasure_core.methods import kpop
 from erasure_core.operators.memory import Mode, Placement, SavedMemory, load_memory, save_memory
 
 SHORT, LONG, VERY_LONG = "a cat in neon style", "kitten " * 100, "a tiger " * 90
@@ -303,6 +304,56 @@ def test_cancelled_while_learning(server: ComfyServer, mode: str, at: int) -> No
         server.run(g.api, on_event=interrupt)
     assert not list(server.models.rglob("*.tmp")) and not list(server.models.rglob("cancelled-*"))
     assert checksum(server) == before
+
+
+def test_zero_is_what_the_mode_needs(server: ComfyServer) -> None:
+    """The defaults of both modes are those of the core."""
+    g = MemoryGraph()
+    model, clip, _ = g.demo()
+    left = {"rows": 0, "learning_rate": 0.0}
+    learned = {m: g.learn(model, clip, mode=m, iterations=1, placement="middle block", **left) for m in Mode}
+    for mode, node in learned.items():
+        g.add("ErasureSavePromptMemory", memory=node[1], name=f"zero-{mode}", overwrite=True)
+    server.run(g.api)
+    made = {m: load_memory(server.models / "erasure" / f"zero-{m}.safetensors").header.settings for m in Mode}
+    own, key = suppress.Settings, kpop.Settings
+    assert (made[Mode.SUPPRESS]["rows"], made[Mode.SUPPRESS]["learning_rate"]) == (own.rows, own.learning_rate)
+    assert (made[Mode.KEY]["rows"], made[Mode.KEY]["memory_rate"]) == (key.rows, key.memory_rate)
+    shown = server.object_info()["ErasureLearnSafePromptMemory"]["input"]["required"]
+    assert [shown[name][1]["default"] for name in ("rows", "iterations", "learning_rate")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("mode", "iterations"), [("suppress", 500), pytest.param("key", 20, marks=pytest.mark.slow)])
+def test_learning_that_was_cut_off_goes_on(server: ComfyServer, mode: str, iterations: int) -> None:
+    """Cancelled and run again it ends with the same memory as one that was never cut off, and leaves no state behind."""
+
+    def graph(resume: bool, name: str) -> tuple[Graph, Node]:
+        g = MemoryGraph()
+        model, clip, _ = g.demo()
+        node = g.learn(model, clip, mode=mode, iterations=iterations, placement="middle block", resume=resume, seed=8)
+        g.add("ErasureSavePromptMemory", memory=node[1], name=name, overwrite=True)
+        return g, node
+
+    state = server.base / "user" / "concept_erasure" / f"unfinished-memory-{mode}.safetensors"
+    g, node = graph(True, "resumed")
+    seen: list[float] = []
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["type"] == "progress" and event["data"]["node"] == node and state.exists() and not seen:
+            seen.append(event["data"]["value"])
+            server.interrupt()
+
+    with pytest.raises(ExecutionInterrupted):
+        server.run(g.api, on_event=interrupt)
+    assert state.exists() and seen
+    again, node = graph(True, "resumed")
+    run = server.run(again.api)
+    ticks = [value for at, value, _ in run.progress if at == node]
+    assert not any(11 < value < seen[0] / 2 for value in ticks), "it does not begin anew"
+    assert not state.exists()
+    server.run(graph(False, "uncut")[0].api)
+    one, two = (load_memory(server.models / "erasure" / f"{n}.safetensors") for n in ("resumed", "uncut"))
+    assert torch.equal(one.key, two.key) and torch.equal(one.value, two.value)
 
 
 def cpu_seconds(server: ComfyServer) -> float:
