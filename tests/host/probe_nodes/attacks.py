@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 
+import comfy.model_management as mm
 import torch
 
 
@@ -44,6 +45,7 @@ class Reading(Probe):
 
     def run(self, model, clip):
         port, reading = pack("nodes.port"), pack("nodes.reading")
+        mm.load_models_gpu([model])  # takes off what an earlier graph patched
         with port.ordinary_tensors():
             made = port.ComfyPort(model, clip)
             z, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([700])
