@@ -17,15 +17,15 @@ what reads text was not enough on EmojiCanvas: a free search found a way around 
 
 Each embedding starts near the empty prompt or near one of the concept's words, half of them each, and retires after ``life``
 steps, one at a time, to a store of former ones. Several concepts share them out. They share the pictures of a step, too: few
-embeddings with several pictures each find their ways sooner than many with one. Four of them, with a longer life, hold better
-against a search and disturb more (docs/results/adversarial_longer_life.md, one object); the defaults are the leaderboard's.
+embeddings with several pictures each find their ways sooner than many with one. Attack and erase share noises and times, and
+so what the original network predicts there.
 
 Attack and erase look only at the noisier part of the way, where what is drawn is decided, and divide each square by the
 concept's own signal there, || eps_0(x_t, t, c_e) - eps_0(x_t, t, "") ||^2. That signal is small where there is most noise, and
-so is what a plain mean of squares makes of it.
+so is what a plain mean of squares makes of it. Keeping divides by the kept words' signal at that time, measured once.
 
-The window of times and the division were added after a first version, without them, had been seen to lose a rose of the scoring
-split to a free search; their values were then chosen on the tuning split's tulip.
+The window of times and the division were added after a first version, without them, had been seen to lose a rose of the
+scoring split to a free search; their values were then chosen on the tuning split's tulip. Population, life, rate and the
 """
 
 from __future__ import annotations
@@ -40,21 +40,17 @@ from ..artifact import Erasure
 from ..concept import ConceptSpec
 from ..devices import moved
 from ..operators.changes import Layers, LoRA
-from ..operators.regress import combine, keep_term, predictions_of, regress, shifted
-from ..operators.search import free
+from ..operators.regress import combine, predictions_of, shifted
 from ..operators.train_loop import Optimiser, Phase, Trainer, cosine, generator_for
 from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
-from ._training import ERASE, NULL, RANK, RATE, TO, Prompts, draw_pictures, erasure_of, kept
+from ._adversaries import Adversaries, Wanted, one_of
+from ._training import ERASE, KEEP, NULL, RANK, RATE, TO, Prompts, draw_pictures, erasure_of, kept
 from .registry import Aids, MethodSpec, Progress, setting
 
-_READS = "reads"
-"""Key of what the keep loss's student reads."""
-_STORE = 4
-"""So many times the population, former embeddings are kept."""
-_CURRENT, _FORMER = 0.55, 0.25
-"""Shares of what a step erases; the rest are words."""
 _OTHERS = 64
 """Pictures of what is kept, or one for each kept word if those are more."""
+_PARTS = 10
+"""In so many parts of the times the signal of what is kept is measured."""
 _EMPTY_AT_CONCEPT, _EMPTY, _WORD_AT_CONCEPT, _ROLES = 0, 1, 2, 8
 """Of every 8 pictures of keeping: the empty prompt at a picture of the concept, the empty prompt at a kept one, a kept word at
 a picture of the concept; the rest are kept words at their own."""
@@ -67,7 +63,7 @@ class Settings:
     )
     learning_rate: float = setting(2e-4, RATE, low=1e-8, high=1.0, step=1e-5)
     population: int = setting(
-        8,
+        4,
         "Embeddings that search for a way back, side by side, all the time. They share the pictures of a step: of fewer, "
         "each finds its way sooner.",
         low=1,
@@ -75,11 +71,11 @@ class Settings:
         step=1,
     )
     life: int = setting(
-        160, "Steps until such an embedding starts anew elsewhere. A longer life finds better hidden ways.",
+        320, "Steps until such an embedding starts anew elsewhere. A longer life finds better hidden ways.",
         low=1, high=100000, step=10,
     )  # fmt: skip
     attack_rate: float = setting(
-        0.03, "Size of their steps, relative to what is searched.", low=1e-6, high=10.0, step=1e-3
+        0.02, "Size of their steps, relative to what is searched.", low=1e-6, high=10.0, step=1e-3
     )
     negative_guidance: float = setting(
         1.0, "How far beyond the replacement, away from the concept.", low=0.0, high=20.0, step=0.1
@@ -93,7 +89,7 @@ class Settings:
         step=0.05,
     )
     keep_weight: float = setting(
-        2.0, "How hard the kept words and the empty prompt are held.", low=0.0, high=1e6, step=0.1
+        1.0, "How hard the kept words and the empty prompt are held.", low=0.0, high=1e6, step=0.1
     )
     layers: Layers = setting(Layers.ALL, "Which layers are changed. Less than all leaves ways back.")
     rank: int = setting(32, RANK, low=1, high=512, step=1)
@@ -107,88 +103,9 @@ class Settings:
     seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """One concept: the states of its words, what replaces them, and clean, scaled latents [k, C, h, w] that show it."""
-
-    words: Sequence[Cond]
-    anchor: Cond
-    pictures: Tensor
-
-    def word(self, generator: torch.Generator) -> Cond:
-        return self.words[_one_of(len(self.words), generator)]
-
-
-class Adversaries:
-    """The population [N, L - 1, D] and the store of former ones [_STORE N, L - 1, D].
-
-    Embedding n works for concept n mod the number of concepts. One retires every ``life / N`` steps, in turn, so what happens
-    at a step follows from its number alone, and a training that was cut off goes on as it would have.
-    """
-
-    def __init__(self, concepts: Sequence[Wanted], null: Cond, settings: Settings, like: Tensor) -> None:
-        self.concepts, self._null, self._free = concepts, null, free(null)
-        self.count = max(settings.population, len(concepts))
-        self._every = max(1, settings.life // self.count)
-        generator = generator_for(settings.seed, "adversaries", -1)
-        starts = [self._start(n, generator).to(like) for n in range(self.count)]
-        self.now = torch.stack(starts).requires_grad_()
-        self.former = self.now.detach().repeat(_STORE, 1, 1).requires_grad_()
-        """Slots that nobody has retired to hold the starts."""
-        self.unit = self._free.unit
-
-    def concept(self, number: int) -> Wanted:
-        """Whom a member of the population, or of the store, works for."""
-        return self.concepts[number % self.count % len(self.concepts)]
-
-    def _start(self, number: int, generator: torch.Generator) -> Tensor:
-        if torch.rand((), generator=generator) < 0.5:
-            return self._free.start(generator)[0]
-        length = self._null.context.shape[1]  # of a prompt of several sections the first
-        states = self.concept(number).word(generator).context[0, 1:length].detach()
-        spread = 0.1 * states.std(-1, keepdim=True)
-        return states + spread * torch.randn(states.shape, generator=generator).to(states)
-
-    def read(self, values: Tensor) -> Cond:
-        """As the network reads them, BOS in front."""
-        bos = self._null.context[:, :1].to(values)
-        return self._null.with_context(torch.cat([bos.expand(len(values), -1, -1), values], dim=1))
-
-    @torch.no_grad()
-    def retire(self, i: int, generator: torch.Generator) -> None:
-        """Before step ``i``: whose time has come goes to the store and starts anew."""
-        turn, rest = divmod(i, self._every)
-        if rest or not turn:
-            return
-        number = turn % self.count
-        self.former[turn % len(self.former)].copy_(self.now[number])
-        self.now[number].copy_(self._start(number, generator).to(self.now))
-
-    def draw(self, n: int, i: int, generator: torch.Generator) -> list[tuple[Wanted, Cond]]:
-        """``n`` conditionings to erase at step ``i``, each with its concept."""
-        stored = min(i // self._every, len(self.former))
-        drawn = []
-        for kind in torch.rand(n, generator=generator).tolist():
-            if kind < _CURRENT or (kind < _CURRENT + _FORMER and not stored):
-                number = _one_of(self.count, generator)
-                drawn.append((self.concept(number), self.read(self.now[number : number + 1].detach())))
-            elif kind < _CURRENT + _FORMER:
-                # turn 1 went to slot 1: of a store that isn't full, slots 1 to ``stored`` are taken
-                number = (1 + _one_of(stored, generator)) % len(self.former)
-                drawn.append((self.concept(number), self.read(self.former[number : number + 1].detach())))
-            else:
-                concept = self.concepts[_one_of(len(self.concepts), generator)]
-                drawn.append((concept, concept.word(generator)))
-        return drawn
-
-
-def _one_of(n: int, generator: torch.Generator) -> int:
-    return int(torch.randint(n, (), generator=generator))
-
-
 def _pick(pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """One of several pictures [k, C, h, w], and noise for it."""
-    number = _one_of(len(pictures), generator)
+    number = one_of(len(pictures), generator)
     return pictures[number], torch.randn(pictures.shape[1:], generator=generator)
 
 
@@ -203,69 +120,120 @@ def times(model: TrainableModel, settings: Settings, where: Tensor) -> Tensor:
     return ((settings.least_noise + (1 - settings.least_noise) * where) * len(model.schedule)).long()
 
 
-def relative(prediction: Tensor, target: Tensor, original: Mapping[str, Tensor]) -> Tensor:
-    """Mean square of the difference, each picture's divided by its own signal (how far the concept's words are from the empty
-    prompt there), then scaled back by the batch's mean signal."""
-    error, gap = (
-        (a - b).square().flatten(1).mean(1) for a, b in ((prediction, target), (original[ERASE], original[NULL]))
-    )
-    return (error / gap.clamp_min(1e-12)).mean() * gap.mean()
+def relative(prediction: Tensor, target: Tensor, signal: Tensor) -> Tensor:
+    """Mean square of the difference, each picture's divided by the mean square [B] that is the signal there, then scaled back
+    by the batch's mean signal."""
+    error = (prediction - target).square().flatten(1).mean(1)
+    return (error / signal.clamp_min(1e-12)).mean() * signal.mean()
 
 
-def attack_loss(
+def signal(word: Tensor, empty: Tensor) -> Tensor:
+    """How far apart two predictions are, each picture's mean square [B]."""
+    return (word - empty).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Noisy latents of the concepts at a step, and what the original network predicts there; attack and erase share it."""
+
+    z: Tensor
+    """[B, C, h, w]."""
+    t: Tensor
+    concepts: Sequence[Wanted]
+    """Whose picture each latent is of."""
+    original: Mapping[str, Tensor]
+    """For a word of that concept, its replacement and the empty prompt."""
+
+    @property
+    def signal(self) -> Tensor:
+        return signal(self.original[ERASE], self.original[NULL])
+
+
+def scene(
     model: TrainableModel, adversaries: Adversaries, null: Cond, settings: Settings, generator: torch.Generator
-) -> Tensor:
+) -> Scene:
+    """``batch // population`` pictures for each adversary, of its concept, at times that are spread evenly."""
+    each = max(1, settings.batch // adversaries.count)
+    concepts = [adversaries.concept(k) for k in range(adversaries.count) for _ in range(each)]
+    n = len(concepts)
+    parts = torch.randperm(n, generator=generator)  # or one and the same always had the cleanest latents
+    t = times(model, settings, (parts + torch.rand(n, generator=generator)) / n)
+    z = noised(model, [_pick(c.pictures, generator) for c in concepts], t)
+    conds = {
+        ERASE: Cond.cat([c.word(generator) for c in concepts]),
+        TO: Cond.cat([c.anchor for c in concepts]),
+        NULL: null,
+    }
+    return Scene(z, t, concepts, predictions_of(model, z, t, conds, conds, Weights.FROZEN, grad=False))
+
+
+def attack_loss(model: TrainableModel, adversaries: Adversaries, at: Scene) -> Tensor:
     """How far each adversary is from the original network's prediction for the concept's words: the sum over the population
     of means over its pictures and their elements, so that one's gradient does not shrink with their number."""
-    n, each = adversaries.count, max(1, settings.batch // adversaries.count)
-    parts = torch.randperm(n * each, generator=generator)  # or one and the same always had the cleanest latents
-    t = times(model, settings, (parts + torch.rand(n * each, generator=generator)) / (n * each))
-    owners = [adversaries.concept(k // each) for k in range(n * each)]
-    z = noised(model, [_pick(c.pictures, generator) for c in owners], t)
-    conds = {ERASE: Cond.cat([c.word(generator) for c in owners]), NULL: null}
-    original = predictions_of(model, z, t, conds, conds, Weights.FROZEN, grad=False)
-    reads = adversaries.read(adversaries.now.repeat_interleave(each, 0))
-    return n * relative(model.predict(z, t, reads), original[ERASE], original)
+    reads = adversaries.read(adversaries.now.repeat_interleave(len(at.z) // adversaries.count, 0))
+    return adversaries.count * relative(model.predict(at.z, at.t, reads), at.original[ERASE], at.signal)
 
 
 def erase_loss(
-    model: TrainableModel, adversaries: Adversaries, null: Cond, settings: Settings, i: int, generator: torch.Generator
+    model: TrainableModel, adversaries: Adversaries, at: Scene, settings: Settings, i: int, generator: torch.Generator
 ) -> Tensor:
     """What is read as the concept, to what its replacement is, or beyond."""
-    batch = settings.batch
-    drawn = adversaries.draw(batch, i, generator)
-    t = times(model, settings, torch.rand(batch, generator=generator))
-    z = noised(model, [_pick(c.pictures, generator) for c, _ in drawn], t)
-    conds = {TO: Cond.cat([c.anchor for c, _ in drawn]), NULL: null}
-    conds[ERASE] = Cond.cat([c.word(generator) for c, _ in drawn])
-    original = predictions_of(model, z, t, conds, conds, Weights.FROZEN, grad=False)
-    target = combine(original, shifted(TO, -settings.negative_guidance, ERASE, NULL))
-    return relative(model.predict(z, t, Cond.cat([x for _, x in drawn])), target, original)
+    target = combine(at.original, shifted(TO, -settings.negative_guidance, ERASE, NULL))
+    reads = Cond.cat([adversaries.draw(concept, i, generator) for concept in at.concepts])
+    return relative(model.predict(at.z, at.t, reads), target, at.signal)
+
+
+def signals(
+    model: TrainableModel, words: Sequence[Cond], pictures: Tensor, null: Cond, generator: torch.Generator
+) -> Tensor:
+    """[_PARTS]: the signal of ``words`` in each part of the times, the mean over eight of ``pictures``, of which number k
+    shows ``words[k % n]``."""
+    parts = []
+    for part in range(_PARTS):
+        numbers = torch.randint(0, len(pictures), (8,), generator=generator).tolist()
+        t = torch.full((8,), int((part + 0.5) / _PARTS * len(model.schedule)))
+        z = noised(model, [_pick(pictures[k : k + 1], generator) for k in numbers], t)
+        conds = {KEEP: Cond.cat([words[k % len(words)] for k in numbers]), NULL: null}
+        original = predictions_of(model, z, t, conds, conds, Weights.FROZEN, grad=False)
+        parts.append(signal(original[KEEP], original[NULL]).mean())
+    return torch.stack(parts)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is kept: words, pictures [k, C, h, w] of which number k shows ``words[k % n]``, and their :func:`signals`."""
+
+    words: Sequence[Cond]
+    pictures: Tensor
+    signals: Tensor
 
 
 def keep_loss(
     model: TrainableModel,
-    others: Tensor,
-    words: Sequence[Cond],
+    held: Held,
     concepts: Sequence[Wanted],
     null: Cond,
     batch: int,
     i: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """The kept words at pictures ``others`` of them (picture k shows ``words[k % n]``), the empty prompt at these and at the
-    concept's, and a kept word at the concept's; small batches take turns at these, step ``i`` by step."""
+    """The kept words at their pictures, the empty prompt at these and at the concept's, and a kept word at the concept's; small
+    batches take turns at these, step ``i`` by step. Without words, the empty prompt alone."""
     t = torch.randint(0, len(model.schedule), (batch,), generator=generator)
-    picked, conds = [], []
+    picked, reads = [], []
     for k in range(batch):
         role = (i * batch + k) % _ROLES
-        number = _one_of(max(1, len(others)), generator)
-        at_concept = role in (_EMPTY_AT_CONCEPT, _WORD_AT_CONCEPT) or not words
-        pictures = concepts[_one_of(len(concepts), generator)].pictures if at_concept else others[number : number + 1]
-        picked.append(_pick(pictures, generator))
-        conds.append(null if role in (_EMPTY_AT_CONCEPT, _EMPTY) or not words else words[number % len(words)])
-    z = noised(model, picked, t)
-    return regress(model, [keep_term(_READS)], z, t, {_READS: Cond.cat(conds)})["keep"]
+        number = one_of(len(held.pictures), generator)
+        at_concept = role in (_EMPTY_AT_CONCEPT, _WORD_AT_CONCEPT)
+        shown = (
+            concepts[one_of(len(concepts), generator)].pictures if at_concept else held.pictures[number : number + 1]
+        )
+        picked.append(_pick(shown, generator))
+        empty = role in (_EMPTY_AT_CONCEPT, _EMPTY) or not held.words
+        reads.append(null if empty else held.words[number % len(held.words)])
+    z, cond = noised(model, picked, t), Cond.cat(reads)
+    there = held.signals[moved(t * _PARTS // len(model.schedule), held.signals.device)]
+    return relative(model.predict(z, t, cond), model.reference(z, t, cond), there)
 
 
 def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
@@ -277,18 +245,24 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
         concepts = wanted(model, spec, prompts, settings, aids, wait)
         words = [prompts[word].on(model.device, model.dtype) for word in prompts.keep]
         null = prompts.null.on(model.device, model.dtype)
-        others = draw_pictures(model, words, null, _OTHERS, settings, wait) if words else torch.zeros(0)
-        adversaries = Adversaries(concepts, prompts.null, settings, concepts[0].pictures)
+        held = holding(model, words, concepts, null, settings, wait)
+        adversaries = Adversaries(
+            concepts, prompts.null, population=settings.population, life=settings.life, seed=settings.seed,
+            like=concepts[0].pictures,
+        )  # fmt: skip
+
+        at: list[Scene] = []
 
         def attack(i: int, generator: torch.Generator) -> dict[str, Tensor]:
             adversaries.retire(i, generator)
-            return {"attack": attack_loss(model, adversaries, null, settings, generator)}
+            at[:] = [scene(model, adversaries, null, settings, generator)]
+            return {"attack": attack_loss(model, adversaries, at[0])}
 
         def erase(i: int, generator: torch.Generator) -> dict[str, Tensor]:
-            losses = {"erase": erase_loss(model, adversaries, null, settings, i, generator)}
+            losses = {"erase": erase_loss(model, adversaries, at[0], settings, i, generator)}
             if settings.keep_weight:
-                held = keep_loss(model, others, words, concepts, null, settings.batch, i, generator)
-                losses["keep"] = settings.keep_weight * held
+                harm = keep_loss(model, held, concepts, null, settings.batch, i, generator)
+                losses["keep"] = settings.keep_weight * harm
             return losses
 
         # The store gets no gradient; it is a parameter so that a checkpoint holds it.
@@ -301,6 +275,24 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
         trainer = Trainer(model, phases, settings.iterations, seed=settings.seed)
         trainer.run(progress, aids.watch, checkpoint=kept(aids, port, model, spec, "adversarial", settings))
         return erasure_of(port, spec, "adversarial", settings, model.deltas())
+
+
+def holding(
+    model: TrainableModel,
+    words: Sequence[Cond],
+    concepts: Sequence[Wanted],
+    null: Cond,
+    settings: Settings,
+    progress: Progress,
+) -> Held:
+    """The kept words with pictures of them; where there are none, the first concept's pictures and signals."""
+    generator = generator_for(settings.seed, "signals", -1)
+    shown, pictures = (
+        (words, draw_pictures(model, words, null, _OTHERS, settings, progress))
+        if words
+        else (concepts[0].words, concepts[0].pictures)
+    )
+    return Held(words, pictures, signals(model, shown, pictures, null, generator))
 
 
 def wanted(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from erasure_core.methods import adversarial
-from erasure_core.methods.adversarial import Adversaries, Settings, Wanted
+from erasure_core.methods._adversaries import Adversaries, Wanted
+from erasure_core.methods.adversarial import Held, Settings
 from erasure_core.operators.changes import FullWeights
 from erasure_core.operators.trainable import Cond, TrainableModel
 
@@ -59,8 +60,13 @@ def passes(model: TrainableModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple
     return seen
 
 
-def population(null: Cond, concepts: list[Wanted], **settings: Any) -> Adversaries:
-    return Adversaries(concepts, null, Settings(**settings), torch.zeros(1, dtype=torch.float64))
+def population(null: Cond, concepts: list[Wanted], population: int, life: int = 160) -> Adversaries:
+    like = torch.zeros(1, dtype=torch.float64)
+    return Adversaries(concepts, null, population=population, life=life, seed=0, like=like)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def shares(prediction: Tensor, target: Tensor, signal: Tensor) -> Tensor:
@@ -71,70 +77,80 @@ def shares(prediction: Tensor, target: Tensor, signal: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("each", [1, 2])
-def test_each_embedding_is_drawn_to_what_the_original_sees_in_its_own_concept(
+def test_a_scene_is_a_picture_of_each_concept_with_what_the_original_sees_in_it(
     tiny64, model, passes, null, each: int
 ) -> None:
     concepts = [concept(0), concept(10)]
     adversaries = population(null, concepts, population=4)
-    settings = Settings(least_noise=0.5, batch=4 * each)
-    loss = adversarial.attack_loss(model, adversaries, null, settings, torch.Generator().manual_seed(3))
-    (frozen, _, _, both, target), (student, z, t, reads, _) = passes
-    words, empty = both.split(4 * each)
-    assert (frozen, student) == ("frozen", "student") and torch.equal(empty, null.context.expand(4 * each, -1, -1))
-    places = sorted(((t - 500) * 4 * each // 500).tolist())
-    assert places == list(range(4 * each)), "one time from every part of what is trained"
-    for k in range(4 * each):
-        number = k // each
-        own = concepts[number % 2]
-        assert any(torch.equal(words[k], word.context[0]) for word in own.words)
+    n = 4 * each
+    settings = Settings(least_noise=0.5, batch=n + each - 1)
+    at = adversarial.scene(model, adversaries, null, settings, seeded(3))
+    ((frozen, _, _, states, _),) = passes
+    word, to, empty = states.split(n)
+    assert frozen == "frozen" and torch.equal(empty, null.context.expand(n, -1, -1))
+    places = sorted(((at.t - 500) * n // 500).tolist())
+    assert places == list(range(n)), "one time from every part of what is trained"
+    for k in range(n):
+        own = concepts[k // each % 2]
+        assert at.concepts[k] is own and torch.equal(to[k], own.anchor.context[0])
+        assert any(torch.equal(word[k], x.context[0]) for x in own.words)
         signal, noise = (
-            tiny64.schedule.add_noise(x, 1 - x, t[k : k + 1]) for x in torch.eye(2)[:, :, None, None, None]
+            tiny64.schedule.add_noise(x, 1 - x, at.t[k : k + 1]) for x in torch.eye(2)[:, :, None, None, None]
         )
-        rest = (z[k] - signal.flatten()[0] * own.pictures[0]) / noise.flatten()[0]
+        rest = (at.z[k] - signal.flatten()[0] * own.pictures[0]) / noise.flatten()[0]
         assert 0.3 < float(rest.std()) < 2, "what is left of the latent is noise"
-        assert torch.equal(reads[k, 1:], adversaries.now[number].detach()) and torch.equal(
-            reads[k, :1], null.context[0, :1]
-        )
-    plain = [tiny64.unet(z, t, states) for states in (words, empty)]
-    assert torch.allclose(target, torch.cat(plain))
-    assert torch.allclose(loss, 4 * shares(model.predict(z, t, Cond(reads)), plain[0], plain[0] - plain[1]))
+    for name, read in (("erase", word), ("to", to), ("null", empty)):
+        assert torch.allclose(at.original[name], tiny64.unet(at.z, at.t, read))
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_each_embedding_is_drawn_to_what_the_original_sees_in_its_own_concept(model, passes, null, each: int) -> None:
+    adversaries = population(null, [concept(0), concept(10)], population=4)
+    at = adversarial.scene(model, adversaries, null, Settings(batch=4 * each), seeded(3))
+    loss = adversarial.attack_loss(model, adversaries, at)
+    _, (student, z, t, reads, seen) = passes
+    assert student == "student" and torch.equal(z, at.z) and torch.equal(t, at.t)
+    for k in range(4 * each):
+        assert torch.equal(reads[k, 1:], adversaries.now[k // each].detach())
+        assert torch.equal(reads[k, :1], null.context[0, :1])
+    word, empty = at.original["erase"], at.original["null"]
+    assert torch.allclose(loss, 4 * shares(seen, word, word - empty))
     slope = torch.autograd.grad(loss, [adversaries.now, adversaries.former], allow_unused=True)
     assert slope[0] is not None and slope[1] is None, "former ones are not searched on"
 
 
-def test_what_is_erased_goes_to_its_own_replacement_or_beyond(tiny64, model, passes, null) -> None:
+def test_what_is_erased_goes_to_its_own_replacement_or_beyond(model, passes, null) -> None:
     concepts = [concept(0), concept(10)]
     adversaries, settings = population(null, concepts, population=2), Settings(negative_guidance=0.7, batch=16)
-    loss = adversarial.erase_loss(model, adversaries, null, settings, 0, torch.Generator().manual_seed(3))
-    (_, _, _, aims, _), (_, z, t, reads, student) = passes
-    to, empty, word = aims.split(16)
-    plain = [tiny64.unet(z, t, states) for states in (to, word, empty)]
-    assert torch.allclose(loss, shares(student, plain[0] - 0.7 * (plain[1] - plain[2]), plain[1] - plain[2]))
+    at = adversarial.scene(model, adversaries, null, settings, seeded(3))
+    loss = adversarial.erase_loss(model, adversaries, at, settings, 0, seeded(4))
+    _, (student, z, t, reads, seen) = passes
+    assert student == "student" and torch.equal(z, at.z) and torch.equal(t, at.t)
+    word, to, empty = (at.original[name] for name in ("erase", "to", "null"))
+    assert torch.allclose(loss, shares(seen, to - 0.7 * (word - empty), word - empty))
     assert t.min() >= 400 and t.max() > 850
     assert torch.autograd.grad(loss, [adversaries.now], allow_unused=True) == (None,), "embeddings are only read here"
-    for k in range(16):
-        (n,) = [n for n, c in enumerate(concepts) if torch.equal(c.anchor.context[0], to[k])]
-        words = [w.context[0] for w in concepts[n].words]
-        searching = adversaries.read(adversaries.now[n : n + 1].detach()).context[0]
-        assert any(torch.equal(word[k], x) for x in words) and torch.equal(empty[k], null.context[0])
-        assert any(torch.equal(reads[k], x) for x in [*words, searching])
+    for k, own in enumerate(at.concepts):
+        searching = adversaries.read(adversaries.now[k // 8][None].detach()).context[0]
+        assert any(torch.equal(reads[k], x) for x in [*(w.context[0] for w in own.words), searching])
 
 
 @pytest.mark.parametrize("batch", [8, 1])
 def test_kept_words_are_held_at_pictures_of_their_own(model, passes, null, monkeypatch, batch: int) -> None:
-    """In eight pictures of one step, or of eight steps of one."""
+    """In eight pictures of one step, or of eight steps of one; where words signal less, a difference counts for more."""
     monkeypatch.setattr(type(model.schedule), "add_noise", lambda _, x0, noise, t: x0)
     words = [Cond(normal(1, 6, 16, seed=i)) for i in range(3)]
     others = torch.arange(6, dtype=torch.float64)[:, None, None, None].expand(
         6, 4, 4, 4
     )  # picture k shows word k mod 3
-    shown = concept(0)
+    shown, size = concept(0), torch.arange(1, 11, dtype=torch.float64)
     for i in range(8 // batch):
-        loss = adversarial.keep_loss(
-            model, others, words, [shown], null, batch, i, torch.Generator().manual_seed(3 + i)
-        )
-        (_, z, _, reads, student), (_, _, _, again, original) = passes[2 * i : 2 * i + 2]
-        assert torch.equal(reads, again) and torch.allclose(loss, (student - original).square().mean())
+        loss = adversarial.keep_loss(model, Held(words, others, size), [shown], null, batch, i, seeded(3 + i))
+        (_, z, t, reads, student), (_, _, _, again, original) = passes[2 * i : 2 * i + 2]
+        there = [int(x) // 100 + 1 for x in t]
+        parts = [(a - b).square().mean() / s for a, b, s in zip(student, original, there, strict=True)]
+        assert torch.equal(reads, again)
+        assert torch.allclose(loss, sum(parts) / batch * (sum(there) / batch))
     z, reads = (torch.cat([seen[k] for seen in passes[::2]]) for k in (1, 3))
     at_concept = [bool(torch.equal(x, shown.pictures[0])) for x in z]
     empty = [bool(torch.equal(states, null.context[0])) for states in reads]
@@ -143,12 +159,35 @@ def test_kept_words_are_held_at_pictures_of_their_own(model, passes, null, monke
         assert torch.equal(reads[k], words[int(z[k, 0, 0, 0]) % 3].context[0])
 
 
+def test_without_kept_words_the_empty_prompt_is_held(model, passes, null) -> None:
+    shown = concept(0)
+    held = adversarial.holding(model, [], [shown], null, Settings(), lambda *_: None)
+    passes.clear()
+    adversarial.keep_loss(model, held, [shown], null, 8, 0, seeded(3))
+    assert all(torch.equal(states, null.context.expand(8, -1, -1)) for _, _, _, states, _ in passes)
+    assert held.pictures is shown.pictures and held.signals.min() > 0
+
+
+def test_signals_are_how_far_words_are_from_the_empty_prompt_in_each_part_of_the_times(
+    tiny64, model, passes, null
+) -> None:
+    words = [Cond(normal(1, 6, 16, seed=i)) for i in range(2)]
+    pictures = normal(4, 4, 4, 4, seed=9)
+    measured = adversarial.signals(model, words, pictures, null, seeded(3))
+    assert [seen[0] for seen in passes] == ["frozen"] * 10 and measured.shape == (10,)
+    for part, (_, z, t, states, _) in enumerate(passes):
+        assert set(t.tolist()) == {50 + 100 * part}
+        named, empty = (tiny64.unet(z[:8], t[:8], x) for x in states.split(8))
+        assert torch.allclose(measured[part], (named - empty).square().mean())
+        assert all(any(torch.equal(x, w.context[0]) for w in words) for x in states[:8])
+
+
 def test_one_at_a_time_retires_to_the_store_and_starts_anew(null) -> None:
     adversaries = population(null, [concept(0), concept(10)], population=4, life=8)
     before = adversaries.now.detach().clone()
     for i in range(2 * 16 + 1):
         was = adversaries.now.detach().clone()
-        adversaries.retire(i, torch.Generator().manual_seed(i))
+        adversaries.retire(i, seeded(i))
         changed = [k for k in range(4) if not torch.equal(adversaries.now[k], was[k])]
         turn = i // 2
         assert changed == ([turn % 4] if i and i % 2 == 0 else [])
@@ -163,17 +202,33 @@ def test_only_what_has_retired_is_taken_from_the_store(null) -> None:
     with torch.no_grad():
         adversaries.now.fill_(1)
         adversaries.former.copy_(torch.arange(8, dtype=torch.float64)[:, None, None] + 10)
+    (own,) = adversaries.concepts
 
     def kinds(i: int) -> list[float]:
-        drawn = adversaries.draw(400, i, torch.Generator().manual_seed(1))
-        return [float(c.context[0, 1, 0]) for _, c in drawn]
+        generator = seeded(1)
+        return [float(adversaries.draw(own, i, generator).context[0, 1, 0]) for _ in range(400)]
 
-    words = {float(w.context[0, 1, 0]) for w in adversaries.concepts[0].words}
+    words = {float(w.context[0, 1, 0]) for w in own.words}
     assert set(kinds(0)) == {1.0} | words
     assert set(kinds(3)) == {1.0, 11, 12, 13} | words
     late = kinds(100)
     assert set(late) == {1.0, *range(10, 18)} | words
     assert late.count(1.0) == pytest.approx(220, abs=30) and sum(x in words for x in late) == pytest.approx(80, abs=25)
+
+
+def test_a_concept_is_erased_by_its_own_embeddings(null) -> None:
+    """Also while the store holds another's only."""
+    concepts = [concept(0), concept(10)]
+    adversaries = population(null, concepts, population=2, life=2)
+    with torch.no_grad():
+        adversaries.now.copy_(torch.tensor([1.0, 2.0])[:, None, None])
+        adversaries.former.copy_(torch.arange(8, dtype=torch.float64)[:, None, None] + 10)
+    for number, own in enumerate(concepts):
+        words = {float(w.context[0, 1, 0]) for w in own.words}
+        for i, stored in ((0, set()), (1, {11.0}), (100, set(range(10, 18)))):
+            generator = seeded(i)
+            drawn = {float(adversaries.draw(own, i, generator).context[0, 1, 0]) for _ in range(200)}
+            assert drawn == {1.0 + number} | words | {x for x in stored if x % 2 == number}
 
 
 def test_the_population_is_large_enough_for_every_concept(null) -> None:
@@ -189,7 +244,8 @@ def test_against_weights_that_stand_still_embeddings_find_the_way(tiny64, null) 
         model.train(FullWeights())
 
         def loss(seed: int) -> Tensor:
-            return adversarial.attack_loss(model, adversaries, null, Settings(), torch.Generator().manual_seed(seed))
+            at = adversarial.scene(model, adversaries, null, Settings(), seeded(seed))
+            return adversarial.attack_loss(model, adversaries, at)
 
         def distance() -> float:
             """At times and noises that no step has seen."""

@@ -1,0 +1,100 @@
+"""The population of embeddings that Adversarial trains the weights against: who searches for what, and who retires when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..operators.search import free
+from ..operators.train_loop import generator_for
+from ..operators.trainable import Cond
+
+_STORE = 4
+"""So many times the population, former embeddings are kept."""
+_CURRENT, _FORMER = 0.55, 0.25
+"""Shares of what a step erases; the rest are words."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One concept: the states of its words, what replaces them, and clean, scaled latents [k, C, h, w] that show it."""
+
+    words: Sequence[Cond]
+    anchor: Cond
+    pictures: Tensor
+
+    def word(self, generator: torch.Generator) -> Cond:
+        return self.words[one_of(len(self.words), generator)]
+
+
+class Adversaries:
+    """``population`` embeddings [N, L - 1, D], or one for each concept if those are more, and a store [_STORE N, L - 1, D] of
+    former ones.
+
+    Embedding n works for concept n mod the number of concepts. One retires every ``life / N`` steps, in turn, so what happens
+    at a step follows from its number alone, and a training that was cut off goes on as it would have.
+    """
+
+    def __init__(
+        self, concepts: Sequence[Wanted], null: Cond, *, population: int, life: int, seed: int, like: Tensor
+    ) -> None:
+        self.concepts, self._null, self._free = concepts, null, free(null)
+        self.count = max(population, len(concepts))
+        self._every = max(1, life // self.count)
+        generator = generator_for(seed, "adversaries", -1)
+        starts = [self._start(n, generator).to(like) for n in range(self.count)]
+        self.now = torch.stack(starts).requires_grad_()
+        self.former = self.now.detach().repeat(_STORE, 1, 1).requires_grad_()
+        """Slots that nobody has retired to hold the starts."""
+        self.unit = self._free.unit
+
+    def concept(self, number: int) -> Wanted:
+        """Whom a member of the population, or of the store, works for."""
+        return self.concepts[number % self.count % len(self.concepts)]
+
+    def _start(self, number: int, generator: torch.Generator) -> Tensor:
+        if torch.rand((), generator=generator) < 0.5:
+            return self._free.start(generator)[0]
+        length = self._null.context.shape[1]  # of a prompt of several sections the first
+        states = self.concept(number).word(generator).context[0, 1:length].detach()
+        spread = 0.1 * states.std(-1, keepdim=True)
+        return states + spread * torch.randn(states.shape, generator=generator).to(states)
+
+    def read(self, values: Tensor) -> Cond:
+        """As the network reads them, BOS in front."""
+        bos = self._null.context[:, :1].to(values)
+        return self._null.with_context(torch.cat([bos.expand(len(values), -1, -1), values], dim=1))
+
+    @torch.no_grad()
+    def retire(self, i: int, generator: torch.Generator) -> None:
+        """Before step ``i``: whose time has come goes to the store and starts anew."""
+        turn, rest = divmod(i, self._every)
+        if rest or not turn:
+            return
+        number = turn % self.count
+        self.former[turn % len(self.former)].copy_(self.now[number])
+        self.now[number].copy_(self._start(number, generator).to(self.now))
+
+    def draw(self, concept: Wanted, i: int, generator: torch.Generator) -> Cond:
+        """What of a concept to erase at step ``i``: one that searches now, one that did, or a word."""
+        kind = float(torch.rand((), generator=generator))
+        if kind >= _CURRENT + _FORMER:
+            return concept.word(generator)
+        # turn 1 went to slot 1: of a store that isn't full, slots 1 to ``stored`` are taken
+        stored = min(i // self._every, len(self.former))
+        values, own = self.former, self._own(concept, [(1 + k) % len(self.former) for k in range(stored)])
+        if kind < _CURRENT or not own:
+            values, own = self.now, self._own(concept, range(self.count))
+        number = own[one_of(len(own), generator)]
+        return self.read(values[number : number + 1].detach())
+
+    def _own(self, concept: Wanted, numbers: Iterable[int]) -> list[int]:
+        return [k for k in numbers if self.concept(k) is concept]
+
+
+def one_of(n: int, generator: torch.Generator) -> int:
+    """A number below ``n``."""
+    return int(torch.randint(n, (), generator=generator))
