@@ -13,12 +13,10 @@ from comfy_api.latest import io, ui
 
 from ..erasure_core import Aids, ConceptError, ConceptSpec, FileError
 from ..erasure_core import Erasure as CoreErasure
-from ..erasure_core.formats import check_file_name, opened
-from ..erasure_core.header import parse_header
+from ..erasure_core.formats import check_file_name
 from ..erasure_core.methods import kpop
 from ..erasure_core.operators.changes import Layers, LoRA
-from ..erasure_core.operators.memory import _METADATA as MARK
-from ..erasure_core.operators.memory import Mode, Placement, SavedMemory, load_memory, save_memory
+from ..erasure_core.operators.memory import Mode, Placement, SavedMemory, load_memory, read_memory_header, save_memory
 from ..erasure_core.suppress import Settings as SuppressSettings
 from ..erasure_core.suppress import suppress
 from .erase import check_words_are_read, unfinished
@@ -267,15 +265,7 @@ class ApplySafePromptMemory(io.ComfyNode):
             return io.NodeOutput(apply_memory(model, memory, strength, conditional_only=_READERS[rows]))
 
 
-def _read_header(path: str) -> object:
-    """Of a prompt memory, without its rows."""
-    with opened(Path(path)) as f:
-        if MARK not in (f.metadata() or {}):
-            raise FileError(f"{path}: a safetensors file, but not a prompt memory")
-        return parse_header(f.metadata()[MARK])
-
-
-SAVED = Saved("prompt memory", "Save Prompt Memory", ("erasure",), _read_header)
+SAVED = Saved("prompt memory", "Save Prompt Memory", ("erasure",), read_memory_header)
 
 
 class SavePromptMemory(io.ComfyNode):

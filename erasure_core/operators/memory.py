@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -217,11 +217,7 @@ def load_memory(path: str | os.PathLike[str]) -> SavedMemory:
     """
     path = Path(path)
     with opened(path) as f:
-        text = (f.metadata() or {}).get(_METADATA)
-        if text is None:
-            raise FileError(
-                f"{path.name}: a safetensors file, but not a prompt memory. If it is an erasure, use Load Erasure"
-            )
+        text = _header_text(f.metadata(), path)
         header, _, _ = parse_header(text)
         more = json.loads(text)
         mode, placement, length = more.get("mode"), more.get("placement"), more.get("length")
@@ -238,3 +234,22 @@ def load_memory(path: str | os.PathLike[str]) -> SavedMemory:
             raise FileError(f"{path.name}: rows of shape {shapes[0]} and {shapes[1]} don't fit {header.family}")
         key, value = (read_tensor(f, name, 2, path) for name in ("key", "value"))
     return SavedMemory(header, Mode(mode), Placement(placement), length, key, value)
+
+
+def read_memory_header(path: str | os.PathLike[str]) -> Header:
+    """Only the header of a memory; cheap.
+
+    Raises:
+        FileError: missing, cut off, oversized, pickled or foreign.
+    """
+    path = Path(path)
+    with opened(path) as f:
+        return parse_header(_header_text(f.metadata(), path))[0]
+
+
+def _header_text(metadata: Mapping[str, str] | None, path: Path) -> str:
+    if not metadata or _METADATA not in metadata:
+        raise FileError(
+            f"{path.name}: a safetensors file, but not a prompt memory. If it is an erasure, use Load Erasure"
+        )
+    return metadata[_METADATA]

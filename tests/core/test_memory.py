@@ -24,6 +24,7 @@ from erasure_core.operators.memory import (
     SavedMemory,
     extended,
     load_memory,
+    read_memory_header,
     quarters_of,
     save_memory,
 )  # fmt: skip
@@ -161,12 +162,17 @@ def test_foreign_and_broken_files(file: Path, tmp_path: Path) -> None:
         with pytest.raises(FileError, match=r"cut off|damaged"):
             load_memory(file)
     save_file({"key": torch.ones(2, 16)}, tmp_path / "other.safetensors")
-    with pytest.raises(FileError, match="not a prompt memory"):
-        load_memory(tmp_path / "other.safetensors")
-    with pytest.raises(FileError, match="no such file"):
-        load_memory(tmp_path / "none.safetensors")
+    for read in (load_memory, read_memory_header):
+        with pytest.raises(FileError, match="not a prompt memory"):
+            read(tmp_path / "other.safetensors")
+        with pytest.raises(FileError, match="no such file"):
+            read(tmp_path / "none.safetensors")
     with pytest.raises(FileError, match="Learn it again"):
         save_memory(saved(key=torch.full((3, 16), torch.inf)), file)
+
+
+def test_a_header_alone_is_that_of_the_whole(file: Path) -> None:
+    assert read_memory_header(file) == load_memory(file).header
 
 
 def test_another_family_is_named(tmp_path: Path) -> None:
