@@ -24,8 +24,8 @@ from erasure_core.operators.memory import (
     SavedMemory,
     extended,
     load_memory,
-    read_memory_header,
     quarters_of,
+    read_memory_header,
     save_memory,
 )  # fmt: skip
 from erasure_core.operators.trainable import Cond
