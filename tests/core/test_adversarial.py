@@ -11,7 +11,7 @@ from torch import Tensor
 
 from erasure_core.methods import adversarial
 from erasure_core.methods._adversaries import Adversaries, Wanted
-from erasure_core.methods.adversarial import Held, Settings
+from erasure_core.methods.adversarial import Settings
 from erasure_core.operators.changes import FullWeights
 from erasure_core.operators.trainable import Cond, TrainableModel
 
@@ -137,49 +137,25 @@ def test_what_is_erased_goes_to_its_own_replacement_or_beyond(model, passes, nul
 
 @pytest.mark.parametrize("batch", [8, 1])
 def test_kept_words_are_held_at_pictures_of_their_own(model, passes, null, monkeypatch, batch: int) -> None:
-    """In eight pictures of one step, or of eight steps of one; where words signal less, a difference counts for more."""
+    """In eight pictures of one step, or of eight steps of one."""
     monkeypatch.setattr(type(model.schedule), "add_noise", lambda _, x0, noise, t: x0)
     words = [Cond(normal(1, 6, 16, seed=i)) for i in range(3)]
     others = torch.arange(6, dtype=torch.float64)[:, None, None, None].expand(
         6, 4, 4, 4
     )  # picture k shows word k mod 3
-    shown, size = concept(0), torch.arange(1, 11, dtype=torch.float64)
+    shown = concept(0)
     for i in range(8 // batch):
-        loss = adversarial.keep_loss(model, Held(words, others, size), [shown], null, batch, i, seeded(3 + i))
-        (_, z, t, reads, student), (_, _, _, again, original) = passes[2 * i : 2 * i + 2]
-        there = [int(x) // 100 + 1 for x in t]
-        parts = [(a - b).square().mean() / s for a, b, s in zip(student, original, there, strict=True)]
-        assert torch.equal(reads, again)
-        assert torch.allclose(loss, sum(parts) / batch * (sum(there) / batch))
+        loss = adversarial.keep_loss(
+            model, others, words, [shown], null, batch, i, torch.Generator().manual_seed(3 + i)
+        )
+        (_, z, _, reads, student), (_, _, _, again, original) = passes[2 * i : 2 * i + 2]
+        assert torch.equal(reads, again) and torch.allclose(loss, (student - original).square().mean())
     z, reads = (torch.cat([seen[k] for seen in passes[::2]]) for k in (1, 3))
     at_concept = [bool(torch.equal(x, shown.pictures[0])) for x in z]
     empty = [bool(torch.equal(states, null.context[0])) for states in reads]
     assert at_concept == [k in (0, 2) for k in range(8)] and empty == [k in (0, 1) for k in range(8)]
     for k in range(3, 8):
         assert torch.equal(reads[k], words[int(z[k, 0, 0, 0]) % 3].context[0])
-
-
-def test_without_kept_words_the_empty_prompt_is_held(model, passes, null) -> None:
-    shown = concept(0)
-    held = adversarial.holding(model, [], [shown], null, Settings(), lambda *_: None)
-    passes.clear()
-    adversarial.keep_loss(model, held, [shown], null, 8, 0, seeded(3))
-    assert all(torch.equal(states, null.context.expand(8, -1, -1)) for _, _, _, states, _ in passes)
-    assert held.pictures is shown.pictures and held.signals.min() > 0
-
-
-def test_signals_are_how_far_words_are_from_the_empty_prompt_in_each_part_of_the_times(
-    tiny64, model, passes, null
-) -> None:
-    words = [Cond(normal(1, 6, 16, seed=i)) for i in range(2)]
-    pictures = normal(4, 4, 4, 4, seed=9)
-    measured = adversarial.signals(model, words, pictures, null, seeded(3))
-    assert [seen[0] for seen in passes] == ["frozen"] * 10 and measured.shape == (10,)
-    for part, (_, z, t, states, _) in enumerate(passes):
-        assert set(t.tolist()) == {50 + 100 * part}
-        named, empty = (tiny64.unet(z[:8], t[:8], x) for x in states.split(8))
-        assert torch.allclose(measured[part], (named - empty).square().mean())
-        assert all(any(torch.equal(x, w.context[0]) for w in words) for x in states[:8])
 
 
 def test_one_at_a_time_retires_to_the_store_and_starts_anew(null) -> None:
