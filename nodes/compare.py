@@ -15,7 +15,7 @@ from torch import Tensor
 from ..erasure_core import Erasure as CoreErasure
 from ..erasure_core import all_methods
 from ..erasure_core.metrics.rates import Rate, rate
-from .patching import apply_erasure
+from .patching import apply_erasure, check_ungated
 from .port import ordinary_tensors
 from .sampling import Drawing, decode, encode, sample, widgets
 from .sheet import sheet, to_image, to_tensor
@@ -233,6 +233,7 @@ class CompareErasures(io.ComfyNode):
         named = labels_of(given, labels)
         how = Drawing(steps, cfg, sampler_name, scheduler, width, height)
         how.check()
+        check_ungated(model=model)
         variants = [
             Variant(_AS_IT_IS, 0.0),
             *(Variant(n, s, e) for n, e in zip(named, given, strict=True) for s in levels),

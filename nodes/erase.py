@@ -16,7 +16,7 @@ from ..erasure_core.methods import settings_from
 from ..erasure_core.metrics.judges import word_for
 from ..erasure_core.operators.checkpoint import Checkpoint
 from ..erasure_core.presets import PRESETS
-from .patching import apply_erasure
+from .patching import apply_erasure, check_ungated
 from .port import ComfyPort, family_of, ordinary_tensors
 from .towers import pseudo_words
 from .training import Decode, Watcher, decoder, demand_of, prompts_to_show
@@ -200,6 +200,7 @@ class EraseConcept(io.ComfyNode):
         spec = ConceptSpec.parse(concept, replace_with, keep, everyday=keep_everyday)
         if method is None and quality not in PRESETS:
             raise ValueError(f"quality: {quality!r} is none of {', '.join(PRESETS)}")
+        check_ungated(model=model)
         name, settings = method or (PRESETS[quality].method, PRESETS[quality].settings_on(family_of(model)))
         chosen = all_methods()[name]
         wanted = settings_from(chosen, settings)

@@ -20,7 +20,7 @@ from ..erasure_core.operators.memory import Mode, Placement, SavedMemory, load_m
 from ..erasure_core.suppress import Settings as SuppressSettings
 from ..erasure_core.suppress import suppress
 from .erase import check_words_are_read, unfinished
-from .patching import apply_erasure
+from .patching import apply_erasure, check_ungated
 from .port import ComfyPort, ordinary_tensors
 from .reading import apply_memory
 from .replica import Demand
@@ -202,6 +202,7 @@ class LearnSafePromptMemory(io.ComfyNode):
         spec = replace(spec, everyday=not spec.keep)
         _choice("mode", mode, [m.value for m in Mode])
         _choice("placement", placement, _BLOCKS)
+        check_ungated(model=model)
         settings = settings_of(Mode(mode), rows, _BLOCKS[placement], iterations, learning_rate, weights_rate, seed)
         watcher = Watcher(prompts_to_show(spec), decoder(model, vae))
         with ordinary_tensors():

@@ -38,12 +38,12 @@ def gated_for(model, prompt: str):
 
 def check_ungated(**models) -> None:
     """Raise where one of these MODELs, by input, is patched for one prompt: it will be asked others here, which would be
-    counted with the gate as that prompt left it."""
+    answered with the gate as that prompt left it."""
     for what, model in models.items():
         prompt = None if model is None else model.get_attachment(_GATED)
         if prompt is not None:
             raise ValueError(
-                f"{what}: Gate Erasures patched it for the prompt {prompt[:60]!r} alone, and other prompts are drawn here. Put "
+                f"{what}: Gate Erasures patched it for the prompt {prompt[:60]!r} alone, and other prompts are asked here. Put "
                 "the erasures on with Apply Erasure instead: that is the gate wide open"
             )
 

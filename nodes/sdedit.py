@@ -16,6 +16,7 @@ from torch import Tensor
 from ..erasure_core import ConceptPairs
 from ..erasure_core.metrics.judges import look_through
 from ..erasure_core.pairs import MAX_PAIRS, MAX_REDRAWS, MAX_SCENES, Draw, pair_noise, pair_up
+from .patching import check_ungated
 from .port import family_of, ordinary_tensors
 from .replica import native_side
 from .training import decoder
@@ -221,6 +222,7 @@ class MakeSDEditPair(io.ComfyNode):
             raise ValueError("concept: write what the judge should look for")
         count = count if images is None else len(images)
         check_numbers(count, strength)
+        check_ungated(model=model)
         side = native_side(model, family_of(model).name)
         size = (width // 8 * 8 or side, height // 8 * 8 or side)
         decode = decoder(model, vae)

@@ -10,8 +10,11 @@ from api_graphs import Graph, latent, shown
 from comfy_client import ExecutionFailed
 from comfy_host import ComfyServer
 from test_attack import attacking
+from test_compare import comparing
+from test_memory import MemoryGraph
 from test_mine import mining
 from test_receipt import REPORT, receipt
+from test_sdedit import pair
 from test_survives import of_sd15
 
 
@@ -52,18 +55,29 @@ def test_an_erasure_for_another_family_is_refused(server: ComfyServer) -> None:
         server.run(g.api)
 
 
-@pytest.mark.parametrize("asked", ["ErasureAttack", "ErasureMineDarkEmbeddings", "ErasureReceipt"])
+ASKS = {
+    "ErasureAttack": lambda g, model, base, clip, vae, _: attacking(
+        g, model, base, clip, vae, "synonyms", concept="rose"
+    )[3],
+    "ErasureCompare": lambda g, model, _base, clip, vae, erasure: comparing(g, model, clip, vae, erasure)[1],
+    "ErasureEraseConcept": lambda g, model, _base, clip, _vae, _: g.erase(model, clip, "rose", method=("uce", {}))[2],
+    "ErasureLearnSafePromptMemory": lambda g, model, _base, clip, _vae, _: g.learn(model, clip)[3],
+    "ErasureMakeSDEditPair": lambda g, model, _base, clip, vae, _: pair(g, [model, clip, vae])[3],
+    "ErasureMineDarkEmbeddings": lambda g, model, _base, clip, vae, _: mining(g, model, clip, vae, concept="rose")[3],
+    "ErasureReceipt": lambda g, model, _base, _clip, _vae, erasure: receipt(g, erasure, judged=False, model=model)[
+        REPORT
+    ],
+}
+"""A link to the report of each node that asks a MODEL other prompts than the user's."""
+
+
+@pytest.mark.parametrize("asked", list(ASKS))
 def test_what_asks_other_prompts_refuses_a_gated_model(server: ComfyServer, asked: str) -> None:
-    """They would be counted at the gate of the one prompt. Nodes in between don't hide it."""
-    g = Graph()
+    """They would be answered at the gate of the one prompt. Nodes in between don't hide it."""
+    g = MemoryGraph()
     model, clip, made, node = gate(g, "a house")
     vae = [model[0], 2]
     behind = g.apply(node[0], made[0][1], 0.5)
-    tested = {
-        "ErasureAttack": lambda: attacking(g, behind, model, clip, vae, "synonyms", concept="rose"),
-        "ErasureMineDarkEmbeddings": lambda: mining(g, behind, clip, vae, concept="rose"),
-        "ErasureReceipt": lambda: receipt(g, made[0][1], judged=False, model=behind),
-    }[asked]()
-    g.show(tested[REPORT if asked == "ErasureReceipt" else 3])
+    g.show(ASKS[asked](g, behind, model, clip, vae, made[0][1]))
     with pytest.raises(ExecutionFailed, match="model: Gate Erasures patched it for the prompt 'a house' alone"):
         server.run(g.api)
