@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ def erase(
 ) -> Erasure:
     """Compute the change that makes a model stop drawing ``spec.erase``. The model itself is not touched.
 
-    What of ``spec`` the method doesn't look at (``MethodSpec.unread``) is not in the Erasure's header either.
+    The Erasure's header has the whole request, and says what of it the method made no use of (``MethodSpec.unread``).
 
     Args:
         port: the model.
@@ -50,7 +50,7 @@ def erase(
     if chosen.needs_pairs and given.pairs is None:
         raise ValueError(f"pairs: {chosen.title} learns from pairs of pictures. Connect Make SDEdit Pair")
     made = settings_from(chosen, settings or {})
-    spec = chosen.reads(spec)
     check_request(method, asdict(made), spec)
     with torch.no_grad():
-        return chosen.run(port, spec, made, progress or (lambda done, total: None), given)
+        erasure = chosen.run(port, spec.without(chosen.unread), made, progress or (lambda done, total: None), given)
+    return replace(erasure, header=replace(erasure.header, spec=spec, unread=chosen.unread))

@@ -62,6 +62,8 @@ class Header:
     """Fingerprint of the weights that it was computed on."""
     version: str
     strength: float = 1.0
+    unread: tuple[str, ...] = ()
+    """Inputs of the request that the method made no use of: nothing of them was held. Merging and receipts still go by them."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,11 @@ class Erasure:
     def summary(self) -> str:
         """One paragraph for people: what, how, on what, how large."""
         h = self.header
-        erased = "; ".join(", ".join(c.words) + (f" -> {c.to}" if c.to else "") for c in h.spec.erase)
+        read = h.spec.without(h.unread)
+        erased = "; ".join(", ".join(c.words) + (f" -> {c.to}" if c.to else "") for c in read.erase)
         ranks = sorted({d.rank for d in self.deltas.values()})
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "0"
-        kept = f"; kept: {h.spec.kept}" if h.spec.kept else ""
+        kept = f"; kept: {read.kept}" if read.kept else ""
         summed = h.settings.get("summed", 0)
         added = f", {summed} of them, which do not read text, added up" if summed else ""
         return (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -117,6 +117,15 @@ class ConceptSpec:
     def erases(self, word: str) -> bool:
         """Whether it is one of the words to erase, however it is spelt."""
         return _fold(word) in {_fold(w) for concept in self.erase for w in concept.words}
+
+    def without(self, inputs: Collection[str]) -> ConceptSpec:
+        """The request without some of its inputs: replace_with, keep, keep_everyday."""
+        plain = tuple(replace(concept, to="") for concept in self.erase)
+        return ConceptSpec(
+            plain if "replace_with" in inputs else self.erase,
+            () if "keep" in inputs else self.keep,
+            self.everyday and "keep_everyday" not in inputs,
+        )
 
     @property
     def kept(self) -> str:

@@ -65,6 +65,7 @@ def merge(port: ModelPort, erasures: Sequence[Erasure]) -> Erasure:
         spec=spec,
         version=__version__,
         strength=1.0,
+        unread=(),
     )
     return Erasure(header, {n: _fuse(n, erasures, projections) if n in text else added(n, erasures) for n in names})
 

@@ -94,6 +94,7 @@ def header_json(header: Header, sites: list[str], layout: Layout) -> str:
             "base": header.base,
             "version": header.version,
             "strength": header.strength,
+            "unread": list(header.unread),
             "sites": sites,
         },
         ensure_ascii=True,
@@ -137,5 +138,6 @@ def parse_header(text: str) -> tuple[Header, list[str], Layout]:
         read.text(raw.get("base", ""), "base", 128),
         read.text(raw.get("version", ""), "version", 40),
         strength,
+        tuple(read.text(x, "unread", 20) for x in read.entries(raw.get("unread", []), "unread", 10)),
     )
     return header, sites, Layout(layout_name)

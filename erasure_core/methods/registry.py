@@ -81,15 +81,6 @@ class MethodSpec:
     precise: bool = False
     """Likewise: whether it may call :meth:`TrainableModel.precise`, which takes the memory of float32."""
 
-    def reads(self, spec: ConceptSpec) -> ConceptSpec:
-        """``spec`` without what the method doesn't look at: a file must not say of a word that it was held when it wasn't."""
-        plain = tuple(dataclasses.replace(concept, to="") for concept in spec.erase)
-        return ConceptSpec(
-            plain if "replace_with" in self.unread else spec.erase,
-            () if "keep" in self.unread else spec.keep,
-            spec.everyday and "keep_everyday" not in self.unread,
-        )
-
     def ignores(self, spec: ConceptSpec, aids: Aids) -> tuple[str, ...]:
         """The inputs that were filled in and that the method doesn't look at."""
         given = {

@@ -379,7 +379,7 @@ def part_of(name: str, port: Any) -> tuple[ConceptSpec, dict[str, Any]]:
 
 
 @each
-def test_what_a_method_does_not_look_at_changes_nothing_and_is_not_in_the_header(method: MethodSpec, make) -> None:
+def test_what_a_method_does_not_look_at_changes_nothing_and_is_told_apart(method: MethodSpec, make) -> None:
     plain = run(make(method), method, spec=ConceptSpec.parse("apple"))
     for part in PARTS:
         unread = part in method.unread
@@ -388,14 +388,17 @@ def test_what_a_method_does_not_look_at_changes_nothing_and_is_not_in_the_header
         unchanged = all(torch.equal(d.dense(), made.deltas[n].dense()) for n, d in plain.deltas.items())
         always = method.name == "cpe" and part == "keep_everyday"  # it holds them in any case
         assert unchanged == (unread or always)
-        assert made.header.spec == (plain.header.spec if unread else spec)
+        assert made.header.spec == spec and (part in made.header.unread) == unread
         assert (part in method.ignores(spec, Aids(**aids))) == unread
 
 
-def test_a_summary_names_only_what_was_held(port) -> None:
+def test_a_summary_names_only_what_was_held(port, tmp_path: Path) -> None:
     spec = ConceptSpec.parse("cat", "dog", "bird", everyday=True)
     assert "kept: bird, everyday words" in erase(port, spec, "uce").summary()
-    assert "kept: bird\n" in erase(port, spec, "speed").summary()
+    fast = erase(port, spec, "speed")
+    assert "kept: bird\n" in fast.summary() and fast.header.spec == spec, "merging goes by what was asked for"
+    save(fast, tmp_path / "fast.safetensors")
+    assert load(tmp_path / "fast.safetensors").header == fast.header
     methods = all_methods()
     assert methods["uce"].ignores(spec, Aids()) == ()
     assert methods["duo"].ignores(spec, Aids()) == ("replace_with", "keep", "keep_everyday")
