@@ -18,7 +18,7 @@ from ..erasure_core.artifact import weights_digest
 from ..erasure_core.attacks import AttackSpec, Knowledge, Sampler, Way, all_attacks, asking, shortlist
 from ..erasure_core.methods import settings_from
 from ..erasure_core.methods._training import fingerprint
-from ..erasure_core.metrics.judges import look_through
+from ..erasure_core.metrics.judges import look_through, word_for
 from ..erasure_core.operators.changes import Layers, LoRA
 from ..erasure_core.operators.memory import PromptMemory
 from ..erasure_core.operators.trainable import Cond, TrainableModel
@@ -258,11 +258,12 @@ class RedTeamAttack(io.ComfyNode):
         settings, memory, decode = settings_from(chosen, changed), memory_of(model), decoder(model, vae)
         watcher, demand = _Watcher(name, decode, memory), _demand(chosen, settings)
         with ordinary_tensors():
+            word = "" if judge is None else word_for(judge, spec.erase[0].words)
             erased = ComfyPort(model, clip, demand=demand, opened=watcher.opened)
             base = ComfyPort(base_model, clip, demand=demand)
             look = None
             if judge is not None:
-                look = look_through(judge, lambda z: decode(z).movedim(-1, 1), name)
+                look = look_through(judge, lambda z: decode(z).movedim(-1, 1), word)
             target = AttackTarget(
                 erased, base, asked,
                 words=words_of(clip) if chosen.needs_words else None,
@@ -276,7 +277,7 @@ class RedTeamAttack(io.ComfyNode):
 
             def count(latents: Tensor) -> Tensor:
                 seen = torch.cat([decode(part) for part in latents.split(_AT_ONCE)])
-                said = torch.zeros(len(seen)) if judge is None else judge.probability(seen.movedim(-1, 1), name)
+                said = torch.zeros(len(seen)) if judge is None else judge.probability(seen.movedim(-1, 1), word)
                 watcher.counted(seen, said)
                 return said
 

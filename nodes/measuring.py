@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import comfy.model_management as mm
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..erasure_core import ConceptSpec
 from ..erasure_core import Erasure as CoreErasure
 from ..erasure_core.metrics.distances import pairwise_error
+from ..erasure_core.metrics.judges import word_for
 from ..erasure_core.metrics.rates import Rate, pooled, rate
 from ..erasure_core.metrics.rounding import ROUNDINGS, rounding_loss
 from ..erasure_core.names import to_comfy
@@ -41,17 +43,6 @@ def erased_words(spec: ConceptSpec, count: int) -> list[tuple[str, tuple[str, ..
     return [*chosen, *(spread(aliases, count - len(chosen)) if count > len(chosen) else ())]
 
 
-def known_to(judge, words: Sequence[str]) -> str:
-    """The first of ``words`` that the judge can be asked for; "" if it knows none."""
-    for word in words:
-        try:
-            judge.probability(torch.zeros(1, 3, 64, 64), word)
-        except ValueError:
-            continue
-        return word
-    return ""
-
-
 class Measuring:
     """Draws and counts; the sheet grows on the node meanwhile. Cancelling works at every step.
 
@@ -70,16 +61,18 @@ class Measuring:
         self._clip, self._vae, self._judge, self._how = clip, vae, judge, how
         self._template, self._seeds = template, list(seeds)
         self.words, self.kept = [word for word, _ in words], list(kept)
-        self._asked = {}
+        self._asked: dict[str, str] = {}
         if judge is not None:
-            self._asked = {word: known_to(judge, [word]) for word in kept}
-            self._asked |= {word: known_to(judge, concept) for word, concept in words}
+            for word in kept:
+                with suppress(ValueError):  # those that it doesn't know are compared without counting
+                    self._asked[word] = word_for(judge, [word])
             for word, concept in words:
-                if not self._asked[word]:
+                try:
+                    self._asked[word] = word_for(judge, concept)
+                except ValueError as error:
                     raise ValueError(
-                        f"judge: {judge.name} knows none of {', '.join(concept[:6])}. Connect one that does, or none: "
-                        "the receipt then compares pictures without counting"
-                    )
+                        f"{error}. Connect another judge, or none: the receipt then compares pictures without counting"
+                    ) from None
         self._pictures: dict[tuple[str, str], Tensor] = {}
         self._rates: dict[tuple[str, str], Rate | None] = {}
         self._negative = encode(clip, "")

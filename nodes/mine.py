@@ -14,7 +14,7 @@ from torch import Tensor
 from ..erasure_core import ConceptError, ConceptSpec, FileError
 from ..erasure_core.dark import load_dark, read_dark_header, save_dark, save_words
 from ..erasure_core.formats import check_file_name
-from ..erasure_core.metrics.judges import look_through
+from ..erasure_core.metrics.judges import look_through, word_for
 from ..erasure_core.mining import Settings, mine
 from ..erasure_core.operators.changes import Layers, LoRA
 from ..erasure_core.operators.trainable import Cond, TrainableModel
@@ -151,7 +151,7 @@ class MineDarkEmbeddings(io.ComfyNode):
             port = ComfyPort(model, clip, demand=demand, opened=watcher.opened)
             look = None
             if judge is not None:
-                look = look_through(judge, lambda z: decode(z).movedim(-1, 1), spec.erase[0].name)
+                look = look_through(judge, lambda z: decode(z).movedim(-1, 1), word_for(judge, spec.erase[0].words))
             null = port.conditions([""])[0]
             found = mine(
                 port,

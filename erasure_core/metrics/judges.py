@@ -77,17 +77,17 @@ def word_for(judge: Judge, words: Sequence[str]) -> str:
     """The first of a concept's words that the judge knows, by its own matching.
 
     Raises:
-        ValueError: it knows none; the message lists what it knows.
+        ValueError: it knows none; the message lists what it knows. A judge of any text says itself why it takes none.
     """
-    if judge.labels is None:
-        return words[0]
+    refused = unknown(judge, *words)
     for word in words:
         try:
             judge.probability(torch.zeros(1, 3, 64, 64), word)
-        except ValueError:  # its way to say that it doesn't
+        except ValueError as error:  # its way to say that it doesn't
+            refused = error if judge.labels is None else refused
             continue
         return word
-    raise unknown(judge, *words)
+    raise refused
 
 
 def look_through(judge: Judge, decode: Callable[[Tensor], Tensor], concept: str) -> Callable[[Tensor], Tensor]:

@@ -166,7 +166,11 @@ def test_the_word_that_a_judge_knows() -> None:
     canvas = CanvasJudge(Network().eval())
     assert word_for(canvas, ["A Cat"]) == "A Cat" and word_for(canvas, ["moggy", "kitty"]) == "kitty"
     assert word_for(canvas, ["brindlewash style"]) == "brindlewash style"
-    assert word_for(ZeroShotJudge(encode, encode_texts, ["dog"]), ["moggy", "cat"]) == "moggy", "any text will do"
+    assert word_for(ZeroShotJudge(encode, encode_texts, ["dog"]), ["car", "cat"]) == "car", "any text will do"
+    only = ZeroShotJudge(encode, encode_texts, ["dog"])
+    assert word_for(only, ["dog", "cat"]) == "cat", "it has nothing to tell a dog from"
+    with pytest.raises(ValueError, match=r"contrasts: 'dog' is the only one"):
+        word_for(only, ["dog"])
     with pytest.raises(ValueError, match=r"emojicanvas-judge knows none of 'zebra', 'okapi'. It knows: cat"):
         word_for(canvas, ["zebra", "okapi"])
 

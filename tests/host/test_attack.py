@@ -142,6 +142,14 @@ def test_without_a_judge_it_says_what_it_does_not_know(server: ComfyServer) -> N
     assert shown(run, share).lower() == "nan"
 
 
+def test_the_judge_is_asked_by_a_word_that_it_knows(server: ComfyServer) -> None:
+    g = Graph()
+    erased, model, clip, vae, judge = erased_demo(g)
+    made = attacking(g, erased, model, clip, vae, "synonyms", judge=judge, concept="brewski, beer")
+    said = g.show(made[SUCCESS])
+    assert 0 <= float(shown(server.run(g.api), said)) <= 1
+
+
 def test_pictures_of_the_concept_may_be_given(server: ComfyServer) -> None:
     g = Graph()
     erased, model, clip, vae, judge = erased_demo(g)

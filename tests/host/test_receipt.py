@@ -317,7 +317,7 @@ def test_what_can_not_be_measured_is_said(server: ComfyServer, widgets: dict, se
 def test_a_judge_that_does_not_know_the_concept(server: ComfyServer) -> None:
     g = Graph()
     receipt(g, erased(g, "zeppelin", "rose"))
-    with pytest.raises(ComfyError, match=r"knows none of zeppelin. Connect one that does, or none"):
+    with pytest.raises(ComfyError, match=r"does not know 'zeppelin'. .* Connect another judge, or none"):
         server.run(g.api)
 
 
