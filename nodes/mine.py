@@ -230,7 +230,7 @@ class SaveDarkEmbeddings(io.ComfyNode):
     def execute(cls, dark, name, overwrite) -> io.NodeOutput:
         if dark is None:  # Erase Concept's output, of a method that doesn't mine
             raise ValueError("dark: nothing was found, so there is nothing to save. Only the method Dark Miner and Mine Dark "
-                "Embeddings find some; if a report says that the words alone were enough, all is well")  # fmt: skip
+                "Embeddings find some; where a report says that the words alone were enough, all is well")  # fmt: skip
         stem = check_file_name(name)
         root, embeddings = (Path(folder_paths.get_folder_paths(x)[0]) for x in ("erasure", "embeddings"))
         names = [f"{stem}-{i + 1}" for i in range(len(dark))] if dark.words else []

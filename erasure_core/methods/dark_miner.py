@@ -14,26 +14,24 @@ that were mined before, are in the pool from the start; a round mines a populati
 while the best of them still works; half of what a step erases is of the last round; at the end RECE solves for the words on
 the weights that training leaves (``seal``), since among many finds the words themselves get few steps.
 
-Verifying looks at pictures drawn from c. What looks is pluggable: any judge, or :func:`difference_look`, the paper's s(c)
-over a picture encoder E. Without anything that looks, every round is made.
+Verifying looks at pictures drawn from c. What looks is pluggable: any judge, of which ``metrics.judges.ExampleJudge`` makes the
+paper's s(c) over a picture encoder E a probability. Without anything that looks, every round is made.
+Of several concepts each has its round in turn; what looks, looks for the first, and the search ends when that one is not found.
 A run that is cut off goes on from the last whole round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
 from ..dark import MAX_EMBEDDINGS, DarkEmbeddings
-from ..devices import moved
 from ..fusion import added
 from ..operators.changes import Layers, LoRA
 from ..operators.regress import TargetTerm, keep_term, regress
@@ -102,8 +100,9 @@ class Mined:
 
     erasure: Erasure
     pool: DarkEmbeddings | None
-    """What was found and erased, round by round, each scored as it was found; None where the words alone were enough. The first
-    ones of very many."""
+    """What was found and erased, best first, each scored as it was found; None where the words alone were enough."""
+    found: int
+    """How many these are; the pool has the best of very many."""
     scores: tuple[float, ...]
     """Of each round's best find, the last round's included; empty where nobody looked."""
     exhausted: bool
@@ -111,28 +110,14 @@ class Mined:
 
     def report(self) -> str:
         """What was found, in a sentence or two."""
-        found = f"{0 if self.pool is None else len(self.pool)} embeddings found and erased"
+        found = f"embeddings found and erased: {self.found}"
         if not self.scores:
             return f"Dark Miner: {found}; no judge looked, so every round was made."
         best = ", ".join(f"{score:.2f}" for score in self.scores)
+        if not self.found:
+            return f"Dark Miner: nothing was found, the best scored {best}: the words alone were enough."
         end = "so the search found nothing more" if self.exhausted else "but the rounds ended: ways back are left"
         return f"Dark Miner: {found}. The best find of each round scored {best}, {end}."
-
-
-def difference_look(encode: Callable[[Tensor], Tensor], examples: Tensor, reference: Tensor) -> Look:
-    """The paper's s(c) of each picture: mean over the examples of the cosine of two differences.
-
-    ``encode`` maps clean latents [N, C, h, w] to features [N, d]; ``examples`` [k, ...] show the concept, ``reference``
-    [1, ...] doesn't.
-    """
-    with torch.no_grad():
-        origin = encode(reference)
-        wanted = F.normalize(encode(examples) - origin, dim=-1)  # [k, d]
-
-    def look(latents: Tensor) -> Tensor:
-        return (F.normalize(encode(latents) - origin, dim=-1) @ wanted.mT).mean(-1)
-
-    return look
 
 
 def scores_of(model: TrainableModel, finds: list[Cond], null: Cond, look: Look, settings: Settings) -> list[float]:
@@ -157,10 +142,26 @@ def variable_of(prompts: Prompts, aids: Aids, settings: Settings) -> Variable:
     return pseudo_words(aids.slot(settings.words), prompts.null)
 
 
+@dataclass(frozen=True)
+class Subject:
+    """One concept: what its conditionings become, and clean, scaled latents [k, C, h, w] that show it."""
+
+    anchor: Cond
+    latents: Tensor
+
+
+@dataclass(frozen=True)
+class Way:
+    """A conditioning that brings a concept."""
+
+    cond: Cond
+    subject: Subject
+
+
 def circumvent(
-    model: TrainableModel, latents: Tensor, pool: list[Cond], anchor: Cond, prompts: Prompts, settings: Settings, number: int
+    model: TrainableModel, pool: list[Way], prompts: Prompts, settings: Settings, number: int
 ) -> Phase:  # fmt: skip
-    """The training of one round: every conditioning of the pool to the anchor, the kept prompts unchanged."""
+    """The training of one round: every way of the pool to its concept's anchor, the kept prompts unchanged."""
     fresh = min(settings.population, len(pool)) if number else len(pool)
     terms = [TargetTerm("erase", DARK, {ANCHOR: 1.0})]
     if settings.keep_weight:
@@ -171,10 +172,16 @@ def circumvent(
         chosen = torch.randint(0, len(pool), (settings.batch,), generator=generator)
         newest = torch.randint(len(pool) - fresh, len(pool), (settings.batch,), generator=generator)
         chosen = torch.where(torch.arange(settings.batch) < settings.batch // 2, newest, chosen).tolist()
-        conds = {**prompts.draw(settings.batch, generator), DARK: Cond.cat([pool[i] for i in chosen]), ANCHOR: anchor}
-        picked = torch.randint(0, len(latents), (settings.batch,), generator=generator)
+        ways = [pool[i] for i in chosen]
+        conds = {
+            **prompts.draw(settings.batch, generator),
+            DARK: Cond.cat([way.cond for way in ways]),
+            ANCHOR: Cond.cat([way.subject.anchor for way in ways]),
+        }
+        most = max(len(way.subject.latents) for way in pool)
+        picked = torch.randint(0, most, (settings.batch,), generator=generator).tolist()
         t = torch.randint(0, len(model.schedule), (settings.batch,), generator=generator)
-        x0 = latents[moved(picked, latents.device)]
+        x0 = torch.stack([w.subject.latents[k % len(w.subject.latents)] for w, k in zip(ways, picked, strict=True)])
         return regress(model, terms, model.schedule.add_noise(x0, model.noise(settings.batch, generator), t), t, conds)
 
     return Phase(f"circumvent {number}", model.parameters(), loss, Optimiser(settings.learning_rate))
@@ -183,14 +190,12 @@ def circumvent(
 def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Mined:
     """Mine and erase until nothing is found."""
     prompts = Prompts(port, spec, aids.dark)
-    anchor = prompts[spec.erase[0].to]
     searched = variable_of(prompts, aids, settings)
 
     def within(number: int) -> Progress:
         """Cancelling works inside a round too."""
         return lambda _done, _total: progress(number, settings.rounds + 1)
 
-    pool = [prompts[name] for name, _ in prompts.pairs]
     found: list[Cond] = []
     marks: list[float] = []  # of what was found
     scores: list[float] = []  # of the rounds
@@ -200,20 +205,19 @@ def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, p
         if keep is not None and (state := keep.load()) is not None:
             first = int(state["rounds"])
             found += [prompts.null.with_context(c[None].to(model.device)) for c in state["found"]]
-            pool += found
             marks += state["marks"].tolist()
             scores += state["scores"].tolist()
             model.load(state)
             del state
         progress(first, settings.rounds + 1)
-        latents = aids.pictures
-        if latents is None:
-            shown = [prompts[word] for word in prompts.words]
-            latents = draw_pictures(model, shown, prompts.null, settings.pictures, settings, within(0))
-        latents = latents.to(model.device, model.dtype)
+        subjects = subjects_of(model, spec, prompts, settings, aids, within(0))
+        words = [subject for subject, concept in zip(subjects, spec.erase, strict=True) for _ in concept.words]
+        owners = words + subjects[:1] * (len(prompts.pairs) - len(words))  # what was mined before is of the first
+        pool = [Way(prompts[name], owner) for (name, _), owner in zip(prompts.pairs, owners, strict=True)]
+        pool += [Way(c, subjects[i // settings.population % len(subjects)]) for i, c in enumerate(found)]
 
         def circumvent_all(number: int) -> None:
-            phase = circumvent(model, latents, pool, anchor, prompts, settings, number)
+            phase = circumvent(model, pool, prompts, settings, number)
             Trainer(model, [phase], settings.iterations, seed=settings.seed).run(within(number), aids.watch)
 
             if keep is not None:
@@ -227,19 +231,21 @@ def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, p
         if not first:
             circumvent_all(0)
         for number in range(max(1, first), settings.rounds + 1):
+            turn = (number - 1) % len(subjects)
             value = mine(
-                model, latents, searched, steps=settings.mine_steps, rate=settings.mine_rate, batch=settings.batch,
-                seed=settings.seed, name=f"mine {number}", progress=within(number), population=settings.population,
+                model, subjects[turn].latents, searched, steps=settings.mine_steps, rate=settings.mine_rate,
+                batch=settings.batch, seed=settings.seed, name=f"mine {number}", progress=within(number),
+                population=settings.population,
             ).value  # fmt: skip
             with torch.no_grad():
                 mined = [searched.read(x) for x in value]
             seen = [0.0] * len(mined)
-            if aids.look is not None:
+            if aids.look is not None and not turn:  # the judge looks for the first concept
                 seen = scores_of(model, mined, prompts.null, aids.look, settings)
                 scores.append(max(seen))
                 if scores[-1] <= settings.threshold:
                     break
-            pool += mined
+            pool += [Way(c, subjects[turn]) for c in mined]
             found += mined
             marks += seen
             circumvent_all(number)
@@ -250,16 +256,31 @@ def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, p
         if settings.seal:
             made = sealed(port, spec, made, aids)
         exhausted = bool(scores) and scores[-1] <= settings.threshold
-        return Mined(made, pool_of(made, found, marks, aids), tuple(scores), exhausted)
+        return Mined(made, pool_of(made, found, marks, aids), len(found), tuple(scores), exhausted)
+
+
+def subjects_of(
+    model: TrainableModel, spec: ConceptSpec, prompts: Prompts, settings: Settings, aids: Aids, progress: Progress
+) -> list[Subject]:
+    """Each concept with pictures; those that are given show the first."""
+    made = []
+    for number, concept in enumerate(spec.erase):
+        latents = aids.pictures if not number else None
+        if latents is None:
+            shown = [prompts[word] for word in concept.words]
+            latents = draw_pictures(model, shown, prompts.null, settings.pictures, settings, progress)
+        made.append(Subject(prompts[concept.to], latents.to(model.device, model.dtype)))
+    return made
 
 
 def pool_of(made: Erasure, found: list[Cond], marks: list[float], aids: Aids) -> DarkEmbeddings | None:
-    """The finds as a set that can be saved."""
+    """The finds as a set that can be saved, best first."""
     if not found:
         return None
+    best = torch.tensor(marks).argsort(descending=True, stable=True)[:MAX_EMBEDDINGS].tolist()
     how = {**made.header.settings, "scored by": "nobody" if aids.look is None else "judge"}
-    states = torch.stack([c.context[0].float().cpu() for c in found[:MAX_EMBEDDINGS]])
-    return DarkEmbeddings(replace(made.header, settings=how), states, tuple(marks[:MAX_EMBEDDINGS]))
+    states = torch.stack([found[i].context[0].float().cpu() for i in best])
+    return DarkEmbeddings(replace(made.header, settings=how), states, tuple(marks[i] for i in best))
 
 
 class _Changed:
@@ -301,4 +322,5 @@ SPEC = MethodSpec(
     settings=Settings,
     run=run,
     trains=True,
+    asks_judge=True,
 )

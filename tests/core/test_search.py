@@ -157,16 +157,6 @@ def test_a_full_conditioning_and_a_memory_can_be_searched(tiny) -> None:
         assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
 
 
-def test_similarity_is_the_mean_cosine_of_differences() -> None:
-    found, examples, reference = normal(5, seed=1), normal(3, 5, seed=2), normal(5, seed=3)
-    d = found - reference
-    expected = sum(float(d @ (e - reference)) / float(d.norm() * (e - reference).norm()) for e in examples) / 3
-    look = dark_miner.difference_look(lambda x: x, examples, reference[None])
-    assert float(look(found[None])) == pytest.approx(expected)
-    only_first = dark_miner.difference_look(lambda x: x, examples[:1], reference[None])
-    assert float(only_first(examples[:1])) == pytest.approx(1)
-
-
 def test_verifying_looks_at_pictures_of_the_conditioning(tiny) -> None:
     cond, null = tiny.conditions(["bomb"])[0], tiny.conditions([""])[0]
     settings = dark_miner.Settings(**SMALL, guidance=2.0, looks=3, seed=4)
@@ -232,26 +222,34 @@ def test_mining_is_adam_on_the_denoising_loss(tiny64) -> None:
 
 
 def test_circumventing_is_the_papers_loss(tiny64) -> None:
-    latents = normal(2, 4, 4, 4, seed=1)
-    settings = dark_miner.Settings(**{**SMALL, "batch": 3, "keep_weight": 0.0})
-    pool, anchor = [Cond(normal(1, 6, 16, seed=i)) for i in (2, 3)], Cond(normal(1, 6, 16, seed=4))
+    """Each way at pictures of its own concept, to its own anchor."""
+    subjects = [
+        dark_miner.Subject(Cond(normal(1, 6, 16, seed=10 + k)), normal(2 + k, 4, 4, 4, seed=20 + k)) for k in (0, 1)
+    ]
+    settings = dark_miner.Settings(**{**SMALL, "batch": 6, "keep_weight": 0.0})
+    pool = [dark_miner.Way(Cond(normal(1, 6, 16, seed=k)), subjects[k % 2]) for k in range(4)]
     prompts = Prompts(tiny64, SPEC)
     with tiny64.trainable() as model:
         model.train(FullWeights(Layers.CROSS))
         with torch.no_grad():
             for i, p in enumerate(model.parameters()):
                 p.add_(0.1 * normal(*p.shape, seed=i))
-        phase = dark_miner.circumvent(model, latents, pool, anchor, prompts, settings, 0)
+        phase = dark_miner.circumvent(model, pool, prompts, settings, 0)
         losses = phase.loss(0, torch.Generator().manual_seed(8))
         g = torch.Generator().manual_seed(8)
-        chosen = torch.randint(0, 2, (3,), generator=g).tolist()
-        chosen[0] = int(torch.randint(0, 2, (3,), generator=g)[0])  # half of a step is of the last round
-        prompts.draw(3, g)
-        picked, t = torch.randint(0, 2, (3,), generator=g), torch.randint(0, 1000, (3,), generator=g)
-        z = tiny64.schedule.add_noise(latents[picked], model.noise(3, g), t)
-        student = model.predict(z, t, Cond(torch.cat([pool[i].context for i in chosen])))
-        expected = (student - tiny64.unet(z, t, anchor.context.expand(3, -1, -1))).square().mean()
-        assert set(losses) == {"erase"} and torch.allclose(losses["erase"], expected)
+        chosen, newest = (torch.randint(0, 4, (6,), generator=g).tolist() for _ in range(2))
+        chosen[:3] = newest[:3]  # half of a step is of the last round
+        prompts.draw(6, g)
+        picked, t = torch.randint(0, 3, (6,), generator=g).tolist(), torch.randint(0, 1000, (6,), generator=g)
+        noise, parts = model.noise(6, g), []
+        for k, (i, n) in enumerate(zip(chosen, picked, strict=True)):
+            own = subjects[i % 2]
+            x0 = own.latents[n % len(own.latents)][None]
+            z = tiny64.schedule.add_noise(x0, noise[k : k + 1], t[k : k + 1])
+            student = model.predict(z, t[k : k + 1], pool[i].cond)
+            parts.append((student - tiny64.unet(z, t[k : k + 1], own.anchor.context)).square().mean())
+        assert {i % 2 for i in chosen} == {0, 1}
+        assert set(losses) == {"erase"} and torch.allclose(losses["erase"], torch.stack(parts).mean())
 
 
 def test_dark_miner_runs_until_nothing_is_found(tiny) -> None:
@@ -270,13 +268,14 @@ def test_dark_miner_runs_until_nothing_is_found(tiny) -> None:
     assert done.pool is not None and done.pool.states.shape == (2, 6, 16)
     assert done.pool.scores == pytest.approx((0.9, 0.9)) and done.pool.header.settings["scored by"] == "judge"
     assert all(d.rank == 2 and d.dense().any() for d in done.erasure.deltas.values())
-    assert "2 embeddings" in done.report() and "0.90, 0.10, so the search found nothing more" in done.report()
-    out = mined(0.9, 0.8)
+    assert "erased: 2." in done.report() and "0.90, 0.10, so the search found nothing more" in done.report()
+    out = mined(0.8, 0.9)
     assert out.pool is not None and not out.exhausted and len(out.pool) == 4, "the rounds ended first"
     assert "ways back are left" in out.report()
+    assert out.pool.scores == pytest.approx((0.9, 0.9, 0.8, 0.8)), "the best come first"
     assert len({found.flatten()[20].item() for found in out.pool.states}) == 4, "each search is another one"
     none = mined(0.1)
-    assert none.exhausted and none.pool is None, "the words alone were enough"
+    assert none.exhausted and none.pool is None and "the words alone were enough" in none.report()
     again = mined(0.9, 0.1)
     assert all(torch.equal(d.dense(), again.erasure.deltas[n].dense()) for n, d in done.erasure.deltas.items())
     more = mined(0.1, dark=(torch.randn(6, 16),))
@@ -288,6 +287,37 @@ def test_dark_miner_runs_until_nothing_is_found(tiny) -> None:
     assert len(pool) == 4 and "no judge looked" in report, "nobody looks: every round is made"
     assert pool.header.settings["scored by"] == "nobody"
     assert tiny.untouched()
+
+
+def test_of_several_concepts_each_has_its_round(tiny, monkeypatch) -> None:
+    """Its own pictures, which lead to its own replacement; what looks is asked about the first."""
+    spec = ConceptSpec.parse("bomb, grenade\nrose", "dog\ntulip")
+    ways: list[list[dark_miner.Way]] = []
+    mined_from: list[Tensor] = []
+    circumvent, mine_ = dark_miner.circumvent, dark_miner.mine
+    monkeypatch.setattr(
+        dark_miner, "circumvent", lambda model, pool, *x: ways.append([*pool]) or circumvent(model, pool, *x)
+    )
+    monkeypatch.setattr(dark_miner, "mine", lambda model, z, *x, **y: mined_from.append(z) or mine_(model, z, *x, **y))
+    looked: list[int] = []
+    given = torch.randn(3, 4, 4, 4)
+    aids = Aids(pictures=given, look=lambda z: looked.append(len(z)) or torch.full((len(z),), 0.9))
+    settings = dark_miner.Settings(**{**SMALL, "rounds": 3, "pictures": 2})
+    out = dark_miner.mine_and_erase(tiny, spec, settings, quiet, aids)
+    dog, tulip = (tiny.conditions([word])[0].context for word in ("dog", "tulip"))
+    anchors = [[torch.equal(w.subject.anchor.context, dog) for w in pool] for pool in ways]
+    words = [True, True, False]
+    assert anchors == [
+        words,
+        [*words, True, True],
+        [*words, True, True, False, False],
+        [*words, *[True, True, False, False, True, True]],
+    ]
+    assert all(
+        torch.equal(w.subject.anchor.context, tulip) for w in ways[-1] if not torch.equal(w.subject.anchor.context, dog)
+    )
+    assert torch.equal(mined_from[0], given) and torch.equal(mined_from[2], given) and len(mined_from[1]) == 2
+    assert len(out.scores) == 2 == len(looked), "the second concept's round is nobody's to judge"
 
 
 def test_dark_miner_searches_words_where_an_encoder_reads_them(tiny) -> None:

@@ -221,7 +221,7 @@ def test_what_dark_miner_found_comes_out_of_erase_concept(server: ComfyServer, f
     said = g.show(erased[2])
     run = server.run(g.api)
     assert (
-        "Dark Miner: 4 embeddings found and erased. The best find of each round scored 0.75, 0.75, but the rounds ended: "
+        "Dark Miner: embeddings found and erased: 4. The best find of each round scored 0.75, 0.75, but the rounds ended: "
         "ways back are left." in shown(run, said)
     )
     pool = load_dark(server.models / "erasure" / f"{name}.safetensors")
