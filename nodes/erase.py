@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 
 from ..erasure_core import Aids, ConceptError, ConceptSpec, all_methods, erase
 from ..erasure_core.dark import DarkEmbeddings
-from ..erasure_core.methods import settings_from
+from ..erasure_core.methods import MethodSpec, settings_from
 from ..erasure_core.metrics.judges import word_for
 from ..erasure_core.operators.checkpoint import Checkpoint
 from ..erasure_core.presets import PRESETS
@@ -40,26 +40,28 @@ def check_words_are_read(port: ComfyPort, spec: ConceptSpec) -> None:
             )
 
 
-def aids_of(port: ComfyPort, spec: ConceptSpec, watcher: Watcher, decode: Decode, *, vae, pairs, dark, judge) -> Aids:
-    """What is connected beside the model, as ordinary tensors, checked against the model and the words.
+def aids_of(
+    port: ComfyPort, chosen: MethodSpec, spec: ConceptSpec, watcher: Watcher, decode: Decode, *, vae, pairs, dark, judge
+) -> Aids:
+    """What is connected beside the model, as ordinary tensors; what the method reads is checked against model and words.
 
     Raises:
         ValueError: something was made with another kind of model, or the judge lacks a vae or knows no word of the concept.
     """
-    if dark is not None:
+    if dark is not None and "dark" not in chosen.unread:
         dark.check_fits(port.family)
-    if pairs is not None:
+    if pairs is not None and chosen.needs_pairs:
         pairs.check_fits(port.family)
-    if pairs is not None and pairs.unsafe.shape[1] != port.latent_shape[0]:
-        raise ValueError(
-            f"pairs: their latents have {pairs.unsafe.shape[1]} channels, this model's {port.latent_shape[0]}. Make them again "
-            "with this model"
-        )
+        if pairs.unsafe.shape[1] != port.latent_shape[0]:
+            raise ValueError(
+                f"pairs: their latents have {pairs.unsafe.shape[1]} channels, this model's {port.latent_shape[0]}. Make them "
+                "again with this model"
+            )
     look = None
     if judge is not None:
-        if vae is None:
+        if chosen.asks_judge and vae is None:
             raise ValueError("vae: the judge looks at pictures. Connect the VAE as well")
-        word = word_for(judge, spec.erase[0].words)
+        word = word_for(judge, spec.erase[0].words) if chosen.asks_judge else spec.erase[0].name
 
         def look(latents: torch.Tensor) -> torch.Tensor:
             return judge.probability(decode(latents).movedim(-1, 1), word)
@@ -207,12 +209,11 @@ class EraseConcept(io.ComfyNode):
         demand = demand_of(wanted, chosen.predictions, precise=chosen.precise)
         decode = decoder(model, vae)
         watcher = Watcher(prompts_to_show(spec), decode)
-        asked = judge if hasattr(wanted, "looks") else None  # others never look at a picture
         size = pairs.unsafe.shape[2:] if pairs is not None and chosen.needs_pairs else None
         with ordinary_tensors():
             port = ComfyPort(model, clip, demand=demand, opened=watcher.opened, size=size)
             check_words_are_read(port, spec)
-            aids = aids_of(port, spec, watcher, decode, vae=vae, pairs=pairs, dark=dark, judge=asked)
+            aids = aids_of(port, chosen, spec, watcher, decode, vae=vae, pairs=pairs, dark=dark, judge=judge)
             found: list[tuple[DarkEmbeddings | None, str]] = []
             aids = replace(
                 aids,

@@ -323,4 +323,5 @@ SPEC = MethodSpec(
     run=run,
     trains=True,
     asks_judge=True,
+    asks_judge=True,
 )

@@ -74,6 +74,8 @@ class MethodSpec:
     trains: bool = False
     """Whether it runs the network: takes minutes, and shows its progress through ``Aids.watch``."""
     needs_pairs: bool = False
+    asks_judge: bool = False
+    """Whether it calls ``Aids.look``. A judge that isn't asked need not know the concept."""
     unread: tuple[str, ...] = ()
     """What of a request it doesn't look at, by the names of inputs: replace_with, keep, keep_everyday, dark."""
     predictions: int = 3
@@ -89,9 +91,10 @@ class MethodSpec:
             "keep_everyday": spec.everyday,
             "dark": bool(aids.dark),
             "pairs": aids.pairs is not None,
+            "judge": aids.look is not None,
         }
-        unread = self.unread if self.needs_pairs else (*self.unread, "pairs")
-        return tuple(name for name, filled in given.items() if filled and name in unread)
+        read = {"pairs": self.needs_pairs, "judge": self.asks_judge}
+        return tuple(name for name, filled in given.items() if filled and not read.get(name, name not in self.unread))
 
 
 def setting(

@@ -329,6 +329,19 @@ def test_whether_a_method_computes_in_full_precision_is_declared(method: MethodS
     assert bool(asked) is method.precise
 
 
+@each
+def test_whether_a_method_asks_a_judge_is_declared(method: MethodSpec, make) -> None:
+    asked = []
+
+    def look(latents: torch.Tensor) -> torch.Tensor:
+        asked.append(len(latents))
+        return torch.ones(len(latents))
+
+    run(make(method), method, look=look)
+    assert bool(asked) is method.asks_judge
+    assert ("judge" in method.ignores(SPEC, Aids(look=look))) is (not method.asks_judge)
+
+
 @each_trained
 def test_no_step_waits_for_the_device(method: MethodSpec, tiny, waits, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device tensors have no contents: whatever reads one, or brings one to the host, fails. What is brought to

@@ -250,8 +250,8 @@ def test_a_judge_is_asked_by_a_word_that_it_knows(server: ComfyServer, concept: 
 def test_a_judge_that_knows_no_word_is_refused_only_where_it_is_asked(server: ComfyServer) -> None:
     g = Graph()
     demo = g.add("ErasureLoadDemo")
-    g.show(g.erase(demo[0], demo[1], "zebra, okapi", vae=demo[2], judge=demo[3])[2])
-    server.run(g.api)
+    said = g.show(g.erase(demo[0], demo[1], "zebra, okapi", judge=demo[3])[2])
+    assert "makes no use of: judge." in shown(server.run(g.api), said)
     g.show(g.erase(demo[0], demo[1], "zebra, okapi", method=small("dark_miner"), vae=demo[2], judge=demo[3])[2])
     with pytest.raises(ExecutionFailed, match=r"emojicanvas-judge knows none of 'zebra', 'okapi'. It knows: cat"):
         server.run(g.api)
