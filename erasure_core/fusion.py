@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from .artifact import Delta, Erasure
-from .concept import MAX_CONCEPTS, TEMPLATES, ConceptError, ConceptSpec, Rows, edit_rows
-from .concept import _fold as fold
+from .concept import TEMPLATES, ConceptError, ConceptSpec, Rows, edit_rows
 from .operators.linear_edit import mean_square
 from .port import ModelPort
 from .version import __version__
@@ -73,17 +72,16 @@ def merge(port: ModelPort, erasures: Sequence[Erasure]) -> Erasure:
 def _together(specs: Sequence[ConceptSpec]) -> ConceptSpec:
     """All requests as one; where that can't be, an error that names the erasures, for no box holds what is wrong."""
     for i, j in permutations(range(len(specs)), 2):
-        erased = {fold(word): concept.name for concept in specs[j].erase for word in concept.words}
         for concept in specs[i].erase:
-            if fold(concept.to) in erased:
+            if specs[j].erases(concept.to):
                 raise ConceptError(
                     f"merge: erasure {i + 1} replaces {concept.name!r} with {concept.to!r}, which erasure {j + 1} erases. Make "
                     "one of them again with something that stays, or leave them apart: one Apply Erasure for each"
                 )
-    amount = len({fold(concept.name) for spec in specs for concept in spec.erase})
-    if amount > MAX_CONCEPTS:
-        raise ConceptError(f"merge: {amount} concepts, at most {MAX_CONCEPTS} fit in one erasure. Merge fewer of them")
-    return reduce(lambda a, b: a.union(b), specs)
+    try:
+        return reduce(lambda a, b: a.union(b), specs)
+    except ConceptError as error:  # there are too many: nothing else is left that could be wrong
+        raise ConceptError(f"merge: {str(error).removeprefix('concept: ')}. Merge fewer of them") from None
 
 
 def added(name: str, erasures: Sequence[Erasure]) -> Delta:

@@ -169,3 +169,18 @@ def test_contradictions_and_strangers_are_refused(port) -> None:
             merge(port, order)
     with pytest.raises(WrongModelError, match=r"text width 48.*text width 256"):
         merge(port, [made(port, "cat"), made(AnalyticPort(), "house")])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "concepts"),
+    [("cat", "CAT, kitty", ["cat", "kitty"]), ("cat, kitty", "kitty", ["cat"]), ("cat", "dog", ["cat", "dog"])],
+)
+def test_what_is_too_much_is_the_concepts_of_the_union(port, monkeypatch, one: str, other: str, concepts) -> None:
+    parts = [made(port, one), made(port, other)]
+    monkeypatch.setattr("erasure_core.concept.MAX_CONCEPTS", len(concepts))
+    assert [c.name for c in merge(port, parts).header.spec.erase] == concepts
+    monkeypatch.setattr("erasure_core.concept.MAX_CONCEPTS", len(concepts) - 1)
+    if len(concepts) > 1:
+        said = f"^merge: {len(concepts)} concepts, at most 1 fit in one erasure. Merge fewer of them$"
+        with pytest.raises(ConceptError, match=said):
+            merge(port, parts)
