@@ -31,8 +31,8 @@ class Wanted:
 
 
 class Adversaries:
-    """``population`` embeddings [N, L - 1, D], or one for each concept if those are more, and a store [_STORE N, L - 1, D] of
-    former ones.
+    """``population`` embeddings [N, L - 1, D], or as many more as each concept needs to have the same number, and a store
+    [_STORE N, L - 1, D] of former ones.
 
     Embedding n works for concept n mod the number of concepts. One retires every ``life / N`` steps, in turn, so what happens
     at a step follows from its number alone, and a training that was cut off goes on as it would have.
@@ -42,7 +42,7 @@ class Adversaries:
         self, concepts: Sequence[Wanted], null: Cond, *, population: int, life: int, seed: int, like: Tensor
     ) -> None:
         self.concepts, self._null, self._free = concepts, null, free(null)
-        self.count = max(population, len(concepts))
+        self.count = len(concepts) * -(-population // len(concepts))
         self._every = max(1, life // self.count)
         generator = generator_for(seed, "adversaries", -1)
         starts = [self._start(n, generator).to(like) for n in range(self.count)]
@@ -77,6 +77,10 @@ class Adversaries:
         number = turn % self.count
         self.former[turn % len(self.former)].copy_(self.now[number])
         self.now[number].copy_(self._start(number, generator).to(self.now))
+
+    def places(self, batch: int) -> list[int]:
+        """Whom each picture of a step is for: all as often, or nearly; at least one each."""
+        return sorted(k % self.count for k in range(max(batch, self.count)))
 
     def draw(self, concept: Wanted, i: int, generator: torch.Generator) -> Cond:
         """What of a concept to erase at step ``i``: one that searches now, one that did, or a word."""

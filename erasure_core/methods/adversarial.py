@@ -95,9 +95,7 @@ class Settings:
     )
     layers: Layers = setting(Layers.ALL, "Which layers are changed. Less than all leaves ways back.")
     rank: int = setting(32, RANK, low=1, high=512, step=1)
-    batch: int = setting(
-        8, "Pictures per step: for the search, of the concept, and of what is kept, each.", low=1, high=64, step=1
-    )
+    batch: int = setting(8, "Pictures per step: of the concept, and as many of what is kept.", low=1, high=64, step=1)
     pictures: int = setting(32, "Pictures of the concept that are drawn first, where none are given.",
         low=1, high=10000, step=1)  # fmt: skip
     guidance: float = setting(4.0, "Guidance of the pictures that training looks at.", low=0.0, high=30.0, step=0.5)
@@ -141,8 +139,8 @@ class Scene:
     z: Tensor
     """[B, C, h, w]."""
     t: Tensor
-    concepts: Sequence[Wanted]
-    """Whose picture each latent is of."""
+    members: Sequence[int]
+    """Whom of the population each latent is for; it is of that one's concept."""
     original: Mapping[str, Tensor]
     """For a word of that concept, its replacement and the empty prompt."""
 
@@ -154,10 +152,9 @@ class Scene:
 def scene(
     model: TrainableModel, adversaries: Adversaries, null: Cond, settings: Settings, generator: torch.Generator
 ) -> Scene:
-    """``batch // population`` pictures for each adversary, of its concept, at times that are spread evenly."""
-    each = max(1, settings.batch // adversaries.count)
-    concepts = [adversaries.concept(k) for k in range(adversaries.count) for _ in range(each)]
-    n = len(concepts)
+    """The batch shared out among the adversaries, at times that are spread evenly."""
+    members = adversaries.places(settings.batch)
+    concepts, n = [adversaries.concept(k) for k in members], len(members)
     parts = torch.randperm(n, generator=generator)  # or one and the same always had the cleanest latents
     t = times(model, settings, (parts + torch.rand(n, generator=generator)) / n)
     z = noised(model, [_pick(c.pictures, generator) for c in concepts], t)
@@ -166,13 +163,13 @@ def scene(
         TO: Cond.cat([c.anchor for c in concepts]),
         NULL: null,
     }
-    return Scene(z, t, concepts, predictions_of(model, z, t, conds, conds, Weights.FROZEN, grad=False))
+    return Scene(z, t, members, predictions_of(model, z, t, conds, conds, Weights.FROZEN, grad=False))
 
 
 def attack_loss(model: TrainableModel, adversaries: Adversaries, at: Scene) -> Tensor:
     """How far each adversary is from the original network's prediction for the concept's words: the sum over the population
     of means over its pictures and their elements, so that one's gradient does not shrink with their number."""
-    reads = adversaries.read(adversaries.now.repeat_interleave(len(at.z) // adversaries.count, 0))
+    reads = adversaries.read(torch.stack([adversaries.now[k] for k in at.members]))
     return adversaries.count * relative(model.predict(at.z, at.t, reads), at.original[ERASE], at.signal)
 
 
@@ -181,7 +178,7 @@ def erase_loss(
 ) -> Tensor:
     """What is read as the concept, to what its replacement is, or beyond."""
     target = combine(at.original, shifted(TO, -settings.negative_guidance, ERASE, NULL))
-    reads = Cond.cat([adversaries.draw(concept, i, generator) for concept in at.concepts])
+    reads = Cond.cat([adversaries.draw(adversaries.concept(k), i, generator) for k in at.members])
     return relative(model.predict(at.z, at.t, reads), target, at.signal)
 
 
@@ -221,7 +218,7 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
         null = prompts.null.on(model.device, model.dtype)
         others = draw_pictures(model, words, null, _OTHERS, settings, wait) if words else torch.zeros(0)
         adversaries = Adversaries(
-            concepts, prompts.null, population=settings.population, life=settings.life, seed=settings.seed,
+            concepts, null, population=settings.population, life=settings.life, seed=settings.seed,
             like=concepts[0].pictures,
         )  # fmt: skip
 

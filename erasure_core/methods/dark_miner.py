@@ -323,5 +323,4 @@ SPEC = MethodSpec(
     run=run,
     trains=True,
     asks_judge=True,
-    asks_judge=True,
 )

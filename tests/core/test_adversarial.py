@@ -83,7 +83,7 @@ def test_a_scene_is_a_picture_of_each_concept_with_what_the_original_sees_in_it(
     concepts = [concept(0), concept(10)]
     adversaries = population(null, concepts, population=4)
     n = 4 * each
-    settings = Settings(least_noise=0.5, batch=n + each - 1)
+    settings = Settings(least_noise=0.5, batch=n)
     at = adversarial.scene(model, adversaries, null, settings, seeded(3))
     ((frozen, _, _, states, _),) = passes
     word, to, empty = states.split(n)
@@ -92,7 +92,7 @@ def test_a_scene_is_a_picture_of_each_concept_with_what_the_original_sees_in_it(
     assert places == list(range(n)), "one time from every part of what is trained"
     for k in range(n):
         own = concepts[k // each % 2]
-        assert at.concepts[k] is own and torch.equal(to[k], own.anchor.context[0])
+        assert at.members[k] == k // each and torch.equal(to[k], own.anchor.context[0])
         assert any(torch.equal(word[k], x.context[0]) for x in own.words)
         signal, noise = (
             tiny64.schedule.add_noise(x, 1 - x, at.t[k : k + 1]) for x in torch.eye(2)[:, :, None, None, None]
@@ -130,7 +130,8 @@ def test_what_is_erased_goes_to_its_own_replacement_or_beyond(model, passes, nul
     assert torch.allclose(loss, shares(seen, to - 0.7 * (word - empty), word - empty))
     assert t.min() >= 400 and t.max() > 850
     assert torch.autograd.grad(loss, [adversaries.now], allow_unused=True) == (None,), "embeddings are only read here"
-    for k, own in enumerate(at.concepts):
+    for k in range(16):
+        own = concepts[k // 8]
         searching = adversaries.read(adversaries.now[k // 8][None].detach()).context[0]
         assert any(torch.equal(reads[k], x) for x in [*(w.context[0] for w in own.words), searching])
 
@@ -207,9 +208,17 @@ def test_a_concept_is_erased_by_its_own_embeddings(null) -> None:
             assert drawn == {1.0 + number} | words | {x for x in stored if x % 2 == number}
 
 
-def test_the_population_is_large_enough_for_every_concept(null) -> None:
-    adversaries = population(null, [concept(10 * k) for k in range(5)], population=2)
-    assert {id(adversaries.concept(k)) for k in range(adversaries.count)} == set(map(id, adversaries.concepts))
+@pytest.mark.parametrize(("concepts", "members", "batch"), [(1, 4, 8), (3, 6, 8), (2, 4, 6), (5, 5, 2), (8, 8, 8)])
+def test_every_concept_has_as_many_embeddings_and_nearly_as_many_pictures(
+    null, concepts: int, members: int, batch: int
+) -> None:
+    adversaries = population(null, [concept(10 * k) for k in range(concepts)], population=4)
+    assert adversaries.count == members
+    owners = [[c is adversaries.concept(k) for c in adversaries.concepts].index(True) for k in range(members)]
+    assert sorted(owners) == sorted(list(range(concepts)) * (members // concepts))
+    places = adversaries.places(batch)
+    assert len(places) == max(batch, members) and set(places) == set(range(members)) and places == sorted(places)
+    assert max(map(places.count, places)) - min(map(places.count, places)) <= 1
 
 
 def test_against_weights_that_stand_still_embeddings_find_the_way(tiny64, null) -> None:
