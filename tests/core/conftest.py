@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from erasure_core import ConceptSpec, Family, Prediction, Site, TextStates
@@ -36,17 +37,52 @@ def _own_randomness():
     torch.manual_seed(20)
 
 
+class _Lists(TorchFunctionMode):
+    """Tells of tensors made of Python's numbers on another device than the CPU: no operator shows how they get there."""
+
+    FACTORIES = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+    INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
+
+    def __init__(self, told: Callable[[], None]) -> None:
+        super().__init__()
+        self._told = told
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func in self.INDEXING:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if args[0].device.type != "cpu" and any(isinstance(x, list) for x in index):
+                self._told()
+        elif func in self.FACTORIES and made.device.type != "cpu":
+            data = args[1] if func is Tensor.new_tensor else args[0]
+            if not isinstance(data, Tensor):
+                self._told()
+        return made
+
+
 class Waits(TorchDispatchMode):
     """Counts copies from the host to the meta device that the host would wait for on a GPU, while ``on``."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.on, self.seen = False, 0
+        self.on, self.seen, self._lists = False, 0, _Lists(self._wait)
+
+    def __enter__(self):
+        self._lists.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        super().__exit__(*raised)
+        self._lists.__exit__(*raised)
+
+    def _wait(self) -> None:
+        self.seen += self.on
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and made.device.type == "meta":
-            self.seen += self.on and not (kwargs or {}).get("non_blocking")
+        copied = func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and made.device.type == "meta"
+        if copied and not (kwargs or {}).get("non_blocking"):
+            self._wait()
         return made
 
 
