@@ -24,7 +24,8 @@ class DarkEmbeddings:
     """``n`` mined embeddings of one concept, best first. Immutable; float32 on the CPU."""
 
     header: Header
-    """``method`` is "mine", ``settings`` how, seed included; ``base`` the fingerprint of the model that was searched."""
+    """``method`` is "mine" or the erasure method that found them, ``settings`` how, seed included; ``base`` the fingerprint of
+    the model that was searched."""
     states: Tensor = field(repr=False)
     """[n, L, D]: what cross-attention reads."""
     scores: tuple[float, ...]

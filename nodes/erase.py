@@ -121,8 +121,8 @@ class EraseConcept(io.ComfyNode):
                     "keep_everyday",
                     default=True,
                     tooltip="Also hold some 230 everyday words for things, animals, people and places, but those that mean "
-                    "what is erased. Off: pictures of all that keep doesn't name may change. SPEED never holds them, "
-                    "CPE and EAP always look after them.",
+                    "what is erased. Off: pictures of all that keep doesn't name may change. SPEED and DUO never "
+                    "hold them, CPE always does, EAP unless its vocabulary is filled in.",
                 ),
                 io.Combo.Input(
                     "quality",
@@ -145,7 +145,8 @@ class EraseConcept(io.ComfyNode):
                 Dark.Input(
                     "dark",
                     optional=True,
-                    tooltip="From Mine Dark Embeddings: what still brings the concept back. It is erased like further words.",
+                    tooltip="What still brings the concept back, from Mine Dark Embeddings, Load Dark Embeddings or an Erase "
+                    "Concept before. It is erased like further words.",
                 ),
                 Judge.Input(
                     "judge",

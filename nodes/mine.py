@@ -209,7 +209,9 @@ class SaveDarkEmbeddings(io.ComfyNode):
             "models/embeddings, so that embedding:name-1 brings them into any prompt.",
             is_output_node=True,
             inputs=[
-                Dark.Input("dark", tooltip="From Mine Dark Embeddings."),
+                Dark.Input(
+                    "dark", tooltip="From Mine Dark Embeddings, or from Erase Concept with the method Dark Miner."
+                ),
                 io.String.Input("name", default="cigarette-dark", tooltip="File name, without folders."),
                 io.Boolean.Input("overwrite", default=False, tooltip="Replace files of the same name."),
             ],

@@ -15,7 +15,7 @@ Pairs = io.Custom("CONCEPT_PAIRS")
 """An :class:`erasure_core.ConceptPairs` from Make SDEdit Pair."""
 
 Dark = io.Custom("DARK_EMBEDDINGS")
-"""An :class:`erasure_core.dark.DarkEmbeddings` from Mine Dark Embeddings."""
+"""An :class:`erasure_core.dark.DarkEmbeddings` from Mine Dark Embeddings or Erase Concept with Dark Miner."""
 
 Memory = io.Custom("PROMPT_MEMORY")
 """An :class:`erasure_core.operators.memory.SavedMemory` from Learn Safe Prompt Memory."""

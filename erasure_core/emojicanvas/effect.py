@@ -149,7 +149,7 @@ A style has no synonyms here; its alias is the bare word ("a neon cat"), which c
 ## In the terms of papers
 
 UA: the erased thing doesn't appear. IRA: kept things of its kind do (objects beside an object, styles beside a style). CRA:
-kept things of the other kind do. Their mean, as UnlearnCanvas' tables have it, and MACE's harmonic mean H of efficacy (direct),
+kept things of the other kind do. Their mean, as HiRM's tables have it, and MACE's harmonic mean H of efficacy (direct),
 specificity (kept of its kind) and generality (unseen words). The judge's own errors are in no interval of this page; those of
 the [leaderboard](leaderboard.md) count them.
 
