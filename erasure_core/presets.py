@@ -35,7 +35,7 @@ PRESETS: dict[str, Preset] = {
         "adversarial",
         "trains against embeddings that search all the time for what still brings the concept back (Adversarial): minutes "
         "on the demo model, far longer on large ones.",
-        {"iterations": 500, "learning_rate": 4e-4, "batch": 4},
-        {"iterations": 900, "learning_rate": 2e-3, "sample_steps": 12},
+        {"iterations": 500, "learning_rate": 4e-4, "population": 4, "batch": 4},
+        {"iterations": 700, "learning_rate": 2e-3, "sample_steps": 12},
     ),
 }

@@ -23,8 +23,8 @@ and how long it may take."""
 PAGE = "leaderboard"
 """The page of all methods; others have names of their own."""
 _SEEN = {
-    "adversarial": "Earlier versions of adversarial had been measured on the rose, the beer and neon; what was then added or "
-    "changed was chosen on a tulip, a key and a dog of the tuning split.",
+    "adversarial": "An earlier version of adversarial had been tried on the rose, before its noise window and relative losses "
+    "were added; their values were chosen on a tulip.",
     "kpop": "Of two ways to draw the latents that kpop trains on, the one that did better on these prompts and seeds was kept.",
 }
 """Where a method has met what it is scored on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,21 +82,22 @@ class Adversaries:
         """Whom each picture of a step is for: all as often, or nearly; at least one each."""
         return sorted(k % self.count for k in range(max(batch, self.count)))
 
-    def draw(self, concept: Wanted, i: int, generator: torch.Generator) -> Cond:
-        """What of a concept to erase at step ``i``: one that searches now, one that did, or a word."""
-        kind = float(torch.rand((), generator=generator))
-        if kind >= _CURRENT + _FORMER:
-            return concept.word(generator)
-        # turn 1 went to slot 1: of a store that isn't full, slots 1 to ``stored`` are taken
+    def draw(self, n: int, i: int, generator: torch.Generator) -> list[tuple[Wanted, Cond]]:
+        """``n`` conditionings to erase at step ``i``, each with its concept."""
         stored = min(i // self._every, len(self.former))
-        values, own = self.former, self._own(concept, [(1 + k) % len(self.former) for k in range(stored)])
-        if kind < _CURRENT or not own:
-            values, own = self.now, self._own(concept, range(self.count))
-        number = own[one_of(len(own), generator)]
-        return self.read(values[number : number + 1].detach())
-
-    def _own(self, concept: Wanted, numbers: Iterable[int]) -> list[int]:
-        return [k for k in numbers if self.concept(k) is concept]
+        drawn = []
+        for kind in torch.rand(n, generator=generator).tolist():
+            if kind < _CURRENT or (kind < _CURRENT + _FORMER and not stored):
+                number = one_of(self.count, generator)
+                drawn.append((self.concept(number), self.read(self.now[number : number + 1].detach())))
+            elif kind < _CURRENT + _FORMER:
+                # turn 1 went to slot 1: of a store that isn't full, slots 1 to ``stored`` are taken
+                number = (1 + one_of(stored, generator)) % len(self.former)
+                drawn.append((self.concept(number), self.read(self.former[number : number + 1].detach())))
+            else:
+                concept = self.concepts[one_of(len(self.concepts), generator)]
+                drawn.append((concept, concept.word(generator)))
+        return drawn
 
 
 def one_of(n: int, generator: torch.Generator) -> int:

@@ -65,10 +65,6 @@ def population(null: Cond, concepts: list[Wanted], population: int, life: int = 
     return Adversaries(concepts, null, population=population, life=life, seed=0, like=like)
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def shares(prediction: Tensor, target: Tensor, signal: Tensor) -> Tensor:
     """The mean over pictures of squares relative to each one's signal, times the mean signal; written as a loop."""
     size = [float(x.square().mean()) for x in signal]
@@ -77,63 +73,53 @@ def shares(prediction: Tensor, target: Tensor, signal: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("each", [1, 2])
-def test_a_scene_is_a_picture_of_each_concept_with_what_the_original_sees_in_it(
+def test_each_embedding_is_drawn_to_what_the_original_sees_in_its_own_concept(
     tiny64, model, passes, null, each: int
 ) -> None:
     concepts = [concept(0), concept(10)]
     adversaries = population(null, concepts, population=4)
-    n = 4 * each
-    settings = Settings(least_noise=0.5, batch=n)
-    at = adversarial.scene(model, adversaries, null, settings, seeded(3))
-    ((frozen, _, _, states, _),) = passes
-    word, to, empty = states.split(n)
-    assert frozen == "frozen" and torch.equal(empty, null.context.expand(n, -1, -1))
-    places = sorted(((at.t - 500) * n // 500).tolist())
-    assert places == list(range(n)), "one time from every part of what is trained"
-    for k in range(n):
-        own = concepts[k // each % 2]
-        assert at.members[k] == k // each and torch.equal(to[k], own.anchor.context[0])
-        assert any(torch.equal(word[k], x.context[0]) for x in own.words)
-        signal, noise = (
-            tiny64.schedule.add_noise(x, 1 - x, at.t[k : k + 1]) for x in torch.eye(2)[:, :, None, None, None]
-        )
-        rest = (at.z[k] - signal.flatten()[0] * own.pictures[0]) / noise.flatten()[0]
-        assert 0.3 < float(rest.std()) < 2, "what is left of the latent is noise"
-    for name, read in (("erase", word), ("to", to), ("null", empty)):
-        assert torch.allclose(at.original[name], tiny64.unet(at.z, at.t, read))
-
-
-@pytest.mark.parametrize("each", [1, 2])
-def test_each_embedding_is_drawn_to_what_the_original_sees_in_its_own_concept(model, passes, null, each: int) -> None:
-    adversaries = population(null, [concept(0), concept(10)], population=4)
-    at = adversarial.scene(model, adversaries, null, Settings(batch=4 * each), seeded(3))
-    loss = adversarial.attack_loss(model, adversaries, at)
-    _, (student, z, t, reads, seen) = passes
-    assert student == "student" and torch.equal(z, at.z) and torch.equal(t, at.t)
+    settings = Settings(least_noise=0.5, batch=4 * each)
+    loss = adversarial.attack_loss(model, adversaries, null, settings, torch.Generator().manual_seed(3))
+    (frozen, _, _, both, target), (student, z, t, reads, _) = passes
+    words, empty = both.split(4 * each)
+    assert (frozen, student) == ("frozen", "student") and torch.equal(empty, null.context.expand(4 * each, -1, -1))
+    places = sorted(((t - 500) * 4 * each // 500).tolist())
+    assert places == list(range(4 * each)), "one time from every part of what is trained"
     for k in range(4 * each):
-        assert torch.equal(reads[k, 1:], adversaries.now[k // each].detach())
-        assert torch.equal(reads[k, :1], null.context[0, :1])
-    word, empty = at.original["erase"], at.original["null"]
-    assert torch.allclose(loss, 4 * shares(seen, word, word - empty))
+        number = k // each
+        own = concepts[number % 2]
+        assert any(torch.equal(words[k], word.context[0]) for word in own.words)
+        signal, noise = (
+            tiny64.schedule.add_noise(x, 1 - x, t[k : k + 1]) for x in torch.eye(2)[:, :, None, None, None]
+        )
+        rest = (z[k] - signal.flatten()[0] * own.pictures[0]) / noise.flatten()[0]
+        assert 0.3 < float(rest.std()) < 2, "what is left of the latent is noise"
+        assert torch.equal(reads[k, 1:], adversaries.now[number].detach()) and torch.equal(
+            reads[k, :1], null.context[0, :1]
+        )
+    plain = [tiny64.unet(z, t, states) for states in (words, empty)]
+    assert torch.allclose(target, torch.cat(plain))
+    assert torch.allclose(loss, 4 * shares(model.predict(z, t, Cond(reads)), plain[0], plain[0] - plain[1]))
     slope = torch.autograd.grad(loss, [adversaries.now, adversaries.former], allow_unused=True)
     assert slope[0] is not None and slope[1] is None, "former ones are not searched on"
 
 
-def test_what_is_erased_goes_to_its_own_replacement_or_beyond(model, passes, null) -> None:
+def test_what_is_erased_goes_to_its_own_replacement_or_beyond(tiny64, model, passes, null) -> None:
     concepts = [concept(0), concept(10)]
     adversaries, settings = population(null, concepts, population=2), Settings(negative_guidance=0.7, batch=16)
-    at = adversarial.scene(model, adversaries, null, settings, seeded(3))
-    loss = adversarial.erase_loss(model, adversaries, at, settings, 0, seeded(4))
-    _, (student, z, t, reads, seen) = passes
-    assert student == "student" and torch.equal(z, at.z) and torch.equal(t, at.t)
-    word, to, empty = (at.original[name] for name in ("erase", "to", "null"))
-    assert torch.allclose(loss, shares(seen, to - 0.7 * (word - empty), word - empty))
+    loss = adversarial.erase_loss(model, adversaries, null, settings, 0, torch.Generator().manual_seed(3))
+    (_, _, _, aims, _), (_, z, t, reads, student) = passes
+    to, empty, word = aims.split(16)
+    plain = [tiny64.unet(z, t, states) for states in (to, word, empty)]
+    assert torch.allclose(loss, shares(student, plain[0] - 0.7 * (plain[1] - plain[2]), plain[1] - plain[2]))
     assert t.min() >= 400 and t.max() > 850
     assert torch.autograd.grad(loss, [adversaries.now], allow_unused=True) == (None,), "embeddings are only read here"
     for k in range(16):
-        own = concepts[k // 8]
-        searching = adversaries.read(adversaries.now[k // 8][None].detach()).context[0]
-        assert any(torch.equal(reads[k], x) for x in [*(w.context[0] for w in own.words), searching])
+        (n,) = [n for n, c in enumerate(concepts) if torch.equal(c.anchor.context[0], to[k])]
+        words = [w.context[0] for w in concepts[n].words]
+        searching = adversaries.read(adversaries.now[n : n + 1].detach()).context[0]
+        assert any(torch.equal(word[k], x) for x in words) and torch.equal(empty[k], null.context[0])
+        assert any(torch.equal(reads[k], x) for x in [*words, searching])
 
 
 @pytest.mark.parametrize("batch", [8, 1])
@@ -164,7 +150,7 @@ def test_one_at_a_time_retires_to_the_store_and_starts_anew(null) -> None:
     before = adversaries.now.detach().clone()
     for i in range(2 * 16 + 1):
         was = adversaries.now.detach().clone()
-        adversaries.retire(i, seeded(i))
+        adversaries.retire(i, torch.Generator().manual_seed(i))
         changed = [k for k in range(4) if not torch.equal(adversaries.now[k], was[k])]
         turn = i // 2
         assert changed == ([turn % 4] if i and i % 2 == 0 else [])
@@ -179,33 +165,17 @@ def test_only_what_has_retired_is_taken_from_the_store(null) -> None:
     with torch.no_grad():
         adversaries.now.fill_(1)
         adversaries.former.copy_(torch.arange(8, dtype=torch.float64)[:, None, None] + 10)
-    (own,) = adversaries.concepts
 
     def kinds(i: int) -> list[float]:
-        generator = seeded(1)
-        return [float(adversaries.draw(own, i, generator).context[0, 1, 0]) for _ in range(400)]
+        drawn = adversaries.draw(400, i, torch.Generator().manual_seed(1))
+        return [float(c.context[0, 1, 0]) for _, c in drawn]
 
-    words = {float(w.context[0, 1, 0]) for w in own.words}
+    words = {float(w.context[0, 1, 0]) for w in adversaries.concepts[0].words}
     assert set(kinds(0)) == {1.0} | words
     assert set(kinds(3)) == {1.0, 11, 12, 13} | words
     late = kinds(100)
     assert set(late) == {1.0, *range(10, 18)} | words
     assert late.count(1.0) == pytest.approx(220, abs=30) and sum(x in words for x in late) == pytest.approx(80, abs=25)
-
-
-def test_a_concept_is_erased_by_its_own_embeddings(null) -> None:
-    """Also while the store holds another's only."""
-    concepts = [concept(0), concept(10)]
-    adversaries = population(null, concepts, population=2, life=2)
-    with torch.no_grad():
-        adversaries.now.copy_(torch.tensor([1.0, 2.0])[:, None, None])
-        adversaries.former.copy_(torch.arange(8, dtype=torch.float64)[:, None, None] + 10)
-    for number, own in enumerate(concepts):
-        words = {float(w.context[0, 1, 0]) for w in own.words}
-        for i, stored in ((0, set()), (1, {11.0}), (100, set(range(10, 18)))):
-            generator = seeded(i)
-            drawn = {float(adversaries.draw(own, i, generator).context[0, 1, 0]) for _ in range(200)}
-            assert drawn == {1.0 + number} | words | {x for x in stored if x % 2 == number}
 
 
 @pytest.mark.parametrize(("concepts", "members", "batch"), [(1, 4, 8), (3, 6, 8), (2, 4, 6), (5, 5, 2), (8, 8, 8)])
@@ -229,8 +199,7 @@ def test_against_weights_that_stand_still_embeddings_find_the_way(tiny64, null) 
         model.train(FullWeights())
 
         def loss(seed: int) -> Tensor:
-            at = adversarial.scene(model, adversaries, null, Settings(), seeded(seed))
-            return adversarial.attack_loss(model, adversaries, at)
+            return adversarial.attack_loss(model, adversaries, null, Settings(), torch.Generator().manual_seed(seed))
 
         def distance() -> float:
             """At times and noises that no step has seen."""
