@@ -41,7 +41,7 @@ class Adversaries:
     def __init__(
         self, concepts: Sequence[Wanted], null: Cond, *, population: int, life: int, seed: int, like: Tensor
     ) -> None:
-        self.concepts, self._null, self._free = concepts, null, free(null)
+        self.concepts, self._null, self._free = concepts, null.on(like.device, like.dtype), free(null)
         self.count = len(concepts) * -(-population // len(concepts))
         self._every = max(1, life // self.count)
         generator = generator_for(seed, "adversaries", -1)

@@ -199,7 +199,7 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
         null = prompts.null.on(model.device, model.dtype)
         others = draw_pictures(model, words, null, _OTHERS, settings, wait) if words else torch.zeros(0)
         adversaries = Adversaries(
-            concepts, null, population=settings.population, life=settings.life, seed=settings.seed,
+            concepts, prompts.null, population=settings.population, life=settings.life, seed=settings.seed,
             like=concepts[0].pictures,
         )  # fmt: skip
 
