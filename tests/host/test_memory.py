@@ -323,7 +323,8 @@ def test_zero_is_what_the_mode_needs(server: ComfyServer) -> None:
     assert [shown[name][1]["default"] for name in ("rows", "iterations", "learning_rate")] == [0, 0, 0]
 
 
-@pytest.mark.parametrize(("mode", "iterations"), [("suppress", 500), pytest.param("key", 20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "iterations"), [("suppress", 300), ("key", 20)])
 def test_learning_that_was_cut_off_goes_on(server: ComfyServer, mode: str, iterations: int) -> None:
     """Cancelled and run again it ends with the same memory as one that was never cut off, and leaves no state behind."""
 
