@@ -17,8 +17,9 @@ what reads text was not enough on EmojiCanvas: a free search found a way around 
 
 Each embedding starts near the empty prompt or near one of the concept's words, half of them each, and retires after ``life``
 steps, one at a time, to a store of former ones. Several concepts share them out. They share the pictures of a step, too: few
-embeddings with several pictures each find their ways sooner than many with one. Four of them, with a longer life, hold better
-against a search and disturb more (docs/results/adversarial_longer_life.md, one object); the defaults are the leaderboard's.
+embeddings with several pictures each find their ways sooner than many with one. Four of them, with a longer life, held the
+tuning split's key and dog; the scoring split's beer with one seed (docs/results/adversarial_longer_life.md), not with another
+(adversarial_other_seed.md). The defaults are the leaderboard's, one training for each concept.
 
 Attack and erase look only at the noisier part of the way, where what is drawn is decided, and divide each square by the
 concept's own signal there, || eps_0(x_t, t, c_e) - eps_0(x_t, t, "") ||^2. That signal is small where there is most noise, and
@@ -28,7 +29,7 @@ The window of times and the division were added after a first version, without t
 split to a free search; their values were then chosen on the tuning split's tulip.
 
 Tried and left: attack and erase at the same noises and times, which saves an eighth of the passes, and keeping relative to the
-kept words' signal. The tuning split's key held against a search, the scoring split's beer did not.
+kept words' signal. Each held that key, and lost that beer.
 """
 
 from __future__ import annotations
