@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -107,16 +108,18 @@ class ConceptSpec:
 
     def union(self, other: ConceptSpec) -> ConceptSpec:
         """Both requests as one: a word that either erases is not kept."""
-        known = {_fold(w) for c in self.erase for w in c.words}
-        extra = [Concept(tuple(w for w in c.words if _fold(w) not in known), c.to) for c in other.erase]
+        extra = [Concept(tuple(w for w in c.words if not self.erases(w)), c.to) for c in other.erase]
         erase = self.erase + tuple(c for c in extra if c.words)
-        erased = {_fold(w) for c in erase for w in c.words}
-        keep = [w for w in dict.fromkeys((*self.keep, *other.keep)) if _fold(w) not in erased]
+        keep = [w for w in dict.fromkeys((*self.keep, *other.keep)) if not (self.erases(w) or other.erases(w))]
         return ConceptSpec(erase, tuple(keep), self.everyday or other.everyday)
+
+    @cached_property
+    def _erased(self) -> frozenset[str]:
+        return frozenset(_fold(word) for concept in self.erase for word in concept.words)
 
     def erases(self, word: str) -> bool:
         """Whether it is one of the words to erase, however it is spelt."""
-        return _fold(word) in {_fold(w) for concept in self.erase for w in concept.words}
+        return _fold(word) in self._erased
 
     def without(self, inputs: Collection[str]) -> ConceptSpec:
         """The request without some of its inputs: replace_with, keep, keep_everyday."""
@@ -247,16 +250,15 @@ def meanings(port: ModelPort, texts: Sequence[str]) -> list[Tensor]:
     The mean of the chunk's SUMMARY rows without that of the vocabulary's words: raw states of any two texts are alike, since
     most of them is what all prompts share.
     """
-    states = port.text([*VOCABULARY, *texts])
-    parts = [
-        [
+    means = {
+        x.prompt: torch.stack([
             rows_of(TextStates(x.prompt, x.states[a:b], x.kinds[a:b]), Rows.SUMMARY).mean(0)
             for a, b in _chunk_bounds(x.kinds)
-        ]
-        for x in states
-    ]
-    shared = torch.stack([rows[-1] for rows in parts[: len(VOCABULARY)]]).mean(0)
-    return [F.normalize(torch.stack(rows) - shared) for rows in parts[len(VOCABULARY) :]]
+        ])
+        for x in port.text(list(dict.fromkeys([*VOCABULARY, *texts])))
+    }  # fmt: skip
+    shared = torch.stack([means[word][-1] for word in VOCABULARY]).mean(0)
+    return [F.normalize(means[text] - shared) for text in texts]
 
 
 _ALIKE = 0.5

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .artifact import Header, WrongModelError
-from .formats import FileError, Layout, header_json, opened, parse_header, read_tensor, write
+from .formats import FileError, Layout, header_json, header_text, opened, parse_header, read_tensor, write
 from .port import Family
 
 MAX_EMBEDDINGS = 1000
@@ -137,12 +137,8 @@ def read_dark_header(path: str | os.PathLike[str]) -> Header:
 
 
 def _header(metadata: Mapping[str, str] | None, path: Path) -> Header:
-    if not metadata or _METADATA not in metadata:
-        raise FileError(
-            f"{path.name}: a safetensors file, but not a set of dark embeddings. If it is a textual inversion, write "
-            "embedding:name in a prompt"
-        )
-    header = parse_header(metadata[_METADATA])[0]
+    kind = "a set of dark embeddings. If it is a textual inversion, write embedding:name in a prompt"
+    header = parse_header(header_text(metadata, _METADATA, path, kind))[0]
     if not header.spec.erase:
         raise FileError(f"{path.name}: its header names no concept")
     return header

@@ -38,6 +38,7 @@ from .receipt_file import parse_receipt, receipt_json
 MAX_FILE_BYTES = 8 << 30
 MAX_HEADER_BYTES = 8 << 20
 RECEIPT = "erasure_receipt"
+_KIND = "an erasure. If it is a LoRA, use the Load LoRA node"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _RESERVED = {"con", "prn", "aux", "nul", "conin$", "conout$", *(d + i for d in ("com", "lpt") for i in "123456789¹²³")}
 
@@ -245,13 +246,18 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     path = Path(path)
     with opened(path) as f:
-        return parse_header(_erasure_key(f.metadata(), path))[0]
+        return parse_header(header_text(f.metadata(), "erasure", path, _KIND))[0]
 
 
-def _erasure_key(metadata: Mapping[str, str] | None, path: Path) -> str:
-    if not metadata or "erasure" not in metadata:
-        raise FileError(f"{path.name}: a safetensors file, but not an erasure. If it is a LoRA, use the Load LoRA node")
-    return metadata["erasure"]
+def header_text(metadata: Mapping[str, str] | None, key: str, path: Path, kind: str) -> str:
+    """The JSON under the metadata key of a kind of file.
+
+    Raises:
+        FileError: another kind of file; ``kind`` is what it is not, and what to do with it.
+    """
+    if not metadata or key not in metadata:
+        raise FileError(f"{path.name}: a safetensors file, but not {kind}")
+    return metadata[key]
 
 
 def read_receipt(path: str | os.PathLike[str]) -> Receipt | None:
@@ -277,7 +283,7 @@ def load(path: str | os.PathLike[str]) -> Erasure:
     path = Path(path)
     with opened(path) as f:
         metadata = f.metadata()
-        header, sites, layout = parse_header(_erasure_key(metadata, path))
+        header, sites, layout = parse_header(header_text(metadata, "erasure", path, _KIND))
         present = set(f.keys())
 
         def take(name: str, ndim: int) -> Tensor:

@@ -58,6 +58,7 @@ def gated(port: ModelPort, erasures: Sequence[Erasure], prompt: str) -> Erasure:
         spec=reduce(lambda a, b: a.union(b), (_erased(e.header.spec) for e in erasures)),
         version=__version__,
         strength=1.0,
+        unread=(),
     )
     return Erasure(header, {name: added(name, scaled) for name in names})
 

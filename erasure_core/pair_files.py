@@ -12,7 +12,7 @@ import torch
 from .artifact import Header
 from .checked import Checked
 from .concept import Concept, ConceptSpec
-from .formats import FileError, Layout, header_json, opened, parse_header, read_tensor, write
+from .formats import FileError, Layout, header_json, header_text, opened, parse_header, read_tensor, write
 from .pairs import MAX_PAIRS, ConceptPairs, Scene
 from .version import __version__
 
@@ -94,6 +94,4 @@ def read_pairs_header(path: str | os.PathLike[str]) -> Header:
 
 
 def _header(metadata: Mapping[str, str] | None, path: Path) -> Header:
-    if not metadata or _METADATA not in metadata:
-        raise FileError(f"{path.name}: a safetensors file, but not a set of pairs. Save one with Save Concept Pairs")
-    return parse_header(metadata[_METADATA])[0]
+    return parse_header(header_text(metadata, _METADATA, path, "a set of pairs. Save one with Save Concept Pairs"))[0]

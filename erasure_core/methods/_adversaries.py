@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,23 +10,12 @@ from torch import Tensor
 from ..operators.search import free
 from ..operators.train_loop import generator_for
 from ..operators.trainable import Cond
+from ._training import Wanted, one_of
 
 _STORE = 4
 """So many times the population, former embeddings are kept."""
 _CURRENT, _FORMER = 0.55, 0.25
 """Shares of what a step erases; the rest are words."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """One concept: the states of its words, what replaces them, and clean, scaled latents [k, C, h, w] that show it."""
-
-    words: Sequence[Cond]
-    anchor: Cond
-    pictures: Tensor
-
-    def word(self, generator: torch.Generator) -> Cond:
-        return self.words[one_of(len(self.words), generator)]
 
 
 class Adversaries:
@@ -98,8 +86,3 @@ class Adversaries:
                 concept = self.concepts[one_of(len(self.concepts), generator)]
                 drawn.append((concept, concept.word(generator)))
         return drawn
-
-
-def one_of(n: int, generator: torch.Generator) -> int:
-    """A number below ``n``."""
-    return int(torch.randint(n, (), generator=generator))

@@ -156,6 +156,50 @@ def draw_pictures(
     return torch.cat(made)
 
 
+def one_of(n: int, generator: torch.Generator) -> int:
+    """A number below ``n``."""
+    return int(torch.randint(n, (), generator=generator))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One concept: the states of its words, what replaces them, and clean, scaled latents [k, C, h, w] that show it."""
+
+    words: Sequence[Cond]
+    anchor: Cond
+    pictures: Tensor
+
+    def word(self, generator: torch.Generator) -> Cond:
+        return self.words[one_of(len(self.words), generator)]
+
+
+def wanted(
+    model: TrainableModel,
+    spec: ConceptSpec,
+    prompts: Prompts,
+    aids: Aids,
+    count: int,
+    settings: Sampling,
+    progress: Progress,
+) -> list[Wanted]:
+    """Each concept with its words, embeddings that were found before (of the first), and ``count`` pictures; those that are
+    given show the first."""
+
+    def read(name: str) -> Cond:
+        return prompts[name].on(model.device, model.dtype)
+
+    found = [read(name) for name, _ in prompts.pairs if name not in prompts.words]
+    concepts = []
+    for number, concept in enumerate(spec.erase):
+        words = [read(word) for word in concept.words]
+        pictures = aids.pictures if not number else None
+        if pictures is None:
+            pictures = draw_pictures(model, words, prompts.null, count, settings, progress)
+        reads = words + (found if not number else [])
+        concepts.append(Wanted(reads, read(concept.to), pictures.to(model.device, model.dtype)))
+    return concepts
+
+
 MoreLosses = Callable[[TrainableModel, Tensor, Tensor, Mapping[str, Cond], torch.Generator], Mapping[str, Tensor]]
 DrawProgress = Callable[[int, torch.Generator], float]
 

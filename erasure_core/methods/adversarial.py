@@ -47,8 +47,21 @@ from ..operators.changes import Layers, LoRA
 from ..operators.regress import combine, keep_term, predictions_of, regress, shifted
 from ..operators.train_loop import Optimiser, Phase, Trainer, cosine
 from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
-from ._adversaries import Adversaries, Wanted, one_of
-from ._training import ERASE, NULL, RANK, RATE, TO, Prompts, draw_pictures, erasure_of, kept
+from ._adversaries import Adversaries
+from ._training import (
+    ERASE,
+    NULL,
+    RANK,
+    RATE,
+    TO,
+    Prompts,
+    Wanted,
+    draw_pictures,
+    erasure_of,
+    kept,
+    one_of,
+    wanted,
+)  # fmt: skip
 from .registry import Aids, MethodSpec, Progress, setting
 
 _READS = "reads"
@@ -195,7 +208,7 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
     with port.trainable() as model:
         parameters = model.train(LoRA(settings.layers, settings.rank), settings.seed)
         wait: Progress = lambda _done, _total: progress(0, settings.iterations)  # noqa: E731
-        concepts = wanted(model, spec, prompts, settings, aids, wait)
+        concepts = wanted(model, spec, prompts, aids, settings.pictures, settings, wait)
         words = [prompts[word].on(model.device, model.dtype) for word in prompts.keep]
         null = prompts.null.on(model.device, model.dtype)
         others = draw_pictures(model, words, null, _OTHERS, settings, wait) if words else torch.zeros(0)
@@ -225,26 +238,6 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
         trainer = Trainer(model, phases, settings.iterations, seed=settings.seed)
         trainer.run(progress, aids.watch, checkpoint=kept(aids, port, model, spec, "adversarial", settings))
         return erasure_of(port, spec, "adversarial", settings, model.deltas())
-
-
-def wanted(
-    model: TrainableModel, spec: ConceptSpec, prompts: Prompts, settings: Settings, aids: Aids, progress: Progress
-) -> list[Wanted]:
-    """Each concept with its words, embeddings that were found before (of the first), and pictures."""
-
-    def read(name: str) -> Cond:
-        return prompts[name].on(model.device, model.dtype)
-
-    found = [read(name) for name, _ in prompts.pairs if name not in prompts.words]
-    concepts = []
-    for number, concept in enumerate(spec.erase):
-        words = [read(word) for word in concept.words]
-        pictures = aids.pictures if not number else None
-        if pictures is None:
-            pictures = draw_pictures(model, words, prompts.null, settings.pictures, settings, progress)
-        reads = words + (found if not number else [])
-        concepts.append(Wanted(reads, read(concept.to), pictures.to(model.device, model.dtype)))
-    return concepts
 
 
 SPEC = MethodSpec(

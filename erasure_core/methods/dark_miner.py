@@ -40,7 +40,7 @@ from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from ..port import ModelPort, Site
 from . import rece
-from ._training import KEEP, NULL, RANK, RATE, Prompts, draw_pictures, erasure_of, kept
+from ._training import KEEP, NULL, RANK, RATE, Prompts, Wanted, erasure_of, kept, wanted
 from .registry import Aids, Look, MethodSpec, Progress, setting
 
 ANCHOR, DARK = "anchor", "dark"
@@ -143,19 +143,11 @@ def variable_of(prompts: Prompts, aids: Aids, settings: Settings) -> Variable:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One concept: what its conditionings become, and clean, scaled latents [k, C, h, w] that show it."""
-
-    anchor: Cond
-    latents: Tensor
-
-
-@dataclass(frozen=True)
 class Way:
     """A conditioning that brings a concept."""
 
     cond: Cond
-    subject: Subject
+    concept: Wanted
 
 
 def circumvent(
@@ -176,12 +168,12 @@ def circumvent(
         conds = {
             **prompts.draw(settings.batch, generator),
             DARK: Cond.cat([way.cond for way in ways]),
-            ANCHOR: Cond.cat([way.subject.anchor for way in ways]),
+            ANCHOR: Cond.cat([way.concept.anchor for way in ways]),
         }
-        most = max(len(way.subject.latents) for way in pool)
+        most = max(len(way.concept.pictures) for way in pool)
         picked = torch.randint(0, most, (settings.batch,), generator=generator).tolist()
         t = torch.randint(0, len(model.schedule), (settings.batch,), generator=generator)
-        x0 = torch.stack([w.subject.latents[k % len(w.subject.latents)] for w, k in zip(ways, picked, strict=True)])
+        x0 = torch.stack([w.concept.pictures[k % len(w.concept.pictures)] for w, k in zip(ways, picked, strict=True)])
         return regress(model, terms, model.schedule.add_noise(x0, model.noise(settings.batch, generator), t), t, conds)
 
     return Phase(f"circumvent {number}", model.parameters(), loss, Optimiser(settings.learning_rate))
@@ -210,11 +202,9 @@ def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, p
             model.load(state)
             del state
         progress(first, settings.rounds + 1)
-        subjects = subjects_of(model, spec, prompts, settings, aids, within(0))
-        words = [subject for subject, concept in zip(subjects, spec.erase, strict=True) for _ in concept.words]
-        owners = words + subjects[:1] * (len(prompts.pairs) - len(words))  # what was mined before is of the first
-        pool = [Way(prompts[name], owner) for (name, _), owner in zip(prompts.pairs, owners, strict=True)]
-        pool += [Way(c, subjects[i // settings.population % len(subjects)]) for i, c in enumerate(found)]
+        concepts = wanted(model, spec, prompts, aids, settings.pictures, settings, within(0))
+        pool = [Way(cond, concept) for concept in concepts for cond in concept.words]
+        pool += [Way(c, concepts[i // settings.population % len(concepts)]) for i, c in enumerate(found)]
 
         def circumvent_all(number: int) -> None:
             phase = circumvent(model, pool, prompts, settings, number)
@@ -231,9 +221,9 @@ def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, p
         if not first:
             circumvent_all(0)
         for number in range(max(1, first), settings.rounds + 1):
-            turn = (number - 1) % len(subjects)
+            turn = (number - 1) % len(concepts)
             value = mine(
-                model, subjects[turn].latents, searched, steps=settings.mine_steps, rate=settings.mine_rate,
+                model, concepts[turn].pictures, searched, steps=settings.mine_steps, rate=settings.mine_rate,
                 batch=settings.batch, seed=settings.seed, name=f"mine {number}", progress=within(number),
                 population=settings.population,
             ).value  # fmt: skip
@@ -245,7 +235,7 @@ def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, p
                 scores.append(max(seen))
                 if scores[-1] <= settings.threshold:
                     break
-            pool += [Way(c, subjects[turn]) for c in mined]
+            pool += [Way(c, concepts[turn]) for c in mined]
             found += mined
             marks += seen
             circumvent_all(number)
@@ -257,20 +247,6 @@ def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, p
             made = sealed(port, spec, made, aids)
         exhausted = bool(scores) and scores[-1] <= settings.threshold
         return Mined(made, pool_of(made, found, marks, aids), len(found), tuple(scores), exhausted)
-
-
-def subjects_of(
-    model: TrainableModel, spec: ConceptSpec, prompts: Prompts, settings: Settings, aids: Aids, progress: Progress
-) -> list[Subject]:
-    """Each concept with pictures; those that are given show the first."""
-    made = []
-    for number, concept in enumerate(spec.erase):
-        latents = aids.pictures if not number else None
-        if latents is None:
-            shown = [prompts[word] for word in concept.words]
-            latents = draw_pictures(model, shown, prompts.null, settings.pictures, settings, progress)
-        made.append(Subject(prompts[concept.to], latents.to(model.device, model.dtype)))
-    return made
 
 
 def pool_of(made: Erasure, found: list[Cond], marks: list[float], aids: Aids) -> DarkEmbeddings | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact import Header, WrongModelError
-from ..formats import FileError, Layout, header_json, opened, parse_header, read_tensor, write
+from ..formats import FileError, Layout, header_json, header_text, opened, parse_header, read_tensor, write
 from ..port import Family
 
 MAX_ROWS = 1000
 QUARTERS = 4
 """Strengths are whole quarters: they are counts of rows."""
 _METADATA = "prompt_memory"
+_KIND = "a prompt memory. If it is an erasure, use Load Erasure"
 
 
 class Placement(StrEnum):
@@ -217,7 +218,7 @@ def load_memory(path: str | os.PathLike[str]) -> SavedMemory:
     """
     path = Path(path)
     with opened(path) as f:
-        text = _header_text(f.metadata(), path)
+        text = header_text(f.metadata(), _METADATA, path, _KIND)
         header, _, _ = parse_header(text)
         more = json.loads(text)
         mode, placement, length = more.get("mode"), more.get("placement"), more.get("length")
@@ -244,12 +245,4 @@ def read_memory_header(path: str | os.PathLike[str]) -> Header:
     """
     path = Path(path)
     with opened(path) as f:
-        return parse_header(_header_text(f.metadata(), path))[0]
-
-
-def _header_text(metadata: Mapping[str, str] | None, path: Path) -> str:
-    if not metadata or _METADATA not in metadata:
-        raise FileError(
-            f"{path.name}: a safetensors file, but not a prompt memory. If it is an erasure, use Load Erasure"
-        )
-    return metadata[_METADATA]
+        return parse_header(header_text(f.metadata(), _METADATA, path, _KIND))[0]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from erasure_core.methods import adversarial
-from erasure_core.methods._adversaries import Adversaries, Wanted
+from erasure_core.methods._adversaries import Adversaries
+from erasure_core.methods._training import Wanted
 from erasure_core.methods.adversarial import Settings
 from erasure_core.operators.changes import FullWeights
 from erasure_core.operators.trainable import Cond, TrainableModel

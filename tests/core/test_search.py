@@ -11,7 +11,7 @@ from torch import Tensor
 from erasure_core import ConceptSpec
 from erasure_core.emojicanvas.text import TextConfig, TextEncoder
 from erasure_core.methods import Aids, dark_miner, rece
-from erasure_core.methods._training import Prompts
+from erasure_core.methods._training import Prompts, Wanted
 from erasure_core.operators.changes import FullWeights, Layers
 from erasure_core.operators.memory import Placement, PromptMemory
 from erasure_core.operators.search import (
@@ -223,9 +223,7 @@ def test_mining_is_adam_on_the_denoising_loss(tiny64) -> None:
 
 def test_circumventing_is_the_papers_loss(tiny64) -> None:
     """Each way at pictures of its own concept, to its own anchor."""
-    subjects = [
-        dark_miner.Subject(Cond(normal(1, 6, 16, seed=10 + k)), normal(2 + k, 4, 4, 4, seed=20 + k)) for k in (0, 1)
-    ]
+    subjects = [Wanted((), Cond(normal(1, 6, 16, seed=10 + k)), normal(2 + k, 4, 4, 4, seed=20 + k)) for k in (0, 1)]
     settings = dark_miner.Settings(**{**SMALL, "batch": 6, "keep_weight": 0.0})
     pool = [dark_miner.Way(Cond(normal(1, 6, 16, seed=k)), subjects[k % 2]) for k in range(4)]
     prompts = Prompts(tiny64, SPEC)
@@ -244,7 +242,7 @@ def test_circumventing_is_the_papers_loss(tiny64) -> None:
         noise, parts = model.noise(6, g), []
         for k, (i, n) in enumerate(zip(chosen, picked, strict=True)):
             own = subjects[i % 2]
-            x0 = own.latents[n % len(own.latents)][None]
+            x0 = own.pictures[n % len(own.pictures)][None]
             z = tiny64.schedule.add_noise(x0, noise[k : k + 1], t[k : k + 1])
             student = model.predict(z, t[k : k + 1], pool[i].cond)
             parts.append((student - tiny64.unet(z, t[k : k + 1], own.anchor.context)).square().mean())
@@ -305,7 +303,7 @@ def test_of_several_concepts_each_has_its_round(tiny, monkeypatch) -> None:
     settings = dark_miner.Settings(**{**SMALL, "rounds": 3, "pictures": 2})
     out = dark_miner.mine_and_erase(tiny, spec, settings, quiet, aids)
     dog, tulip = (tiny.conditions([word])[0].context for word in ("dog", "tulip"))
-    anchors = [[torch.equal(w.subject.anchor.context, dog) for w in pool] for pool in ways]
+    anchors = [[torch.equal(w.concept.anchor.context, dog) for w in pool] for pool in ways]
     words = [True, True, False]
     assert anchors == [
         words,
@@ -314,7 +312,7 @@ def test_of_several_concepts_each_has_its_round(tiny, monkeypatch) -> None:
         [*words, *[True, True, False, False, True, True]],
     ]
     assert all(
-        torch.equal(w.subject.anchor.context, tulip) for w in ways[-1] if not torch.equal(w.subject.anchor.context, dog)
+        torch.equal(w.concept.anchor.context, tulip) for w in ways[-1] if not torch.equal(w.concept.anchor.context, dog)
     )
     assert torch.equal(mined_from[0], given) and torch.equal(mined_from[2], given) and len(mined_from[1]) == 2
     assert len(out.scores) == 2 == len(looked), "the second concept's round is nobody's to judge"

@@ -14,11 +14,13 @@ import dataclasses
 import io
 import json
 import uuid
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from comfy_client import ComfyClient, Run
+from comfy_client import ComfyClient, ExecutionInterrupted, Run
 from comfy_host import ComfyServer
 from PIL import Image
 from safetensors.torch import load_file
@@ -161,6 +163,23 @@ def shown(run: Run, node: Node) -> str:
 def report(run: Run, node: Node) -> dict[str, Any]:
     answer: dict[str, Any] = json.loads(shown(run, node))
     return answer
+
+
+def cut_off(server: ComfyServer, graph: Graph, node: Node, state: Path) -> int:
+    """Run a training until its state is on disk, then cancel it. How many of its steps that state holds."""
+
+    asked: list[float] = []
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["type"] == "progress" and event["data"]["node"] == node and state.exists() and not asked:
+            asked.append(event["data"]["value"])  # once: a second one might hit the next run
+            server.interrupt()
+
+    with pytest.raises(ExecutionInterrupted):
+        server.run(graph.api, on_event=interrupt)
+    done = int(load_file(state)["done"])
+    assert done > 0
+    return done
 
 
 def weights(server: ComfyServer, graph: Graph, node: Node) -> dict[str, Tensor]:

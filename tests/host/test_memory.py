@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from api_graphs import Graph, Link, Node, latent, report, shown
+from api_graphs import Graph, Link, Node, cut_off, latent, report, shown
 from comfy_client import ExecutionFailed, ExecutionInterrupted
 from comfy_host import ComfyServer
 from safetensors.torch import load_file
@@ -337,18 +337,7 @@ def test_learning_that_was_cut_off_goes_on(server: ComfyServer, mode: str, itera
 
     state = server.base / "user" / "concept_erasure" / f"unfinished-memory-{mode}.safetensors"
     g, node = graph(True, "resumed")
-    seen: list[float] = []
-
-    def interrupt(event: dict[str, Any]) -> None:
-        if event["type"] == "progress" and event["data"]["node"] == node and state.exists() and not seen:
-            seen.append(event["data"]["value"])
-            server.interrupt()
-
-    with pytest.raises(ExecutionInterrupted):
-        server.run(g.api, on_event=interrupt)
-    assert seen
-    first, done = suppress.Settings().sample_steps if mode == "suppress" else 0, int(load_file(state)["done"])
-    assert done > 0
+    first, done = suppress.Settings().sample_steps if mode == "suppress" else 0, cut_off(server, g, node, state)
     again, node = graph(True, "resumed")
     run = server.run(again.api)
     ticks = [value for at, value, _ in run.progress if at == node]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from api_graphs import Graph
-from comfy_client import PromptRejected
+from comfy_client import ExecutionFailed, PromptRejected
 from comfy_host import ComfyServer
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -79,5 +79,5 @@ def test_each_node_lists_its_own_kind_by_headers_alone(server: ComfyServer) -> N
         assert ("erasure/found.safetensors" in files) == (node == "ErasureLoadDarkEmbeddings")
     g = Graph()
     g.show(g.add("ErasureLoadPromptMemory", file="erasure/rows.safetensors")[1])
-    with pytest.raises(Exception, match="contains values that are not numbers"):
+    with pytest.raises(ExecutionFailed, match="contains values that are not numbers"):
         server.run(g.api)
