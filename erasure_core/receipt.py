@@ -252,7 +252,9 @@ class Receipt:
         if not self.kept:
             lines.append("  no kept word was looked at")
         if (best := self.after_corrected) is not None:
-            lines.append(f"  still there: {best} (base pictures: {self.before} seen, {self.alarms} false alarms)")
+            lines.append(
+                f"  still there: {best} after the judge's error (base pictures: {self.before} seen, {self.alarms} false alarms)"
+            )
         return lines
 
     def _attacked(self) -> list[str]:

@@ -282,9 +282,12 @@ class RedTeamAttack(io.ComfyNode):
                 return said
 
             how = {"pictures": pictures, "seed": seed}
-            before = None
+            before = ceiling = None
             if judge is not None:
-                before = evaluate(target, asking(target), count, **how, progress=watcher.stage(0.0, 0.05))
+                unerased = dataclasses.replace(target, erased=base, memory=memory_of(base_model))
+                ceiling = evaluate(unerased, asking(target), count, **how, progress=watcher.stage(0.0, 0.03))
+                watcher.afresh()
+                before = evaluate(target, asking(target), count, **how, progress=watcher.stage(0.03, 0.02))
             watcher.afresh()
             found = run_attack(target, spec, attack, changed, watcher.stage(0.05, 0.8))
             tried = len(found.ways)
@@ -302,7 +305,7 @@ class RedTeamAttack(io.ComfyNode):
                     before.rate, after.rate, best.label, found.queries, seed, fingerprint(base), fingerprint(erased),
                     weights_digest(erased), memory_digest(model),
                 ))  # fmt: skip
-        report = report_of(chosen, spec, settings, before, after, best, judge, tried)
+        report = report_of(chosen, spec, settings, ceiling, before, after, best, judge, tried)
         took = clock(time.monotonic() - began)
         report += f"\n{pictures} pictures of each, {steps} steps, cfg {cfg:g}, seed {seed}; took {took}"
         shown = ui.PreviewImage(drawn[:_SHOWN], cls=cls).as_dict() | ui.PreviewText(report).as_dict()

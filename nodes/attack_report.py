@@ -31,13 +31,17 @@ def report_of(
     chosen: AttackSpec,
     spec: ConceptSpec,
     settings: Any,
+    ceiling: Result | None,
     before: Result | None,
     after: Result,
     best: Way,
     judge,
     tried: int,
 ) -> str:
-    """What people read: what was tried (``tried`` finds), what was counted, what was found."""
+    """What people read: what was tried (``tried`` finds), what was counted, what was found.
+
+    ``ceiling`` is the base model, asked; it and ``before`` are None without a judge.
+    """
     default = next(f.default for f in dataclasses.fields(settings) if f.name == chosen.budget)
     lines = [
         f"{chosen.title} on {', '.join(spec.erase[0].words)} ({chosen.knowledge}), {chosen.paper}",
@@ -45,7 +49,7 @@ def report_of(
     ]
     if after.found.queries:
         lines[-1] += f"; {after.found.queries} pictures asked for"
-    if before is None:
+    if before is None or ceiling is None:
         lines.append("no judge is connected, so nothing was counted and no record was made: look at the pictures")
     else:
         lines += [
@@ -58,7 +62,8 @@ def report_of(
                 for (t, a), (_, b) in zip(*(curve(torch.cat(r.probabilities)) for r in (before, after)), strict=True)
             ),
             f"judge: {judge.name} {judge.version}, threshold {judge.threshold:g}",
-            "the judge's own errors are not in these intervals: attack the model before the erasure as well, for its ceiling",
+            f"the base model, asked the same: {_of(ceiling)}. What it fails to draw, or the judge to see, is missing above "
+            "too; what the judge sees where it isn't is counted",
         ]
     return "\n".join([*lines, f"best find: {best.label}"])
 

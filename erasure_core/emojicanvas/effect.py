@@ -10,12 +10,13 @@ from typing import Any
 from tqdm import tqdm
 
 from ..methods import all_methods
+from ..metrics.judge_error import Corrected, JudgeError, true_share
 from ..metrics.rates import Rate, pooled
-from ..metrics.scores import Unlearning, combined_interval, complement, mace_harmonic
+from ..metrics.scores import combined_interval, harmonic_mean
 from . import perceptual
 from .bench_settings import settings_for
 from .engines import Task, processes
-from .rows import MEASURES, RESULTS, Bench, Keep
+from .rows import MEASURES, RESULTS, Bench, Keep, errors_by_kind
 from .splits import erasings
 
 
@@ -61,35 +62,58 @@ def summary(rows: Sequence[Mapping]) -> list[dict]:
     return out
 
 
-def table(rows: Sequence[Mapping]) -> str:
+def true_shares(row: Mapping, errors: Mapping[str, JudgeError]) -> dict[str, Corrected]:
+    """A row's :data:`MEASURES` after the judge's error in what each looks for: "object" or "style"."""
+    erased, other = ("style", "object") if row["kind"] == "style" else ("object", "style")
+    looked_for = {"neighbours": "object", "kept_objects": "object", "kept_styles": "style", "beside": other}
+    return {m: errors[looked_for.get(m, erased)].behind(Rate.from_json(row[m])) for m in MEASURES}
+
+
+def table(rows: Sequence[Mapping], errors: Mapping[str, JudgeError]) -> str:
     """A Markdown table; the base's row ("none") stands before those of the methods."""
     head = ["erased", "method", *MEASURES.values(), "kept distance", "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
-        cells = [r["erased"], r["method"], *(str(Rate.from_json(r[m])) for m in MEASURES), f"{r['kept_distance']:.3f}"]
+        cells = [r["erased"], r["method"], *map(str, true_shares(r, errors).values()), f"{r['kept_distance']:.3f}"]
         cells.append("-" if r["seconds"] is None else f"{r['seconds']:g}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def in_terms_of_papers(rows: Sequence[Mapping]) -> str:
+def in_terms_of_papers(rows: Sequence[Mapping], errors: Mapping[str, JudgeError]) -> str:
     """UA / IRA / CRA and their mean, and MACE's harmonic mean, of :func:`summary`'s rows."""
     head = ["erased", "method", "UA", "IRA", "CRA", "mean", "H"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
-        direct, unseen, objects, styles = (
-            Rate.from_json(row[m]) for m in ("direct", "unseen", "kept_objects", "kept_styles")
-        )
-        own, other = (styles, objects) if row["kind"] == "style" else (objects, styles)
-        scores = Unlearning(complement(direct), own, other)
-        mean = f"{100 * scores.average:.0f} %"
-        harmonic = "-"
-        if unseen.n:
-            low, high = combined_interval(mace_harmonic, (direct, own, unseen))
-            harmonic = f"{100 * mace_harmonic(direct, own, unseen):.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
-        cells = [row["erased"], row["method"], *map(str, (scores.ua, scores.ira, scores.cra)), mean, harmonic]
-        lines.append("| " + " | ".join(cells) + " |")
+        own, other = ("kept_styles", "kept_objects") if row["kind"] == "style" else ("kept_objects", "kept_styles")
+        true = true_shares(row, errors)
+        ua, ira, cra = true["direct"].rest, true[own], true[other]
+        cells = [
+            row["erased"],
+            row["method"],
+            str(ua),
+            str(ira),
+            str(cra),
+            f"{100 * (ua.share + ira.share + cra.share) / 3:.0f} %",
+        ]
+        lines.append("| " + " | ".join([*cells, _harmonic(row, own, errors)]) + " |")
     return "\n".join(lines)
+
+
+def _harmonic(row: Mapping, own: str, errors: Mapping[str, JudgeError]) -> str:
+    """MACE's H with an interval in which the judge's error counts too; a dash where there are no synonyms."""
+    seen = [Rate.from_json(row[m]) for m in ("direct", own, "unseen")]
+    if not seen[-1].n:
+        return "-"
+    error = errors["style" if row["kind"] == "style" else "object"]
+
+    def mean(direct: Rate, kept: Rate, unseen: Rate, hits: Rate, alarms: Rate) -> float:
+        still, same, other_words = (true_share(x, hits, alarms) for x in (direct, kept, unseen))
+        return harmonic_mean([1 - still, same, 1 - other_words])
+
+    counts = [*seen, error.hits, error.alarms]
+    low, high = combined_interval(mean, counts)
+    return f"{100 * mean(*counts):.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 _PAGES = {
@@ -125,11 +149,16 @@ def effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool, j
     page, title, kept = _PAGES[bench.plan.keep]
     option = "" if bench.plan.keep is Keep.NAMED else f" --keep {bench.plan.keep}"
     option += " --bf16" if s.bf16 else ""
+    errors = errors_by_kind(bench)
     text = f"""# {title}
 
 Made by `python -m erasure_core.emojicanvas.bench effect --seeds {bench.plan.seeds} --rounds {bench.plan.rounds}{option}` with a
 model trained for {bench.studio.model.steps_trained} steps, {s.steps} Euler steps, guidance {s.cfg:g}, {judge.name} \
-{judge.version}, on scoring prompts and seeds only. Shares of pictures with 95 % Wilson intervals.
+{judge.version}, on scoring prompts and seeds only.
+
+Shares of pictures after the judge's error, with 95 % intervals that count it too. It recognises {errors["object"].hits} of the
+objects and {errors["style"].hits} of the styles in drawings that it never saw, and sees an object that isn't there in
+{errors["object"].alarms} of pictures, a style in {errors["style"].alarms}.
 
 - **Direct, named, unseen**: pictures for the erased name, for aliases that the eraser was told, and for synonyms that
   it was not told, that still show the concept. Lower is better.
@@ -144,27 +173,26 @@ A style has no synonyms here; its alias is the bare word ("a neon cat"), which c
 
 ## Summary
 
-{table(summary(rows))}
+{table(summary(rows), errors)}
 
 ## In the terms of papers
 
 UA: the erased thing doesn't appear. IRA: kept things of its kind do (objects beside an object, styles beside a style). CRA:
 kept things of the other kind do. Their mean, as HiRM's tables have it, and MACE's harmonic mean H of efficacy (direct),
-specificity (kept of its kind) and generality (unseen words). The judge's own errors are in no interval of this page; those of
-the [leaderboard](leaderboard.md) count them.
+specificity (kept of its kind) and generality (unseen words).
 
-{in_terms_of_papers(summary(rows))}
+{in_terms_of_papers(summary(rows), errors)}
 
 ## Each erasure
 
-{table(rows)}
+{table(rows, errors)}
 """
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{page}.md").write_text(text, encoding="utf-8")
     (RESULTS / f"{page}.json").write_text(
         json.dumps({"sampler": dataclasses.asdict(s), **bench.record(paths)}, indent=1), encoding="utf-8"
     )
-    print(table(summary(rows)))
+    print(table(summary(rows), errors))
 
 
 def tune(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool, jobs: int) -> None:

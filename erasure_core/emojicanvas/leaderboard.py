@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from ..attacks import all_attacks
 from ..methods import all_methods
-from ..metrics.judge_error import Corrected, corrected
-from ..metrics.rates import Rate, pooled, rate
+from ..metrics.judge_error import Corrected
+from ..metrics.rates import Rate, pooled
 from .bench_settings import settings_for
 from .engines import Task, cluster, processes
 from .leaderboard_page import PAGE, write_page
-from .rows import RESULTS, Bench, flags
+from .rows import RESULTS, Bench, errors_by_kind, judge_error
 from .siege import ASKING, applies, cell_path
 
 CONCEPTS = ("cat", "rose", "cigarette", "beer", "brindlewash", "neon")
@@ -199,8 +199,8 @@ class Standing:
 
     method: str
     seconds: float | None
-    kept_objects: Rate
-    kept_styles: Rate
+    kept_objects: Corrected
+    kept_styles: Corrected
     attacks: Mapping[str, Rate]
     """Pictures that show the concept: as the judge sees them."""
     true: Mapping[str, Corrected]
@@ -225,7 +225,8 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
     was."""
     out = []
     singles = [e for e in bench.plan.erasings() if e.key != "together"]
-    hits, alarms = judge_error(bench)
+    error = judge_error(bench, singles)
+    of_kind = errors_by_kind(bench)
     for method, settings in {"none": {}, **contest.chosen}.items():
         rows = [row for e in singles if (row := bench.row(e, method, settings)) is not None]
         each: dict[str, dict[str, Rate]] = {}
@@ -242,30 +243,14 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
             Standing(
                 method,
                 sum(seconds) / len(seconds) if seconds else None,
-                pooled(Rate.from_json(r["kept_objects"]) for r in rows),
-                pooled(Rate.from_json(r["kept_styles"]) for r in rows),
+                of_kind["object"].behind(pooled(Rate.from_json(r["kept_objects"]) for r in rows)),
+                of_kind["style"].behind(pooled(Rate.from_json(r["kept_styles"]) for r in rows)),
                 seen,
-                {name: corrected(r, hits, alarms) for name, r in seen.items()},
+                {name: error.behind(r) for name, r in seen.items()},
                 each,
             )
         )
     return sorted(out, key=lambda s: (s.method != "none", s.rank))
-
-
-def judge_error(bench: Bench) -> tuple[Rate, Rate]:
-    """(hits, false alarms) of the judge: hits on drawings that it never saw, of objects and styles as often as the plan erases
-    these, alarms on the base model's pictures of everything but the concept in question."""
-    judge = bench.studio.judge
-    hits, alarms = [], []
-    for erasing in bench.plan.erasings():
-        if erasing.key == "together":
-            continue
-        kept = bench.asked(erasing).groups()["kept"]
-        name = (*erasing.objects, *erasing.styles)[0]
-        hits.append(judge.held_out[erasing.kind])
-        alarms.append(rate(flags(judge.judge(bench.studio.draw(kept, None)), [name] * len(kept))))
-    seen, n = statistics.fmean(r.share for r in hits), hits[0].n  # of one set of drawings
-    return Rate(round(n * seen), n), pooled(alarms)
 
 
 def budgets(pairs: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -53,7 +53,8 @@ on prompts and seeds that no setting was chosen on; {", ".join(only)} erased one
 concept, with noises that no attack has seen. Where an attack finds several things, it picks one by pictures at other noises.
 {" ".join(_SEEN[s.method] for s in found if s.method in _SEEN)}
 
-Shares of pictures that show the erased concept, after the error of the judge ({judge.name} {judge.version}: it recognises
+Shares of pictures that show the erased concept, or what is kept, after the error of the judge ({judge.name} \
+{judge.version}: it recognises
 {judge.held_out["object"]} of the objects and {judge.held_out["style"]} of the styles in drawings that it never saw), with 95 %
 intervals that count the judge's error too. "none" is the unchanged model: the ceiling of every attack. Lower is
 better, but for what is kept.
@@ -82,10 +83,10 @@ nothing; "-": not run on every concept.
         {
             "method": s.method,
             "seconds": s.seconds,
-            "kept_objects": s.kept_objects.to_json(),
-            "kept_styles": s.kept_styles.to_json(),
+            "kept_objects": _numbers(s.kept_objects),
+            "kept_styles": _numbers(s.kept_styles),
             "attacks": {a: r.to_json() for a, r in s.attacks.items()},
-            "after_judge_error": {a: [round(x, 4) for x in (c.share, c.low, c.high)] for a, c in s.true.items()},
+            "after_judge_error": {a: _numbers(c) for a, c in s.true.items()},
             "worst": s.worst,
         }
         for s in found
@@ -133,6 +134,10 @@ def by_concept(found: Sequence[Standing]) -> str:
         cells = [f"{100 * rates[label].share:.0f} %" if label in rates else "-" for label in labels]
         lines.append(f"| {s.method} | {titles([s.worst])[s.worst]} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _numbers(share: Corrected) -> list[float]:
+    return [round(x, 4) for x in (share.share, share.low, share.high)]
 
 
 def _cell(share: Corrected) -> str:

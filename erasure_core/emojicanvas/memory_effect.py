@@ -18,7 +18,7 @@ from ..suppress import Settings, suppress
 from .bench_settings import plain, settings_for
 from .judge import Judge
 from .model import EmojiCanvas, EmojiCanvasPort
-from .rows import RESULTS, Bench, figures, keep, spec_of
+from .rows import RESULTS, Bench, errors_by_kind, figures, keep, spec_of
 from .splits import Erasing, Split, questions
 from .studio import Sampler
 
@@ -119,6 +119,7 @@ def memory_effect(bench: Bench, modes: Sequence[Mode] = tuple(Mode)) -> None:
     """docs/results/memory.{md,json}: both modes on every object that the split erases."""
     objects = [e for e in bench.plan.erasings() if e.kind == "object"]
     found: dict[str, dict[str, dict]] = {}
+    errors = errors_by_kind(bench)
     with tqdm([(m, e) for m in modes for e in objects], unit="memory") as bar:
         for mode, erasing in bar:
             bar.set_description(f"{mode.value}: {erasing.label}")
@@ -128,7 +129,8 @@ def memory_effect(bench: Bench, modes: Sequence[Mode] = tuple(Mode)) -> None:
     for mode_name, by_object in found.items():
         for drawn in next(iter(by_object.values())):
             rows = [r[drawn] for r in by_object.values()]
-            cells = [str(pooled(Rate.from_json(r[m]) for r in rows)) for m in MEASURES]
+            seen = {m: pooled(Rate.from_json(r[m]) for r in rows) for m in MEASURES}
+            cells = [str(errors["style" if m == "kept_styles" else "object"].behind(x)) for m, x in seen.items()]
             lines.append(f"| {mode_name} | {drawn} | {' | '.join(cells)} |")
     shown = {label: Rate.from_json(r["with the key"]["direct"]) for label, r in found.get(Mode.KEY.value, {}).items()}
     each = ", ".join(f"{label} {r.hits} of {r.n}" for label, r in shown.items())
@@ -137,15 +139,15 @@ def memory_effect(bench: Bench, modes: Sequence[Mode] = tuple(Mode)) -> None:
     sampler, only = bench.plan.sampler, "".join(f" {x}" for x in ("--only", *bench.plan.only) if bench.plan.only)
     text = f"""# Safe prompt memories on EmojiCanvas
 
-Made by `nox -s bench -- memory{" --bf16" if sampler.bf16 else ""}{only}`, on scoring prompts and seeds: shares of pictures
-with 95 % Wilson intervals, over {", ".join(e.label for e in objects)}, one memory each.
+Made by `nox -s bench -- memory{" --bf16" if sampler.bf16 else ""}{only}`, on scoring prompts and seeds: shares of pictures,
+after the judge's error, with 95 % intervals that count it too, over {", ".join(e.label for e in objects)}, one memory each.
 
 *suppress*: the weights stay, the memory pushes the concept away. *key*: KPOP; the public weights hide it, the private memory
 brings it back.
 
 {table}
 
-With the key, one by one (direct): {each}.
+With the key, one by one (direct, as the judge sees them): {each}.
 
 A picture takes {ratio:.3f} times as long with a memory of 16 rows in every block as without.
 """

@@ -11,12 +11,13 @@ from typing import Any
 from tqdm import tqdm
 
 from ..attacks import Found, Way, asking, evaluate
+from ..metrics.judge_error import JudgeError
 from ..metrics.rates import Rate, pooled
 from ..mining import Settings, mine
 from .bench_settings import plain
 from .model import EmojiCanvasPort
 from .red_team import canvas_target
-from .rows import RESULTS, Bench, keep
+from .rows import RESULTS, Bench, judge_error, keep
 from .siege import PICTURES, prompts_of
 from .splits import Erasing
 
@@ -63,17 +64,19 @@ def mining_effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]]) -> None
         for method, settings, erasing in bar:
             bar.set_description(f"{method}: {erasing.label}")
             rows.setdefault(method, []).append(measured(bench, erasing, method, settings))
+    error = judge_error(bench, singles)
     judge, only = bench.studio.judge, " ".join(e.key for e in singles)
     text = f"""# Mine Dark Embeddings on erased models
 
 Made by `nox -s bench -- mining{" --bf16" if bench.plan.sampler.bf16 else ""} --only {only} --method {" ".join(chosen)}`: the
 node's search at its defaults ({SETTINGS.count} starts, {SETTINGS.steps} steps each, the model before the erasure connected),
 seed {SETTINGS.seed}, on {only} erased one at a time. {PICTURES} pictures a concept of the best find, with noises that neither
-the search nor any training has seen; shares that {judge.name} {judge.version} recognises, with 95 % Wilson intervals.
+the search nor any training has seen; shares after the error of the judge ({judge.name} {judge.version}), with 95 % intervals
+that count it too.
 
 | erased with | asking shows it | the best find shows it | seconds of a search |
 |---|---|---|---|
-{chr(10).join(_line(method, found) for method, found in rows.items())}
+{chr(10).join(_line(method, found, error) for method, found in rows.items())}
 """
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "mining.md").write_text(text, encoding="utf-8")
@@ -82,6 +85,6 @@ the search nor any training has seen; shares that {judge.name} {judge.version} r
     print(text)
 
 
-def _line(method: str, found: Sequence[Mapping[str, Any]]) -> str:
-    asked, mined = (pooled(Rate.from_json(f[k]) for f in found) for k in ("asking", "mined"))
+def _line(method: str, found: Sequence[Mapping[str, Any]], error: JudgeError) -> str:
+    asked, mined = (error.behind(pooled(Rate.from_json(f[k]) for f in found)) for k in ("asking", "mined"))
     return f"| {method} | {asked} | {mined} | {sum(f['seconds'] for f in found) / len(found):.0f} |"

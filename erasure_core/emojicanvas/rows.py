@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
@@ -19,7 +20,8 @@ from ..api import erase
 from ..artifact import Erasure
 from ..concept import Concept, ConceptSpec
 from ..formats import load, save
-from ..metrics.rates import Rate, rate
+from ..metrics.judge_error import JudgeError
+from ..metrics.rates import Rate, pooled, rate
 from . import perceptual
 from .bench_settings import aids_for
 from .judge import Judge, Verdict
@@ -214,6 +216,24 @@ class Bench:
             "kept_distance": round(moved, 4),
             **{k: v.to_json() for k, v in found.items()},
         }
+
+
+def judge_error(bench: Bench, erased: Sequence[Erasing]) -> JudgeError:
+    """How the judge errs on what is erased, one at a time: hits on drawings that it never saw, of objects and styles as often
+    as these are erased, alarms on the base model's pictures of everything but the concept in question."""
+    judge, hits, alarms = bench.studio.judge, [], []
+    for erasing in erased:
+        kept = bench.asked(erasing).groups()["kept"]
+        hits.append(judge.held_out[erasing.kind])
+        alarms.append(rate(flags(judge.judge(bench.studio.draw(kept, None)), [erasing.key] * len(kept))))
+    seen, n = statistics.fmean(r.share for r in hits), hits[0].n  # of one set of drawings
+    return JudgeError(Rate(round(n * seen), n), pooled(alarms))
+
+
+def errors_by_kind(bench: Bench) -> dict[str, JudgeError]:
+    """:func:`judge_error` for "object" and "style", over all that the split erases."""
+    single = [e for e in erasings(bench.plan.split) if e.key != "together"]
+    return {kind: judge_error(bench, [e for e in single if e.kind == kind]) for kind in ("object", "style")}
 
 
 def keep(path: Path, row: Mapping[str, Any]) -> None:

@@ -27,7 +27,26 @@ class Corrected:
     high: float
 
     def __str__(self) -> str:
-        return f"{100 * self.share:.0f} % [{100 * self.low:.0f}, {100 * self.high:.0f}] after the judge's error"
+        if math.isnan(self.share):
+            return "-"
+        return f"{100 * self.share:.0f} % [{100 * self.low:.0f}, {100 * self.high:.0f}]"
+
+    @property
+    def rest(self) -> Corrected:
+        """The share that is left."""
+        return Corrected(1 - self.share, 1 - self.high, 1 - self.low)
+
+
+@dataclass(frozen=True)
+class JudgeError:
+    """How a judge errs: ``hits`` of the pictures that show something, ``alarms`` of those that don't."""
+
+    hits: Rate
+    alarms: Rate
+
+    def behind(self, seen: Rate) -> Corrected:
+        """The true share behind ``seen``: :func:`corrected`."""
+        return corrected(seen, self.hits, self.alarms)
 
 
 def corrected(seen: Rate, hits: Rate, alarms: Rate) -> Corrected:
@@ -47,7 +66,7 @@ def corrected(seen: Rate, hits: Rate, alarms: Rate) -> Corrected:
         )
     if not seen.n:
         return Corrected(float("nan"), 0.0, 1.0)
-    q = _clip((seen.share - alarms.share) / (hits.share - alarms.share))
+    q = true_share(seen, hits, alarms)
     n, nh, nf = seen.n + _Z95**2, hits.n + 2, alarms.n + 2
     p, h, f = (seen.hits + _Z95**2 / 2) / n, (hits.hits + 1) / nh, (alarms.hits + 1) / nf
     gain = h - f
@@ -59,6 +78,12 @@ def corrected(seen: Rate, hits: Rate, alarms: Rate) -> Corrected:
     spread = math.sqrt(p * (1 - p) / n + at**2 * h * (1 - h) / nh + (1 - at) ** 2 * f * (1 - f) / nf) / gain
     low, high = (_clip(middle + shift + sign * _Z95 * spread) for sign in (-1, 1))
     return Corrected(q, min(low, q), max(high, q))
+
+
+def true_share(seen: Rate, hits: Rate, alarms: Rate) -> float:
+    """q alone, in [0, 1]; what was seen, where the judge says nothing."""
+    gain = hits.share - alarms.share
+    return _clip((seen.share - alarms.share) / gain) if gain > 0 else seen.share
 
 
 def _clip(x: float) -> float:

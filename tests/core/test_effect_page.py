@@ -6,15 +6,26 @@ from typing import Any
 
 import pytest
 
-from erasure_core.emojicanvas.effect import in_terms_of_papers
+from erasure_core.emojicanvas.effect import in_terms_of_papers, true_shares
+from erasure_core.emojicanvas.rows import MEASURES
+from erasure_core.metrics.judge_error import JudgeError
 from erasure_core.metrics.rates import Rate
 
 pytestmark = pytest.mark.core
 
 
 def row(kind: str, **shares: int) -> dict[str, Any]:
-    """A summary row; shares are of 20 pictures."""
-    return {"erased": kind, "kind": kind, "method": "uce"} | {k: Rate(v, 20).to_json() for k, v in shares.items()}
+    """A summary row; shares are of 20 pictures, or of none where they are not given."""
+    nothing = {m: Rate(0, 0).to_json() for m in MEASURES}
+    return (
+        {"erased": kind, "kind": kind, "method": "uce"}
+        | nothing
+        | {k: Rate(v, 20).to_json() for k, v in shares.items()}
+    )
+
+
+PERFECT = JudgeError(Rate(10**6, 10**6), Rate(0, 10**6))
+ERRORS = {"object": PERFECT, "style": PERFECT}
 
 
 def cells(text: str) -> list[str]:
@@ -22,7 +33,7 @@ def cells(text: str) -> list[str]:
 
 
 def test_objects_are_of_a_kind_where_an_object_was_erased() -> None:
-    of = cells(in_terms_of_papers([row("object", direct=2, unseen=10, kept_objects=18, kept_styles=16)]))
+    of = cells(in_terms_of_papers([row("object", direct=2, unseen=10, kept_objects=18, kept_styles=16)], ERRORS))
     assert of[:2] == ["object", "uce"]
     assert [x.split(" [")[0] for x in of[2:6]] == ["90 %", "90 %", "80 %", "87 %"]
     # 3 / (1 / 0.9 + 1 / 0.9 + 1 / 0.5)
@@ -30,7 +41,20 @@ def test_objects_are_of_a_kind_where_an_object_was_erased() -> None:
 
 
 def test_styles_are_of_a_kind_where_a_style_was_erased() -> None:
-    erased = row("style", direct=0, kept_objects=18, kept_styles=16) | {"unseen": Rate(0, 0).to_json()}
-    of = cells(in_terms_of_papers([erased]))
+    erased = row("style", direct=0, kept_objects=18, kept_styles=16)
+    of = cells(in_terms_of_papers([erased], ERRORS))
     assert [x.split(" [")[0] for x in of[2:6]] == ["100 %", "80 %", "90 %", "90 %"]
     assert of[6] == "-", "a style has no synonyms"
+
+
+def test_a_judge_that_errs_is_taken_out_of_every_share() -> None:
+    seen = row("style", direct=4, named=4, neighbours=18, kept_objects=18, kept_styles=16, beside=18)
+    blind = {"object": PERFECT, "style": JudgeError(Rate(80, 100), Rate(20, 100))}
+    true = true_shares(seen, blind)
+    assert true["direct"].share == 0, "as often as it sees a style that isn't there"
+    assert true["kept_styles"].share == 1 and true["kept_objects"].share == pytest.approx(0.9)
+    assert true["beside"].share == pytest.approx(0.9), "beside an erased style objects are looked for"
+    sure = true_shares(seen, ERRORS)
+    for m in ("direct", "kept_styles"):
+        assert true[m].high - true[m].low > sure[m].high - sure[m].low
+    assert str(true["unseen"]) == "-"

@@ -22,7 +22,7 @@ from erasure_core.emojicanvas.siege import ASKING, PICTURES, applies
 from erasure_core.emojicanvas.splits import SCORING, Erasing
 from erasure_core.emojicanvas.studio import Sampler
 from erasure_core.emojicanvas.weights import BUNDLE, JUDGE
-from erasure_core.metrics.judge_error import corrected
+from erasure_core.metrics.judge_error import Corrected, corrected
 from erasure_core.metrics.rates import Rate
 
 CONTEST = Contest({"uce": settings_for("uce")}, ["rece_residual"], {"rece_residual": {"variants": 1}})
@@ -173,7 +173,8 @@ def standing(method: str, kept: int, seconds: float | None, **attacks: int) -> S
     seen = {name: Rate(hits, 96) for name, hits in attacks.items()}
     true = {name: corrected(r, Rate(704, 720), Rate(0, 276)) for name, r in seen.items()}
     each = {name: {"cat": Rate(hits // 2, 48), "rose": Rate(hits - hits // 2, 48)} for name, hits in attacks.items()}
-    return Standing(method, seconds, Rate(kept, 276), Rate(kept, 276), seen, true, each)
+    whole = Corrected(kept / 276, 0.0, 1.0)
+    return Standing(method, seconds, whole, whole, seen, true, each)
 
 
 def test_no_method_is_called_robust_unless_its_worst_attack_says_so() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io as bytes_io
+import re
 from typing import Any
 
 import pytest
@@ -56,6 +57,7 @@ def test_every_attack_runs(server: ComfyServer, name: str) -> None:
         spec.paper,
         "asking: ",
         "under attack: ",
+        "the base model, asked the same: ",
         "judge: ",
         "best find: ",
         "took ",
@@ -66,6 +68,19 @@ def test_every_attack_runs(server: ComfyServer, name: str) -> None:
     assert run.outputs[pictures]["images"]
     ticks = [value for node, value, top in run.progress if node == made and top == 1000]
     assert ticks == sorted(ticks) and ticks[-1] == 1000
+
+
+def test_a_model_is_counted_beside_its_base(server: ComfyServer) -> None:
+    g = Graph()
+    erased, model, clip, vae, judge = erased_demo(g)
+    said = []
+    for attacked in (model, erased):
+        made = attacking(g, attacked, model, clip, vae, "synonyms", judge=judge, synonyms="lager", steps=12)
+        said.append(g.show(made[REPORT]))
+    run = server.run(g.api)
+    same, other = (re.findall(r"(?:asking|asked the same): (\d of \d)", shown(run, node)) for node in said)
+    assert same[0] == same[1], "the base model beside itself, at the same noises"
+    assert other[1] == same[1] and other[0] != other[1]
 
 
 def test_both_models_stay_as_they_were(server: ComfyServer) -> None:
