@@ -16,7 +16,7 @@ from ..metrics.scores import combined_interval, harmonic_mean
 from . import perceptual
 from .bench_settings import settings_for
 from .engines import Task, processes
-from .rows import MEASURES, RESULTS, Bench, Keep, errors_by_kind
+from .rows import MEASURES, RESULTS, Bench, Keep, errors_by_kind, timed
 from .splits import erasings
 
 
@@ -44,19 +44,20 @@ def run(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool = Fal
 
 
 def summary(rows: Sequence[Mapping]) -> list[dict]:
-    """Rows of one kind and method as one: counts are added up, the rest averaged."""
+    """Rows of one kind and method as one: counts are added up, the rest averaged, seconds over rows that were made alone on the
+    machine, if any were."""
     out = []
     for kind in dict.fromkeys(r["kind"] for r in rows):
         for method in dict.fromkeys(r["method"] for r in rows if r["kind"] == kind):
             same = [r for r in rows if r["kind"] == kind and r["method"] == method]
-            seconds = [r["seconds"] for r in same if r["seconds"] is not None]
+            alone, seconds = timed(same)
             row: dict[str, Any] = {
                 "erased": f"{kind} ({len(same)})" if len(same) > 1 else same[0]["erased"],
                 "kind": kind,
                 "method": method,
             }
             row["settings"] = same[0]["settings"]
-            row["seconds"] = round(sum(seconds) / len(seconds), 2) if seconds else None
+            row["seconds"], row["busy"] = None if seconds is None else round(seconds, 2), not alone
             row["kept_distance"] = round(sum(r["kept_distance"] for r in same) / len(same), 4)
             out.append(row | {m: pooled(Rate.from_json(r[m]) for r in same).to_json() for m in MEASURES})
     return out
@@ -75,7 +76,7 @@ def table(rows: Sequence[Mapping], errors: Mapping[str, JudgeError]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
         cells = [r["erased"], r["method"], *map(str, true_shares(r, errors).values()), f"{r['kept_distance']:.3f}"]
-        cells.append("-" if r["seconds"] is None else f"{r['seconds']:g}")
+        cells.append("-" if r["seconds"] is None else f"{'at most ' if r.get('busy') else ''}{r['seconds']:g}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -167,7 +168,8 @@ objects and {errors["style"].hits} of the styles in drawings that it never saw, 
 - **Rest of the picture**: for the erased prompts, the style where an object was erased, the object where a style was.
 - **Kept distance**: {perceptual.NAME} of kept pictures with and without the erasure, at the same noise.
 - **(n)** behind a kind says over how many erased concepts a method was measured.
-- **Seconds**: of one CPU core, to compute the erasure, encoding the text included. Memory: [peak](peak.md).
+- **Seconds**: of one CPU core, to compute the erasure, encoding the text included; "at most" where other work ran beside it.
+  The summary's are of what was computed alone, where anything was. Memory: [peak](peak.md).
 
 A style has no synonyms here; its alias is the bare word ("a neon cat"), which captions never used.
 

@@ -24,7 +24,7 @@ from ..metrics.rates import Rate, pooled
 from .bench_settings import settings_for
 from .engines import Task, cluster, processes
 from .leaderboard_page import PAGE, write_page
-from .rows import RESULTS, Bench, errors_by_kind, judge_error
+from .rows import RESULTS, Bench, errors_by_kind, judge_error, timed
 from .siege import ASKING, applies, cell_path
 
 CONCEPTS = ("cat", "rose", "cigarette", "beer", "brindlewash", "neon")
@@ -238,11 +238,10 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
         seen = {name: pooled(rates.values()) for name, rates in each.items()}
         if ASKING not in seen or len(rows) < len(singles):
             continue
-        seconds = [r["seconds"] for r in rows if r["seconds"] is not None]
         out.append(
             Standing(
                 method,
-                sum(seconds) / len(seconds) if seconds else None,
+                timed(rows)[1],
                 of_kind["object"].behind(pooled(Rate.from_json(r["kept_objects"]) for r in rows)),
                 of_kind["style"].behind(pooled(Rate.from_json(r["kept_styles"]) for r in rows)),
                 seen,

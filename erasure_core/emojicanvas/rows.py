@@ -184,7 +184,8 @@ class Bench:
         return self.path("erasures", ".safetensors", *key)
 
     def erase(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> tuple[Erasure, dict[str, float]]:
-        """The erasure, and what it cost: ``seconds``, encoding the text included.
+        """The erasure, and what it cost: ``seconds``, encoding the text included, and whether the machine was ``busy`` with
+        other work meanwhile.
 
         Computed once, then read from its file.
         """
@@ -194,7 +195,7 @@ class Bench:
             aids = aids_for(method, port, erasing, self.studio.judge)
             began = time.perf_counter()
             made = erase(port, self.spec(erasing), method, settings, aids=aids)
-            cost = {"seconds": round(time.perf_counter() - began, 2)}
+            cost = {"seconds": round(time.perf_counter() - began, 2), "busy": _busy()}
             keep(path.with_suffix(".json"), cost)
             save(made, path)
         return load(path), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -216,6 +217,19 @@ class Bench:
             "kept_distance": round(moved, 4),
             **{k: v.to_json() for k, v in found.items()},
         }
+
+
+def _busy() -> bool:
+    """Whether more threads ran in the last minute than this process has; never where the system can't tell."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > torch.get_num_threads() + 0.5
+
+
+def timed(rows: Iterable[Mapping[str, Any]]) -> tuple[bool, float | None]:
+    """(whether any row was made alone on the machine, the mean seconds of those that were; of all where none was)."""
+    known = [r for r in rows if r["seconds"] is not None]
+    alone = [r["seconds"] for r in known if not r.get("busy")]
+    seconds = alone or [r["seconds"] for r in known]
+    return bool(alone) or not known, statistics.fmean(seconds) if seconds else None
 
 
 def judge_error(bench: Bench, erased: Sequence[Erasing]) -> JudgeError:

@@ -16,8 +16,10 @@ Departures: the rows start as rows of the empty prompt, a tenth of their deviati
 learn at 1e-2 (text states have entries of size one, which a thousand steps of 1e-5 don't move); all blocks read them; w_with
 is 0.5; kept words are held in both steps, so that with the key too they stay what they were (without that, a third of other
 objects went). Where the key is wanted, it goes on learning alone once the weights are fixed, on latents that the frozen network
-draws, which are those that it meets when it restores. Chosen on EmojiCanvas' tuning split, which ``emojicanvas.memory_effect``
-measures. And as in esd.py: a replacement is the base of T, linear layers only.
+draws, which are those that it meets when it restores. These are drawn once, so that many steps are cheap. Chosen on EmojiCanvas'
+tuning split, which ``emojicanvas.memory_effect`` measures, and on objects that no split erases. Tried and left: holding the
+empty prompt, which guidance subtracts, in the key's steps. And as in esd.py: a replacement is the base of T, linear layers
+only.
 
 The latents of the alternating steps, drawn by the student, were chosen after a look at the scoring split: drawn by the frozen
 network, the key restored more there on the tuning split, less on the scoring split, and some of the objects stayed.
@@ -25,7 +27,9 @@ network, the key restored more there on the tuning split, less on the scoring sp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +37,10 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec
+from ..devices import moved
 from ..operators.memory import Mode, Placement, PromptMemory, SavedMemory
 from ..operators.regress import TargetTerm, keep_term, regress, shifted
-from ..operators.train_loop import Optimiser, Phase, Trainer, cosine
+from ..operators.train_loop import Optimiser, Phase, Trainer, cosine, generator_for
 from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
 from ._training import AWAY, ERASE, KEEP, NULL, TO, Prompts, TrainSettings, draw_progress, erasure_of, kept, on_policy
 from .registry import Aids, MethodSpec, Progress, setting
@@ -55,8 +60,10 @@ class Settings(TrainSettings):
     memory_rate: float = setting(1e-2, "Size of the key's training step.", low=1e-8, high=1.0, step=1e-3)
 
 
-ALONE = 1.5
+ALONE = 4.0
 """The key's steps alone at the end, for each alternating one."""
+_DRAWN, _AT_ONCE, _STOPS = 64, 8, 8
+"""These steps learn from so many pictures, drawn so many at once, each looked at after so many sampler steps."""
 
 
 @dataclass(frozen=True)
@@ -90,18 +97,64 @@ def hide_losses(
     return {**losses, "with": settings.weight_with * recover_loss(model, memory, z, t, conds[ERASE])}
 
 
+@dataclass(frozen=True)
+class Underway:
+    """Latents [n, C, h, w] of pictures that are being drawn, their schedule indices [n], and the words that are drawn."""
+
+    latents: Tensor
+    t: Tensor
+    words: Sequence[Cond]
+
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
+        """``n`` of them, their times and their words."""
+        chosen = torch.randint(0, len(self.t), (n,), generator=generator)
+        z = self.latents[moved(chosen, self.latents.device)]
+        return z, self.t[chosen], Cond.cat([self.words[i] for i in chosen.tolist()])
+
+
+def underway(model: TrainableModel, prompts: Prompts, settings: Settings, progress: Progress) -> Underway:
+    """The concept as the frozen network draws it from each of its words in turn, looked at on the way."""
+    generator, null = generator_for(settings.seed, "underway", -1), prompts.null.on(model.device, model.dtype)
+    named = [prompts[word].on(model.device, model.dtype) for word, _ in prompts.pairs]
+    ways = list(pairwise(model.schedule.trajectory(settings.sample_steps)))
+    latents: list[Tensor] = []
+    times: list[int] = []
+    words: list[Cond] = []
+    for start in range(0, _DRAWN, _AT_ONCE):
+        conds = [named[i % len(named)] for i in range(start, start + _AT_ONCE)]
+        z, together = model.noise(_AT_ONCE, generator), Cond.cat(conds)
+        seen = set(torch.randperm(len(ways), generator=generator)[:_STOPS].tolist())
+        for number, way in enumerate(ways):
+            progress(start, _DRAWN)
+            if number in seen:
+                assert way[0] is not None
+                latents.append(z)
+                times += [way[0]] * _AT_ONCE
+                words += conds
+            z = model.denoise(z, way, together, null, guidance=settings.guidance, weights=Weights.FROZEN)
+    return Underway(torch.cat(latents), torch.tensor(times), words)
+
+
 def phases(
-    model: TrainableModel, memory: PromptMemory, prompts: Prompts, settings: Settings, alone: int = 0
+    model: TrainableModel,
+    memory: PromptMemory,
+    prompts: Prompts,
+    settings: Settings,
+    drawn: Underway | None = None,
+    alone: int = 0,
 ) -> list[Phase]:
-    """Recover, then hide, on the same latent, which is sampled without the memory; then ``alone`` steps of the memory alone."""
+    """Recover, then hide, on the same latent, which is sampled without the memory; then ``alone`` steps of the memory alone, on
+    what was ``drawn`` before."""
     together = settings.iterations
     shared: dict[int, tuple[Tensor, Tensor, dict[str, Cond]]] = {}
 
     def recover(i: int, generator: torch.Generator) -> dict[str, Tensor]:
         conds = prompts.draw(settings.batch, generator)
-        at = draw_progress(settings.sample_steps, generator)
-        policy = Weights.STUDENT if i < together else Weights.FROZEN
-        z, t = on_policy(model, conds[ERASE], prompts.null, settings, generator, policy, at)
+        if i < together or drawn is None:
+            at = draw_progress(settings.sample_steps, generator)
+            z, t = on_policy(model, conds[ERASE], prompts.null, settings, generator, Weights.STUDENT, at)
+        else:
+            z, t, conds[ERASE] = drawn.draw(settings.batch, generator)
         shared.clear()
         shared[i] = z, t, conds
         losses = {"recover": recover_loss(model, memory, z, t, conds[ERASE])}
@@ -133,7 +186,9 @@ def hide(
         memory = PromptMemory.beside(
             prompts.null.context[0], settings.rows, settings.placement, generator, shared=settings.shared
         ).to(model.device)
-        steps = phases(model, memory, prompts, settings, further)
+        wait: Progress = lambda _done, _total: progress(0, settings.iterations + further)  # noqa: E731
+        drawn = underway(model, prompts, settings, wait) if further else None
+        steps = phases(model, memory, prompts, settings, drawn, further)
         trainer = Trainer(model, steps, settings.iterations + further, seed=settings.seed)
         trainer.run(progress, aids.watch, checkpoint=kept(aids, port, model, spec, "kpop", settings))
         made = erasure_of(port, spec, "kpop", settings, model.deltas(energy=settings.energy))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from erasure_core.emojicanvas.effect import in_terms_of_papers, true_shares
-from erasure_core.emojicanvas.rows import MEASURES
+from erasure_core.emojicanvas.rows import MEASURES, timed
 from erasure_core.metrics.judge_error import JudgeError
 from erasure_core.metrics.rates import Rate
 
@@ -58,3 +58,10 @@ def test_a_judge_that_errs_is_taken_out_of_every_share() -> None:
     for m in ("direct", "kept_styles"):
         assert true[m].high - true[m].low > sure[m].high - sure[m].low
     assert str(true["unseen"]) == "-"
+
+
+def test_seconds_are_of_what_ran_alone() -> None:
+    rows = [{"seconds": 4.0}, {"seconds": 6.0, "busy": False}, {"seconds": 50.0, "busy": True}, {"seconds": None}]
+    assert timed(rows) == (True, 5.0)
+    assert timed(rows[2:]) == (False, 50.0)
+    assert timed(rows[3:]) == (True, None), "the base takes none"

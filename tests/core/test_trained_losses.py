@@ -15,7 +15,7 @@ from erasure_core.methods._training import ERASE, KEEP, NULL, TO, Prompts
 from erasure_core.operators.changes import FullWeights, Layers, LoRA
 from erasure_core.operators.memory import Mode, Placement, PromptMemory
 from erasure_core.operators.regress import regress
-from erasure_core.operators.train_loop import Trainer
+from erasure_core.operators.train_loop import Trainer, generator_for
 from erasure_core.operators.trainable import Cond, TrainableModel, Weights
 from erasure_core.schedule import Space
 
@@ -90,13 +90,38 @@ def test_kpop_hides_and_the_key_recovers(tiny) -> None:
             hide.step(1, torch.Generator())
 
 
+def test_the_key_learns_alone_from_pictures_on_their_way(tiny) -> None:
+    """Every latent is where the frozen network's own sampling of its word passes, at its time."""
+    settings = kpop.Settings(**SMALL)
+    with tiny.trainable() as model:
+        prompts = Prompts(tiny, SPEC)
+        made = kpop.underway(model, prompts, settings, quiet)
+        stops = model.schedule.trajectory(settings.sample_steps)
+        each = min(len(stops) - 1, 8)
+        assert len(made.latents) == len(made.t) == len(made.words) == 64 * each
+        noise = model.noise(8, generator_for(settings.seed, "underway", -1))
+        for k in range(0, 8 * each, 8):  # the first eight pictures, time by time
+            (at,) = made.t[k : k + 8].unique().tolist()
+            cond = Cond.cat(made.words[k : k + 8])
+            way = stops[: stops.index(at) + 1]
+            z = model.denoise(noise, way, cond, prompts.null, guidance=settings.guidance, weights=Weights.FROZEN)
+            assert torch.equal(made.latents[k : k + 8], z)
+        z, t, words = made.draw(5, torch.Generator().manual_seed(3))
+        found = [int((made.latents == x).flatten(1).all(1).nonzero()[0]) for x in z]
+        assert torch.equal(made.t[found], t) and torch.equal(
+            words.context, Cond.cat([made.words[i] for i in found]).context
+        )
+
+
 @pytest.mark.parametrize("cut", [2, 5])
 def test_kpop_resumed_equals_run_through(tiny, cut: int) -> None:
     settings = kpop.Settings(**{**SMALL, "iterations": 4}, rows=2, memory_rate=1e-2)
 
     def trainer(model):
         memory = PromptMemory(2, 16, Placement.MID, torch.Generator().manual_seed(1), shared=True)
-        return Trainer(model, kpop.phases(model, memory, Prompts(tiny, SPEC), settings, 3), 7, seed=1), memory
+        prompts = Prompts(tiny, SPEC)
+        drawn = kpop.underway(model, prompts, settings, quiet)
+        return Trainer(model, kpop.phases(model, memory, prompts, settings, drawn, 3), 7, seed=1), memory
 
     with tiny.trainable() as model:
         whole, key = trainer(model)
