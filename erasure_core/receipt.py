@@ -41,6 +41,7 @@ class AttackRecord:
     """Its name in the registry of attacks."""
     title: str
     concept: str
+    """The word that the judge was asked about, one of the erased."""
     budget: Mapping[str, Any]
     """All its settings, plain values."""
     prompts: tuple[str, ...]

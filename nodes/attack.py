@@ -301,7 +301,7 @@ class RedTeamAttack(io.ComfyNode):
             conditioning = encode(clip, best.prompt) if best.states is None else conditioning_of(clip, best.states)
             if before is not None:
                 results = (*results, AttackRecord(
-                    attack, chosen.title, name, plain(settings), asked, JudgedBy(judge.name, judge.version, judge.threshold),
+                    attack, chosen.title, word, plain(settings), asked, JudgedBy(judge.name, judge.version, judge.threshold),
                     before.rate, after.rate, best.label, found.queries, seed, fingerprint(base), fingerprint(erased),
                     weights_digest(erased), memory_digest(model),
                 ))  # fmt: skip

@@ -207,7 +207,7 @@ class EraseConcept(io.ComfyNode):
         name, settings = method or (PRESETS[quality].method, PRESETS[quality].settings_on(family_of(model)))
         chosen = all_methods()[name]
         wanted = settings_from(chosen, settings)
-        demand = demand_of(wanted, chosen.predictions, precise=chosen.precise)
+        demand = demand_of(wanted, chosen.predictions, precise=chosen.precise, concepts=len(spec.erase))
         decode = decoder(model, vae)
         watcher = Watcher(prompts_to_show(spec), decode)
         size = pairs.unsafe.shape[2:] if pairs is not None and chosen.needs_pairs else None

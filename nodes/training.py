@@ -44,15 +44,16 @@ def decoder(model, vae=None) -> Decode:
     return by_colour if vae is None else by_vae
 
 
-def demand_of(settings: Any, predictions: int = 3, *, precise: bool = False) -> Demand:
+def demand_of(settings: Any, predictions: int = 3, *, precise: bool = False, concepts: int = 1) -> Demand:
     """What a method with these settings holds; see ``MethodSpec.predictions`` and ``precise``. Random prompts that are held
-    count too."""
+    count too, and embeddings that are searched side by side, as many for each of the concepts."""
     layers, rank = getattr(settings, "layers", Layers.ALL), getattr(settings, "rank", 0)
     at_once = getattr(settings, "batch", 1) * (predictions + getattr(settings, "anchors", 0))
+    searched = -(-getattr(settings, "population", 0) // concepts) * concepts
     return Demand(
         LoRA(layers, rank) if rank else FullWeights(layers),
         copies=int(getattr(settings, "average", None) is not None),
-        pictures=max(at_once, getattr(settings, "population", 0)),  # embeddings that are searched side by side
+        pictures=max(at_once, searched),
         precise=precise,
     )
 

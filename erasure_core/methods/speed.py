@@ -82,16 +82,21 @@ def weakest_input(weight: Tensor, generator: torch.Generator) -> Tensor:
     w = weight.cpu()
     if d_out < width:  # any vector of the null space
         return _silent_input(w, x)
-    squares = gram(w).double()
-    # Sums in float32 may leave it indefinite by as much; directions that weak are as good as each other.
-    factored = factor(squares, 2 * torch.finfo(w.dtype).eps * float(squares.diagonal().sum()))
-    tried = []
+    squares = gram(w)
+    # Rounding may leave it indefinite by as much; directions that weak are as good as each other.
+    ridge = 2 * torch.finfo(w.dtype).eps * float(squares.diagonal().double().sum())
+    try:
+        factored = factor(squares, ridge)
+    except torch.linalg.LinAlgError:
+        factored = factor(squares.double(), ridge)
+    x, tried = x.to(factored), []
     for _ in range(8):  # inverse iteration
         x = solve_vector(factored, x)
         x = x / x.norm()
-        tried.append(x)
+        tried.append(x.double())
     basis = torch.linalg.qr(torch.stack(tried, dim=1)).Q
-    x = basis @ torch.linalg.eigh(basis.T @ squares @ basis).eigenvectors[:, 0]  # the best mixture of all of them
+    within = basis.T @ (squares @ basis.to(squares)).double()
+    x = basis @ torch.linalg.eigh((within + within.T) / 2).eigenvectors[:, 0]  # the best mixture of all of them
     return x / x.norm()
 
 
@@ -153,6 +158,29 @@ def spanned(fixed: Tensor, used: Tensor) -> Tensor:
     return torch.cat([used, u[:, sizes > 1e-9 * max(1.0, float(sizes.max()))]], dim=1)
 
 
+@dataclass(frozen=True)
+class Frame:
+    """A basis V [D, v] of where every F lies, and what is needed of it: F = V x for a layer's x [v, q]."""
+
+    span: Tensor
+    """V."""
+    inner: Tensor
+    """V^T B^-1 V, [v, v]."""
+    solved: Tensor
+    """B^-1 V, [D, v], in the precision of the edit."""
+    read: Tensor
+    """What is read of V, [r, v]."""
+
+    def with_column(self, new: Tensor, solved: Tensor, read: Tensor) -> Frame:
+        """V with another unit column [D] that is orthogonal to it, its B^-1 and what is read of it."""
+        border = self.span.T @ solved
+        corner = torch.cat([border, (new @ solved)[None]])
+        inner = torch.cat([torch.cat([self.inner, border[None]]), corner[:, None]], dim=1)
+        columns = (self.span, new), (self.solved, solved), (self.read, read)
+        span, with_it, of_it = (torch.cat([m, c.to(m)[:, None]], dim=1) for m, c in columns)
+        return Frame(span, inner, with_it, of_it)
+
+
 class LayerEdits:
     """The edit of one layer after the other: filter and augmentation depend on its weight, all else is shared.
 
@@ -183,8 +211,8 @@ class LayerEdits:
         both = torch.cat([rows.keep, empty])
         span = torch.linalg.qr(both.T).Q if len(both) < self.width else torch.eye(self.width, dtype=both.dtype)
         self.kept, self.empty = rows.keep @ span, empty @ span
-        # V, B^-1 V, and what is read of V: each a matrix whose columns a layer's coordinates mix.
-        self.frame = span, torch.cholesky_solve(span, self.factored), self.read @ span
+        solved = torch.cholesky_solve(span, self.factored)
+        self.frame = Frame(span, span.T @ solved, solved.to(self.start), self.read @ span)
 
     @staticmethod
     def _outputs(weight: Tensor, *columns: Tensor) -> Tensor:
@@ -220,9 +248,9 @@ class LayerEdits:
         """E ``direction``, [D]."""
         return self.change.T @ (self.source @ solve_vector(self.damped, direction))
 
-    def _with(self, direction: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _with(self, direction: Tensor) -> tuple[Frame, Tensor]:
         """The frame with ``direction`` in the span of V, and the direction's coordinates."""
-        span = self.frame[0]
+        span = self.frame.span
         inside = span.T @ direction
         beyond = direction - span @ inside
         beyond = beyond - span @ (span.T @ beyond)
@@ -230,17 +258,16 @@ class LayerEdits:
         if size < 1e-9:
             return self.frame, inside
         new = beyond / size
-        columns = new, solve_vector(self.factored, new), self.read @ new
-        frame = tuple(torch.cat([m, c[:, None]], dim=1) for m, c in zip(self.frame, columns, strict=True))
+        frame = self.frame.with_column(new, solve_vector(self.factored, new), self.read @ new)
         return frame, torch.cat([inside, size[None]])
 
-    def _constrained(self, frame: tuple[Tensor, ...], fixed: Tensor) -> ContextMap:
+    def _constrained(self, frame: Frame, fixed: Tensor) -> ContextMap:
         """G for F = V ``fixed``."""
         if fixed.shape[1] >= self.width:  # no direction is free
             return ContextMap.zero(self.width)
-        f, bf, read = (m @ fixed for m in frame)
-        taken = torch.cholesky_solve(read.T, torch.linalg.cholesky(f.T @ bf))
-        right = torch.addmm(self.start, taken.T.to(self.start), bf.T.to(self.start), alpha=-1)
+        factored = torch.linalg.cholesky(fixed.T @ frame.inner @ fixed)  # of F^T B^-1 F
+        taken = torch.cholesky_solve((frame.read @ fixed).T, factored)
+        right = torch.addmm(self.start, (fixed @ taken).T.to(self.start), frame.solved.T, alpha=-1)
         return ContextMap(right, None) if self.left is None else ContextMap(self.left, right)
 
 

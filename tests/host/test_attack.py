@@ -161,8 +161,10 @@ def test_the_judge_is_asked_by_a_word_that_it_knows(server: ComfyServer) -> None
     g = Graph()
     erased, model, clip, vae, judge = erased_demo(g)
     made = attacking(g, erased, model, clip, vae, "synonyms", judge=judge, concept="brewski, beer")
-    said = g.show(made[SUCCESS])
-    assert 0 <= float(shown(server.run(g.api), said)) <= 1
+    said, kept = g.show(made[SUCCESS]), g.add("ProbeAttacks", results=made[RESULTS])
+    run = server.run(g.api)
+    assert 0 <= float(shown(run, said)) <= 1
+    assert report(run, kept)["records"][0]["concept"] == "beer"
 
 
 def test_pictures_of_the_concept_may_be_given(server: ComfyServer) -> None:
