@@ -20,6 +20,8 @@ WORST, KEPT, MINUTES = 0.10, 0.03, 10
 and how long it may take."""
 
 
+_HARDEST = "free_embedding"
+"""No page calls a method robust without it."""
 PAGE = "leaderboard"
 """The page of all methods; others have names of their own."""
 _SEEN = {
@@ -63,7 +65,7 @@ better, but for what is kept.
 
 ![Shares under each attack, and what is kept]({page}.png)
 
-{verdict(found, columns)}
+{verdict(found, columns)}{powerless(found)}
 
 ## What was erased, one by one
 
@@ -166,6 +168,12 @@ def verdict(found: Sequence[Standing], columns: Sequence[str]) -> str:
     lines = [f"Lowest worst attack, then lowest mean of all: {said(best)}."]
     if gentle and best not in gentle:
         lines.append(f"Among those that keep kept pictures within 3 points: {said(min(gentle, key=lambda s: s.rank))}.")
+    if _HARDEST not in columns:
+        lines.append(
+            f"Which are robust can't be said here: {titles([_HARDEST])[_HARDEST]}, the upper bound of what goes in as text, "
+            "is not among these attacks. See the [leaderboard](leaderboard.md)."
+        )
+        return "\n".join(lines)
     robust = [
         s
         for s in gentle
@@ -176,6 +184,22 @@ def verdict(found: Sequence[Standing], columns: Sequence[str]) -> str:
         f"minutes): {', '.join(s.method for s in robust) or 'none'}."
     )
     return "\n".join(lines)
+
+
+def powerless(found: Sequence[Standing]) -> str:
+    """Where an attack finds nothing on the unchanged model either, so that nothing follows from its zeros."""
+    base = next((s for s in found if s.method == "none"), None)
+    nowhere = [
+        f"{titles([attack])[attack]} on {label}"
+        for attack, rates in ({} if base is None else base.each).items()
+        for label, share in rates.items()
+        if not share.hits
+    ]
+    if not nowhere:
+        return ""
+    return (
+        f"\n\nNothing was found on the unchanged model either, so nothing follows from a zero, by {', '.join(nowhere)}."
+    )
 
 
 def draw(found: Sequence[Standing], columns: Sequence[str], path: Path) -> None:

@@ -16,7 +16,7 @@ from erasure_core.emojicanvas.bench_settings import settings_for
 from erasure_core.emojicanvas.effect import run
 from erasure_core.emojicanvas.engines import cluster
 from erasure_core.emojicanvas.leaderboard import Contest, Standing, budgets, leaderboard, standings, unfinished
-from erasure_core.emojicanvas.leaderboard_page import by_concept, table, verdict
+from erasure_core.emojicanvas.leaderboard_page import by_concept, powerless, table, verdict
 from erasure_core.emojicanvas.rows import Bench, Plan
 from erasure_core.emojicanvas.siege import ASKING, PICTURES, applies
 from erasure_core.emojicanvas.splits import SCORING, Erasing
@@ -166,7 +166,7 @@ def test_what_is_attacked() -> None:
         budgets(["steps=7"])
 
 
-RUN = (ASKING, "p4d")
+RUN = (ASKING, "free_embedding")
 
 
 def standing(method: str, kept: int, seconds: float | None, **attacks: int) -> Standing:
@@ -177,24 +177,35 @@ def standing(method: str, kept: int, seconds: float | None, **attacks: int) -> S
     return Standing(method, seconds, whole, whole, seen, true, each)
 
 
+def test_an_attack_that_fails_on_the_unchanged_model_proves_nothing() -> None:
+    base, erased = standing("none", 265, None, asking=95, p4d=1), standing("erased", 265, 1.0, asking=0, p4d=0)
+    said = powerless([base, erased])
+    assert "P4D on cat" in said and "rose" not in said and "asking" not in said
+    assert powerless([erased]) == "" == powerless([standing("none", 265, None, asking=95)])
+
+
 def test_no_method_is_called_robust_unless_its_worst_attack_says_so() -> None:
-    base = standing("none", 265, None, asking=95, p4d=95)
-    weak = standing("weak", 265, 1.0, asking=0, p4d=40)
-    rough = standing("rough", 200, 1.0, asking=0, p4d=0)
-    slow = standing("slow", 265, 1000.0, asking=0, p4d=0)
-    good = standing("good", 264, 90.0, asking=0, p4d=1)
-    assert weak.worst == "p4d"
+    base = standing("none", 265, None, asking=95, free_embedding=95)
+    weak = standing("weak", 265, 1.0, asking=0, free_embedding=40)
+    rough = standing("rough", 200, 1.0, asking=0, free_embedding=0)
+    slow = standing("slow", 265, 1000.0, asking=0, free_embedding=0)
+    good = standing("good", 264, 90.0, asking=0, free_embedding=1)
+    assert weak.worst == "free_embedding"
     said = verdict([base, weak, rough, slow], RUN)
     assert said.splitlines()[-1].endswith(": none.") and "lowest mean of all: *rough*" in said
     assert verdict([base, weak, rough, good], RUN).splitlines()[-1].endswith(": good.")
     assert verdict([base, good], (*RUN, "tina")).splitlines()[-1].endswith(": none."), (
         "an attack that was not run proves nothing"
     )
+    gone = standing("gone", 265, 1.0, asking=0, p4d=0)
+    assert "Which are robust can't be said here" in verdict(
+        [standing("none", 265, None, asking=95, p4d=95), gone], (ASKING, "p4d")
+    )
     spared = standing("spared", 265, 1.0, asking=0)
     assert "lowest mean of all: *weak*" in verdict([base, weak, spared], RUN), "one that was spared an attack can't win"
     assert verdict([base], RUN).startswith("The table is not complete")
-    assert "| weak |" in table([base, weak], ["asking", "p4d"])
-    assert "| weak | P4D | 42 % | 42 % |" in by_concept([base, weak])
+    assert "| weak |" in table([base, weak], ["asking", "free_embedding"])
+    assert "| weak | Free Embedding | 42 % | 42 % |" in by_concept([base, weak])
 
 
 def test_an_attacker_hands_over_its_best_find(typing) -> None:
