@@ -212,7 +212,11 @@ def draw(found: Sequence[Standing], columns: Sequence[str], path: Path) -> None:
 
     names = [s.method for s in found]
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(6 + 0.7 * len(columns), 1.6 + 0.42 * len(found)), width_ratios=(1.2, 1), layout="constrained"
+        1,
+        2,
+        figsize=(max(9, 6 + 0.7 * len(columns)), max(4, 1.6 + 0.42 * len(found))),
+        width_ratios=(1.2, 1),
+        layout="constrained",
     )
     shares = [[100 * s.true[a].share if a in s.true else float("nan") for a in columns] for s in found]
     left.imshow(shares, vmin=0, vmax=100, cmap="magma_r", aspect="auto")
@@ -231,8 +235,10 @@ def draw(found: Sequence[Standing], columns: Sequence[str], path: Path) -> None:
     right.set_xlabel("mean of asking and attacks, % of pictures")
     right.set_ylabel("kept objects or styles,\nthe lower, %")
     right.set_xlim(-5, 112)
+    low, high = right.get_ylim()
+    right.set_ylim(min(low, 85), max(high, 101))  # a point is no difference, and must not look like one
     right.grid(alpha=0.3)
     figure.canvas.draw()  # labels are moved in the final layout
-    adjust_text(labels, ax=right, arrowprops={"arrowstyle": "-", "color": "grey", "lw": 0.5})
+    adjust_text(labels, ax=right, expand=(1.2, 2.0), arrowprops={"arrowstyle": "-", "color": "grey", "lw": 0.5})
     figure.savefig(path, dpi=110)
     plt.close(figure)
