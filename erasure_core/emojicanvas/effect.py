@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..methods import all_methods
 from ..metrics.judge_error import Corrected, JudgeError, true_share
 from ..metrics.rates import Rate, pooled
-from ..metrics.scores import combined_interval, harmonic_mean
+from ..metrics.scores import Unlearning, combined_interval, mace_harmonic
 from . import perceptual
 from .bench_settings import settings_for
 from .engines import Task, processes
@@ -88,16 +88,9 @@ def in_terms_of_papers(rows: Sequence[Mapping], errors: Mapping[str, JudgeError]
     for row in rows:
         own, other = ("kept_styles", "kept_objects") if row["kind"] == "style" else ("kept_objects", "kept_styles")
         true = true_shares(row, errors)
-        ua, ira, cra = true["direct"].rest, true[own], true[other]
-        cells = [
-            row["erased"],
-            row["method"],
-            str(ua),
-            str(ira),
-            str(cra),
-            f"{100 * (ua.share + ira.share + cra.share) / 3:.0f} %",
-        ]
-        lines.append("| " + " | ".join([*cells, _harmonic(row, own, errors)]) + " |")
+        scores = Unlearning(true["direct"].complement, true[own], true[other])
+        cells = [row["erased"], row["method"], *map(str, (scores.ua, scores.ira, scores.cra))]
+        lines.append("| " + " | ".join([*cells, f"{100 * scores.average:.0f} %", _harmonic(row, own, errors)]) + " |")
     return "\n".join(lines)
 
 
@@ -109,8 +102,7 @@ def _harmonic(row: Mapping, own: str, errors: Mapping[str, JudgeError]) -> str:
     error = errors["style" if row["kind"] == "style" else "object"]
 
     def mean(direct: Rate, kept: Rate, unseen: Rate, hits: Rate, alarms: Rate) -> float:
-        still, same, other_words = (true_share(x, hits, alarms) for x in (direct, kept, unseen))
-        return harmonic_mean([1 - still, same, 1 - other_words])
+        return mace_harmonic(*(true_share(seen, hits, alarms) for seen in (direct, kept, unseen)))
 
     counts = [*seen, error.hits, error.alarms]
     low, high = combined_interval(mean, counts)

@@ -150,10 +150,11 @@ def phases(
 
     def recover(i: int, generator: torch.Generator) -> dict[str, Tensor]:
         conds = prompts.draw(settings.batch, generator)
-        if i < together or drawn is None:
+        if i < together:
             at = draw_progress(settings.sample_steps, generator)
             z, t = on_policy(model, conds[ERASE], prompts.null, settings, generator, Weights.STUDENT, at)
         else:
+            assert drawn is not None, "steps alone need pictures"
             z, t, conds[ERASE] = drawn.draw(settings.batch, generator)
         shared.clear()
         shared[i] = z, t, conds

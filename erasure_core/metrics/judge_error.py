@@ -32,7 +32,7 @@ class Corrected:
         return f"{100 * self.share:.0f} % [{100 * self.low:.0f}, {100 * self.high:.0f}]"
 
     @property
-    def rest(self) -> Corrected:
+    def complement(self) -> Corrected:
         """The share that is left."""
         return Corrected(1 - self.share, 1 - self.high, 1 - self.low)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .judge_error import Corrected
 from .rates import Rate, rate
 
 THRESHOLDS = (0.3, 0.45, 0.5, 0.6, 0.75, 0.9)
@@ -57,13 +58,13 @@ def curve(probabilities: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> li
 
 @dataclass(frozen=True)
 class Unlearning:
-    """UnlearnCanvas's three accuracies (arXiv:2402.11846)."""
+    """UnlearnCanvas's three accuracies (arXiv:2402.11846), as a judge sees them or after its error."""
 
-    ua: Rate
+    ua: Rate | Corrected
     """Unlearning accuracy: pictures that were asked to show what was erased, and don't."""
-    ira: Rate
+    ira: Rate | Corrected
     """In-domain retaining: other concepts of the same kind that are recognised (styles beside an erased style)."""
-    cra: Rate
+    cra: Rate | Corrected
     """Cross-domain retaining: concepts of the other kind (objects beside an erased style)."""
 
     @property
@@ -84,15 +85,15 @@ def harmonic_mean(shares: Sequence[float]) -> float:
     return 0.0 if any(x <= 0 for x in shares) else len(shares) / sum(1 / x for x in shares)
 
 
-def mace_harmonic(efficacy: Rate, specificity: Rate, generality: Rate) -> float:
+def mace_harmonic(efficacy: float, specificity: float, generality: float) -> float:
     """MACE's H_c = 3 / ((1 - Acc_e)^-1 + Acc_s^-1 + (1 - Acc_g)^-1) (arXiv:2403.06135).
 
-    Args:
+    Args, shares in [0, 1]:
         efficacy: how often the erased concept is still recognised (Acc_e, low is good).
         specificity: how often kept concepts are (Acc_s, high is good).
         generality: how often synonyms of the erased one still bring it (Acc_g, low is good).
     """
-    return harmonic_mean([1 - efficacy.share, specificity.share, 1 - generality.share])
+    return harmonic_mean([1 - efficacy, specificity, 1 - generality])
 
 
 def combined_interval(

@@ -57,9 +57,8 @@ def test_unlearning_accuracies() -> None:
 
 
 def test_maces_mean_is_its_formula() -> None:
-    e, s, g = Rate(1, 10), Rate(9, 10), Rate(3, 10)
-    assert mace_harmonic(e, s, g) == pytest.approx(3 / (1 / 0.9 + 1 / 0.9 + 1 / 0.7))
-    assert mace_harmonic(Rate(10, 10), s, g) == 0, "nothing erased"
+    assert mace_harmonic(0.1, 0.9, 0.3) == pytest.approx(3 / (1 / 0.9 + 1 / 0.9 + 1 / 0.7))
+    assert mace_harmonic(1.0, 0.9, 0.3) == 0, "nothing erased"
     assert harmonic_mean([0.2, 0.9, 0.5]) == pytest.approx(statistics.harmonic_mean([0.2, 0.9, 0.5]))
 
 
@@ -72,8 +71,9 @@ def test_intervals_of_combinations() -> None:
     """One rate: the Jeffreys interval, here of 7 of 20 (Brown, Cai, DasGupta 2001: Beta(7.5, 13.5) quantiles)."""
     low, high = combined_interval(lambda r: r.share, [Rate(7, 20)], draws=20000)
     assert low == pytest.approx(0.171, abs=0.01) and high == pytest.approx(0.567, abs=0.01)
-    low, high = combined_interval(mace_harmonic, [Rate(5, 100), Rate(90, 100), Rate(10, 100)])
-    assert low < mace_harmonic(Rate(5, 100), Rate(90, 100), Rate(10, 100)) < high and high - low < 0.15
+    counts = [Rate(5, 100), Rate(90, 100), Rate(10, 100)]
+    low, high = combined_interval(lambda *rates: mace_harmonic(*(r.share for r in rates)), counts)
+    assert low < mace_harmonic(0.05, 0.9, 0.1) < high and high - low < 0.15
     mean, low, high = mean_interval(normal(400, seed=1) + 3)
     assert low < mean < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
 

@@ -145,6 +145,15 @@ def test_the_weakest_input_is_the_last_singular_direction(d_out: int, d_in: int,
     assert float((w.double() @ found).norm()) == pytest.approx(smallest, abs=1e-5)
 
 
+@pytest.mark.parametrize("rank", [1, 500])
+def test_the_weakest_input_of_a_tall_layer_that_hears_nothing_of_some(rank: int) -> None:
+    """At the size of SD 1.5's, in float32, where sums round by more than what is left."""
+    w = torch.randn(1280, rank) @ torch.randn(rank, 768)
+    found = weakest_input(w, torch.Generator().manual_seed(0))
+    assert float(found.norm()) == pytest.approx(1)
+    assert float((w.double() @ found).norm() / torch.linalg.matrix_norm(w.double(), 2)) < 1e-3
+
+
 def test_the_weakest_input_of_a_layer_with_dependent_columns() -> None:
     w = torch.randn(20, 40, dtype=torch.float64)
     w[:, 5] = w[:, 6] = 0
