@@ -233,15 +233,11 @@ def rows_of(text: TextStates, rule: Rows) -> Tensor:
     return chosen.double()
 
 
-def paired_rows(source: TextStates, target: TextStates, rule: Rows) -> tuple[Tensor, Tensor]:
-    """Rows of ``source`` and the rows of ``target`` that they should become, both [n, D] float64.
-
-    LAST_TO_END pairs from the first row on and drops the longer tail; the other rules give equal numbers of rows for
-    prompts of one chunk length.
-    """
-    c, to = rows_of(source, rule), rows_of(target, rule)
-    n = min(len(c), len(to))
-    return c[:n], to[:n]
+def paired_rows(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a prompt and those that they should become, of the same number: paired from the first on, the longer tail
+    dropped. Only LAST_TO_END gives prompts of one chunk length different numbers."""
+    n = min(len(source), len(target))
+    return source[:n], target[:n]
 
 
 def meanings(port: ModelPort, texts: Sequence[str]) -> list[Tensor]:
@@ -306,16 +302,12 @@ def edit_rows(
     keeps = list(dict.fromkeys([*expand(spec.keep, templates), *common]))  # a word twice would weigh twice
     prompts = list(dict.fromkeys([*(p for pair in pairs for p in pair), *keeps, ""]))
     states = dict(zip(prompts, port.text(prompts), strict=True))
-    matched = [paired_rows(states[s], states[t], rule) for s, t in dict.fromkeys(pairs)]
+    rows = {prompt: rows_of(text, rule) for prompt, text in states.items()}
+    matched = [paired_rows(rows[s], rows[t]) for s, t in dict.fromkeys(pairs)]
     replacement = rows_of(states[pairs[0][1]], Rows.ALL)
-    for found in dark:
-        rows = found.detach().cpu().double()[1:]
-        n = min(len(rows), len(replacement))
-        matched.append((rows[:n], replacement[:n]))
-    empty = states[""]
-    empty_rows = torch.cat([empty.states[:1].cpu().double(), rows_of(empty, rule)])
+    matched += [paired_rows(found.detach().cpu().double()[1:], replacement) for found in dark]
     return EditRows(
         torch.cat([c for c, _ in matched]),
         torch.cat([to for _, to in matched]),
-        torch.cat([empty_rows, *(rows_of(states[k], rule) for k in keeps)]),
+        torch.cat([states[""].states[:1].cpu().double(), rows[""], *(rows[k] for k in keeps)]),
     )

@@ -3,7 +3,7 @@
     python tools/bench_speed.py sd15        # or sdxl, or both; writes docs/results/speed.{json,md}
 
 Random weights (tools/full_size.py), read by the code behind ComfyUI's stock loader in half precision, as on a GPU, but on
-the CPU; times don't depend on what the numbers are. Methods run in turn in one process, the best of three counts.
+the CPU; times don't depend on what the numbers are. Methods run in turn in one process, the best of several counts.
 """
 
 from __future__ import annotations
@@ -85,22 +85,24 @@ def give_back() -> None:
 
 
 def measure(what: Callable[[], Any], times: int = 3) -> Measured:
-    """The best time of several runs, and the most memory of any."""
-    seconds, cpu_seconds, memory, result = [], [], 0.0, None
+    """The best time of several runs, and the most memory of one more: looking at it takes time."""
+    seconds, cpu_seconds, result = [], [], None
     for _ in range(times):
         result = None
         gc.collect()
-        give_back()
-        watch = _Watch()
-        watch.start()
         start, start_cpu = time.perf_counter(), time.process_time()
         result = what()
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - start_cpu)
-        watch.done.set()
-        watch.join()
-        memory = max(memory, watch.largest - watch.before)
-    return Measured(min(seconds), min(cpu_seconds), memory, result)
+    result = None
+    gc.collect()
+    give_back()
+    watch = _Watch()
+    watch.start()
+    result = what()
+    watch.done.set()
+    watch.join()
+    return Measured(min(seconds), min(cpu_seconds), watch.largest - watch.before, result)
 
 
 def published_loop(weights: dict[str, Any], source: Any, target: Any, keep: Any, ridge: float) -> dict[str, Any]:
@@ -359,7 +361,7 @@ def main() -> None:
     parser.add_argument("--counts", nargs="+", type=int, choices=COUNTS, default=list(COUNTS), help="of concepts")
     parser.add_argument("--no-sampling", action="store_true", help="leave out the denoising steps")
     parser.add_argument("--no-published", action="store_true", help="leave out the published loops")
-    parser.add_argument("--rounds", type=int, default=3, help="the best of how many runs")
+    parser.add_argument("--rounds", type=int, default=8, help="the best of how many runs")
     parser.add_argument("--delete", action="store_true", help="delete the checkpoint afterwards")
     options = parser.parse_args()
     use_comfyui(half=True)

@@ -30,7 +30,7 @@ from torch.nn.functional import pad
 
 from ..artifact import Erasure
 from ..concept import TEMPLATES, ConceptError, ConceptSpec, EditRows, Rows, edit_rows
-from ..operators.linear_edit import ContextMap, factor, gram, mean_square, solve_factored, solve_vector
+from ..operators.linear_edit import ContextMap, add_gram, factor, gram, mean_square, solve_factored, solve_vector
 from ..port import ModelPort, Role, Site
 from ._closed_form import Templates, build, energy_setting, rows_setting, templates_setting, text_sites
 from .registry import Aids, MethodSpec, Progress, setting
@@ -82,7 +82,9 @@ def weakest_input(weight: Tensor, generator: torch.Generator) -> Tensor:
     w = weight.cpu()
     if d_out < width:  # any vector of the null space
         return _silent_input(w, x)
-    squares = gram(w)
+    upper = w.new_zeros(width, width)
+    add_gram(upper, w)
+    squares = upper.T  # its lower triangle is all that is read
     # Rounding may leave it indefinite by as much; directions that weak are as good as each other.
     ridge = 2 * torch.finfo(w.dtype).eps * float(squares.diagonal().double().sum())
     try:
@@ -95,8 +97,9 @@ def weakest_input(weight: Tensor, generator: torch.Generator) -> Tensor:
         x = x / x.norm()
         tried.append(x.double())
     basis = torch.linalg.qr(torch.stack(tried, dim=1)).Q
-    within = basis.T @ (squares @ basis.to(squares)).double()
-    x = basis @ torch.linalg.eigh((within + within.T) / 2).eigenvectors[:, 0]  # the best mixture of all of them
+    answers = (w @ basis.to(w)).double()
+    within = answers.T @ answers
+    x = basis @ torch.linalg.eigh(within).eigenvectors[:, 0]  # the best mixture of all of them
     return x / x.norm()
 
 
@@ -154,8 +157,11 @@ def empty_rows(empty: Tensor, how: EmptyPrompt) -> Tensor:
 def spanned(fixed: Tensor, used: Tensor) -> Tensor:
     """Orthonormal basis [k, q] of the span of ``used`` [k, p], orthonormal itself, and of the rows ``fixed`` [f, k]."""
     rest = fixed.T - used @ (used.T @ fixed.T)
-    u, sizes, _ = torch.linalg.svd(rest, full_matrices=False)
-    return torch.cat([used, u[:, sizes > 1e-9 * max(1.0, float(sizes.max()))]], dim=1)
+    basis, r = torch.linalg.qr(rest)
+    if len(r) < rest.shape[1] or (r.diagonal().abs() < 1e-6 * max(1.0, float(r.abs().max()))).any():  # nearly dependent
+        basis, sizes, _ = torch.linalg.svd(rest, full_matrices=False)
+        basis = basis[:, sizes > 1e-9 * max(1.0, float(sizes.max()))]
+    return torch.cat([used, basis], dim=1)
 
 
 @dataclass(frozen=True)

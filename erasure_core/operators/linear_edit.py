@@ -89,7 +89,7 @@ def compress(left: Tensor, right: Tensor | None, energy: float = 1.0) -> Context
     else:
         core = left @ right
     total = _squares(core)
-    tried = 128
+    tried = 96
     while energy < 1 and 3 * tried < len(core):
         few = _range(core, tried)
         part = few.T @ core

@@ -224,7 +224,7 @@ def test_bos_never_stands_for_a_prompt(chunks: list[tuple[int, int]], rule: Rows
 
 
 def test_pairs_are_cut_to_the_shorter() -> None:
-    c, to = paired_rows(states("BCCCEP"), states("BEPPPP"), Rows.LAST_TO_END)
+    c, to = paired_rows(*(rows_of(states(kinds), Rows.LAST_TO_END) for kinds in ("BCCCEP", "BEPPPP")))
     assert c[:, 0].tolist() == [3, 4, 5]
     assert to[:, 0].tolist() == [1, 2, 3]
 
