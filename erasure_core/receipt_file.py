@@ -89,7 +89,10 @@ def _rate_json(rate: Rate | None) -> dict[str, Any] | None:
 
 def _counted_json(c: Counted) -> dict[str, Any]:
     rates = {name: _rate_json(getattr(c, name)) for name in ("before", "after", "alarms")}
-    return {"word": c.word, "asked": c.asked, "moved": c.moved, **rates}
+    return {
+        "word": c.word, "asked": c.asked, "moved": c.moved, **rates,
+        "fits_before": c.fits_before, "fits_after": c.fits_after,
+    }  # fmt: skip
 
 
 def _attack_json(a: AttackRecord) -> dict[str, Any]:
@@ -109,6 +112,10 @@ def _rate(raw: dict[str, Any], name: str) -> Rate:
     values = _READ.fields(raw.get(name), name)
     n = _READ.whole(values.get("n"), f"{name}.n", 0, 1_000_000)
     return Rate(_READ.whole(values.get("hits"), f"{name}.hits", 0, n), n)
+
+
+def _number_or_none(raw: dict[str, Any], name: str) -> float | None:
+    return None if raw.get(name) is None else _number(raw, name)
 
 
 def _rate_or_none(raw: dict[str, Any], name: str) -> Rate | None:
@@ -145,6 +152,7 @@ def _counted(value: Any, where: str) -> Counted:
     return Counted(
         _text(raw, "word"), _text(raw, "asked"), _rate_or_none(raw, "before"), _rate_or_none(raw, "after"),
         _number(raw, "moved"), _rate_or_none(raw, "alarms"),
+        _number_or_none(raw, "fits_before"), _number_or_none(raw, "fits_after"),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..erasure_core import ConceptSpec
 from ..erasure_core import Erasure as CoreErasure
 from ..erasure_core.metrics.distances import pairwise_error
-from ..erasure_core.metrics.judges import word_for
+from ..erasure_core.metrics.judges import ZeroShotJudge, word_for
 from ..erasure_core.metrics.rates import Rate, pooled, rate
 from ..erasure_core.metrics.rounding import ROUNDINGS, rounding_loss
 from ..erasure_core.names import to_comfy
@@ -119,7 +119,7 @@ class Measuring:
 
     def _draw(self, model, word: str) -> Tensor:
         """[n, H, W, 3] of one word, a picture for each seed."""
-        positive, n = encode(self._clip, self._template.replace("{}", word)), len(self._seeds)
+        positive, n = encode(self._clip, self._prompt(word)), len(self._seeds)
         batches = -(-n // 8)
         total = self._how.steps * batches
         latents = sample(
@@ -146,8 +146,17 @@ class Measuring:
             alarms = pooled(r for r in (self._rate(one, asked) for asked in erased) if r is not None)
         return Counted(
             word, self._asked.get(word, ""), self._rates[word, "before"], self._rates[word, "after"],
-            float(pairwise_error(one, two).mean()), alarms,
+            float(pairwise_error(one, two).mean()), alarms, self._fits(word, one), self._fits(word, two),
         )  # fmt: skip
+
+    def _fits(self, word: str, pictures: Tensor) -> float | None:
+        """Their CLIP score with what was asked, where the judge is CLIP."""
+        if not isinstance(self._judge, ZeroShotJudge):
+            return None
+        return float(self._judge.clip_score(pictures.movedim(-1, 1), self._prompt(word)).mean())
+
+    def _prompt(self, word: str) -> str:
+        return self._template.replace("{}", word)
 
     def _caption(self, word: str, column: str) -> str:
         found = self._rates.get((word, column))

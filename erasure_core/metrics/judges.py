@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .distances import clip_score
+
 EncodePictures = Callable[[Tensor], Tensor]
 """Pictures [N, 3, H, W] in [0, 1] -> features [N, d]."""
 
@@ -138,6 +140,11 @@ class ZeroShotJudge:
         texts = F.normalize(self._texts([_TEMPLATE.format(c.strip()) for c in (concept, *others)]).float(), dim=-1)
         seen = F.normalize(self._pictures(pictures).float(), dim=-1)
         return (_LOGIT_SCALE * seen @ texts.mT).softmax(-1)[:, 0]
+
+    def clip_score(self, pictures: Tensor, text: str) -> Tensor:
+        """:func:`~erasure_core.metrics.clip_score` [N] of each of ``pictures`` [N, 3, H, W] in [0, 1] and a whole prompt."""
+        seen = self._pictures(check_pictures(pictures))
+        return clip_score(seen, self._texts([text]).expand_as(seen))
 
 
 def agreement(pictures: EncodePictures, texts: EncodeTexts) -> float:

@@ -92,6 +92,13 @@ def test_zero_shot_is_a_softmax_over_cosines() -> None:
     assert isinstance(judge, Judge) and judge.labels is None
 
 
+def test_its_clip_score_is_a_cosine_with_the_prompt() -> None:
+    judge = ZeroShotJudge(encode, encode_texts, ["dog"])
+    x = torch.cat([coloured(0.4, 0.4, 0.1), coloured(0.0, 0.9, 0.1)])
+    expected = 100 * F.normalize(x.double().mean((2, 3)), dim=-1)[:, AXES["cat"]]
+    assert torch.allclose(judge.clip_score(x, "a picture of cat").double(), expected, atol=1e-4)
+
+
 def test_zero_shot_needs_something_to_tell_from() -> None:
     with pytest.raises(ValueError, match="contrasts: name at least one"):
         ZeroShotJudge(encode, encode_texts, [])

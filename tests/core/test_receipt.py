@@ -54,7 +54,10 @@ RECEIPT = Receipt(
     SPEC, "uce", {"ridge": 1e-3, "rows": "last", "on": True}, BASE, "0.1.0", digest(erasure().deltas), 0.8,
     TextMeasures(0.4, 0.01, 0.02, 0.001, 0.3), 0.05, Drawn("a {}", (1, 2, 3), 20, 7.5, "euler", "normal", 512, 512), JUDGE,
     (Counted("cat", "cat", Rate(8, 8), Rate(0, 8), 0.4), Counted("Van Gogh <b>", "Van Gogh <b>", Rate(7, 8), Rate(2, 8), 0.3)),
-    (Counted("fish", "fish", Rate(8, 8), Rate(7, 8), 0.02, Rate(1, 8)), Counted("bird & co", "", None, None, 0.03, Rate(0, 8))),
+    (
+        Counted("fish", "fish", Rate(8, 8), Rate(7, 8), 0.02, Rate(1, 8), 27.25, 26.5),
+        Counted("bird & co", "", None, None, 0.03, Rate(0, 8)),
+    ),
     (ATTACK,), (Survival("int8", RoundingLoss(0.004, 1.5, 0.98), Rate(1, 16)),),
 )  # fmt: skip
 
@@ -69,7 +72,8 @@ rates = st.tuples(st.integers(0, 99), st.integers(0, 99)).map(lambda x: Rate(min
 numbers = st.floats(0, 1e6)
 texts = st.text(st.characters(categories=("L", "N", "S", "P")), min_size=1, max_size=20)
 counted = st.builds(
-    Counted, texts, texts, st.none() | rates, st.none() | rates, st.floats(0, 1), st.none() | rates
+    Counted, texts, texts, st.none() | rates, st.none() | rates, st.floats(0, 1), st.none() | rates,
+    st.none() | st.floats(0, 100), st.none() | st.floats(0, 100),
 )  # fmt: skip
 drawn = st.builds(
     Drawn, texts, st.lists(st.integers(0, (1 << 64) - 1), min_size=1, max_size=3).map(tuple), st.integers(1, 99), numbers,
@@ -305,6 +309,7 @@ def test_the_summary_says_it_in_plain_words() -> None:
     assert "cat, Van Gogh <b> suppressed by uce, measured at strength 0.8" in text
     assert "suppressed cat: seen in 100 % [68, 100] before, 0 % [0, 32] after" in text
     assert "kept bird & co: pixels moved by 0.030" in text
+    assert "CLIP score 27.2 before, 26.5 after; pixels moved by 0.020" in text and text.count("CLIP score") == 2
     assert "P4D: cat in 38 % [14, 69] of pictures (asking: 0 % [0, 32]); steps 30" in text and "12 queries" in text
     assert "stored in int8: 98 % of the change left under noise of 150 % of it" in text
     assert "removed" not in text and len(text.splitlines()) < 30

@@ -210,6 +210,21 @@ def test_no_judge_counts_nothing_but_compares(server: ComfyServer) -> None:
     assert run.previews and Image.open(io.BytesIO(run.previews[-1])).width > 400
 
 
+def test_a_clip_judge_says_how_well_pictures_fit(server: ComfyServer) -> None:
+    g, stem = Graph(), name()
+    vision = g.add("ProbeTinyVision", width=128)[0]
+    judge = g.add(
+        "ErasureJudgeCLIP", clip_vision=vision, clip=g.add("ProbeAgreeingText", clip_vision=vision)[0],
+        contrasts="blue\ngreen", threshold=0.5,
+    )  # fmt: skip
+    made = receipt(g, erased(g), judged=False, judge=judge[0])
+    g.save(made[ERASURE], stem)
+    server.run(g.api)
+    kept = load(server.models / "loras" / f"{stem}.safetensors").receipt.kept
+    assert all(0 <= c.fits_before <= 100 and 0 <= c.fits_after <= 100 for c in kept)
+    assert kept[0].fits_before != kept[0].fits_after, "pictures moved"
+
+
 def test_rounded_weights_are_what_is_drawn_with(server: ComfyServer) -> None:
     """fp16 keeps nearly all of a closed-form change; its pictures count like the erased model's."""
     g = Graph()
