@@ -107,10 +107,16 @@ class Erasure:
         kept = f"; kept: {read.kept}" if read.kept else ""
         summed = h.settings.get("summed", 0)
         added = f", {summed} of them, which do not read text, added up" if summed else ""
+        numbers = sum(f.numel() for d in self.deltas.values() if d.rank for f in (d.up, d.down) if f is not None)
         return (
             f"suppressed: {erased}{kept}\nmethod: {h.method}; made for {h.family}; "
-            f"{len(self.deltas)} weights{added}, rank {span}; strength {h.strength:g}; library {h.version}"
+            f"{len(self.deltas)} weights{added}, rank {span}, {_megabytes(2 * numbers)} as a file in half precision; "
+            f"strength {h.strength:g}; library {h.version}"
         )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2g} MB" if size < 10e6 else f"{size / 1e6:.0f} MB"
 
 
 def digest(deltas: Mapping[str, Delta]) -> str:

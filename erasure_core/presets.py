@@ -8,9 +8,10 @@ they are wider and each step costs more.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from .methods import all_methods
 from .port import Family
 
 
@@ -18,12 +19,15 @@ from .port import Family
 class Preset:
     method: str
     summary: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    small: Mapping[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    small: dict[str, Any] = field(default_factory=dict)
     """On the demo model, which is some eighty times smaller than SD 1.5: larger and fewer steps."""
 
-    def settings_on(self, family: Family) -> Mapping[str, Any]:
-        return self.small or self.settings if family.name == "emojicanvas" else self.settings
+    def on(self, family: Family, seed: int = 0) -> tuple[str, Mapping[str, Any]]:
+        """(method, settings) for a model; ``seed`` where the method draws anything."""
+        settings = self.small or self.settings if family.name == "emojicanvas" else self.settings
+        draws = any(f.name == "seed" for f in fields(all_methods()[self.method].settings))
+        return self.method, settings | {"seed": seed} if draws else settings
 
 
 PRESETS: dict[str, Preset] = {

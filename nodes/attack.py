@@ -24,9 +24,11 @@ from ..erasure_core.operators.memory import PromptMemory
 from ..erasure_core.operators.trainable import Cond, TrainableModel
 from ..erasure_core.receipt import AttackRecord, JudgedBy
 from .attack_report import best_first, plain, report_of
+from .methods import seed_widget
 from .mine import conditioning_of, latents_of, one_concept
+from .modes import ordinary_tensors
 from .patching import check_ungated
-from .port import ComfyPort, family_of, ordinary_tensors
+from .port import ComfyPort, family_of
 from .reading import memory_digest, memory_of
 from .replica import Demand
 from .sampling import encode
@@ -94,13 +96,13 @@ def prompts_of(text: str, spec: ConceptSpec) -> tuple[str, ...]:
 
 
 def settings_of(chosen: AttackSpec, effort: float, seed: int, synonyms: str) -> dict[str, Any]:
-    """The attack's settings with its budget scaled from the paper's.
+    """The attack's settings with its default budget scaled.
 
     Raises:
         ValueError: an effort that is no share, or a seed out of range.
     """
     if not 0 < effort <= 2:
-        raise ValueError(f"effort: {effort:g} must lie between 0.001 and 2; 1 is the paper's budget")
+        raise ValueError(f"effort: {effort:g} must lie between 0.001 and 2; 1 is the attack's own budget")
     fields = {f.name: f for f in dataclasses.fields(chosen.settings)}
     budget = fields[chosen.budget]
     scaled = min(max(round(budget.default * effort), budget.metadata["low"]), budget.metadata["high"])
@@ -117,7 +119,10 @@ def _demand(chosen: AttackSpec, settings: Any) -> Demand:
     """What an attack holds beside the network: relearning trains a LoRA, the others an input."""
     rank = getattr(settings, "rank", 0)
     what = LoRA(settings.layers, rank) if rank else LoRA(Layers.TEXT, 1)
-    return Demand(what, pictures=getattr(settings, "batch", 1) if chosen.knowledge is Knowledge.WHITE_BOX else 1)
+    relief = "Choose an attack that only asks, such as synonyms or rece_residual, or close what else uses that memory"
+    return Demand(
+        what, relief=relief, pictures=getattr(settings, "batch", 1) if chosen.knowledge is Knowledge.WHITE_BOX else 1
+    )
 
 
 class RedTeamAttack(io.ComfyNode):
@@ -158,7 +163,8 @@ class RedTeamAttack(io.ComfyNode):
                     max=2.0,
                     step=0.01,
                     round=0.001,
-                    tooltip="How long it tries; 1 is the paper's own budget. The report says what it came to.",
+                    tooltip="How long it tries; 1 is its default budget, the paper's where that is known. The report says what "
+                    "it came to.",
                 ),
                 io.String.Input(
                     "prompts",
@@ -182,7 +188,7 @@ class RedTeamAttack(io.ComfyNode):
                     step=0.5,
                     tooltip="How closely pictures follow the prompt, as you sample. Demo: 4.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=2**53, tooltip="The same seed gives the same result."),
+                seed_widget("The same seed gives the same result."),
                 Judge.Input(
                     "judge",
                     optional=True,

@@ -15,8 +15,9 @@ from torch import Tensor
 from ..erasure_core import Erasure as CoreErasure
 from ..erasure_core import all_methods
 from ..erasure_core.metrics.rates import Rate, rate
+from .methods import seed_widget
+from .modes import ordinary_tensors
 from .patching import apply_erasure, check_ungated
-from .port import ordinary_tensors
 from .sampling import Drawing, decode, encode, sample, widgets
 from .sheet import sheet, to_image, to_tensor
 from .types import CATEGORY, Erasure, Judge
@@ -162,13 +163,7 @@ class CompareErasures(io.ComfyNode):
                 io.Int.Input(
                     "seeds", default=2, min=1, max=64, tooltip="Pictures of each cell; the same seeds in all of them."
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**53,
-                    tooltip="The first seed, the others follow. KSampler draws the same picture at the same seed.",
-                ),
+                seed_widget("The first seed, the others follow. KSampler draws the same picture at the same seed."),
                 *widgets(),
                 io.Int.Input(
                     "tile",

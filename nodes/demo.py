@@ -19,7 +19,7 @@ from ..erasure_core.emojicanvas.judging import CanvasJudge
 from ..erasure_core.emojicanvas.text import TextConfig
 from ..erasure_core.emojicanvas.unet import UNetConfig
 from ..erasure_core.emojicanvas.weights import BUNDLE
-from .port import ordinary_tensors
+from .modes import ordinary_tensors
 from .types import CATEGORY, Judge
 
 

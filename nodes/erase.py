@@ -16,12 +16,18 @@ from ..erasure_core.methods import MethodSpec, settings_from
 from ..erasure_core.metrics.judges import word_for
 from ..erasure_core.operators.checkpoint import Checkpoint
 from ..erasure_core.presets import PRESETS
+from .methods import seed_widget
+from .modes import ordinary_tensors
 from .patching import apply_erasure, check_ungated
-from .port import ComfyPort, family_of, ordinary_tensors
+from .port import ComfyPort, family_of
 from .towers import pseudo_words
 from .training import Decode, Watcher, decoder, demand_of, prompts_to_show
 from .types import CATEGORY, Dark, Erasure, Judge, Method, Pairs
 
+_RELIEF = (
+    "Connect a Method node with a smaller batch or rank, or with fewer layers, where it has them; UCE, RECE and SPEED need "
+    "hardly any"
+)
 _KEPT_EVERY = 10.0
 """Seconds from one writing of a training's state to the next."""
 
@@ -153,6 +159,11 @@ class EraseConcept(io.ComfyNode):
                     optional=True,
                     tooltip="Says when Dark Miner may stop: once it no longer sees the concept. Needs the vae.",
                 ),
+                seed_widget(
+                    "For thorough: the same seed gives the same erasure; where the concept comes back, another may hold. A "
+                    "connected method has its own.",
+                    optional=True,
+                ),
                 io.Boolean.Input(
                     "resume",
                     default=False,
@@ -198,16 +209,18 @@ class EraseConcept(io.ComfyNode):
         pairs=None,
         dark=None,
         judge=None,
+        seed=0,
         resume=False,
     ) -> io.NodeOutput:
         spec = ConceptSpec.parse(concept, replace_with, keep, everyday=keep_everyday)
         if method is None and quality not in PRESETS:
             raise ValueError(f"quality: {quality!r} is none of {', '.join(PRESETS)}")
         check_ungated(model=model)
-        name, settings = method or (PRESETS[quality].method, PRESETS[quality].settings_on(family_of(model)))
+        name, settings = method or PRESETS[quality].on(family_of(model), seed)
         chosen = all_methods()[name]
         wanted = settings_from(chosen, settings)
         demand = demand_of(wanted, chosen.predictions, precise=chosen.precise, concepts=len(spec.erase))
+        demand = replace(demand, relief=_RELIEF)
         decode = decoder(model, vae)
         watcher = Watcher(prompts_to_show(spec), decode)
         size = pairs.unsafe.shape[2:] if pairs is not None and chosen.needs_pairs else None
@@ -249,7 +262,11 @@ class ApplyErasure(io.ComfyNode):
             description="Puts an erasure on a model at a strength. Moving the slider costs nothing: nothing is computed "
             "again. Put it behind LoRAs and other model patches, just before the sampler.",
             inputs=[
-                io.Model.Input("model", tooltip="The model to patch, of the family that the erasure was made for."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model from before the erasure, of the family that it was made for. Not the one that "
+                    "Erase Concept hands out: that carries it already.",
+                ),
                 Erasure.Input("erasure", tooltip="From Erase Concept, Load Erasure or Merge Erasures."),
                 io.Float.Input(
                     "strength",

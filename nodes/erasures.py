@@ -14,8 +14,9 @@ from ..erasure_core import FileError, Layout, load, merge, read_header, save
 from ..erasure_core.formats import check_file_name, read_receipt, receipt_of, write_bytes
 from ..erasure_core.methods._training import fingerprint
 from ..erasure_core.receipt_file import parse_receipt, receipt_json
-from .patching import apply_erasure
-from .port import ComfyPort, ordinary_tensors
+from .modes import ordinary_tensors
+from .patching import apply_erasure, check_without
+from .port import ComfyPort
 from .saved import Saved
 from .types import CATEGORY, Erasure
 
@@ -40,7 +41,7 @@ class SaveErasure(io.ComfyNode):
             node_id="ErasureSave",
             display_name="Save Erasure",
             category=CATEGORY,
-            description="Writes the erasure as one small file to share. In models/loras the stock Load LoRA node, A1111 and "
+            description="Writes the erasure as one file to share. In models/loras the stock Load LoRA node, A1111 and "
             "Forge can use it too: whoever loads it needs nothing of this pack.",
             is_output_node=True,
             inputs=[
@@ -199,7 +200,9 @@ class MergeErasures(io.ComfyNode):
             description="Joins several erasures into one, so that each still does what it does on its own words and disturbs "
             "the others less than stacking them would. Save the result as one file.",
             inputs=[
-                io.Model.Input("model", tooltip="A model of the family that the erasures were made for."),
+                io.Model.Input(
+                    "model", tooltip="The model from before the erasures, of the family that they were made for."
+                ),
                 io.Clip.Input("clip", tooltip="Its CLIP: the words are encoded again."),
                 Erasure.Input("erasure_1", tooltip="From Erase Concept or Load Erasure."),
                 Erasure.Input("erasure_2", tooltip="From Erase Concept or Load Erasure."),
@@ -217,6 +220,7 @@ class MergeErasures(io.ComfyNode):
     def execute(cls, model, clip, erasure_1, erasure_2, erasure_3=None, erasure_4=None) -> io.NodeOutput:
         given = [e for e in (erasure_1, erasure_2, erasure_3, erasure_4) if e is not None]
         with ordinary_tensors():
+            check_without(model, given)
             merged = merge(ComfyPort(model, clip), given)
             patched = apply_erasure(model, merged, 1.0)
         return io.NodeOutput(patched, merged, merged.summary(), ui=ui.PreviewText(merged.summary()))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..erasure_core import gate_strengths, gated
-from .patching import apply_erasure, gated_for
-from .port import ComfyPort, ordinary_tensors
+from .modes import ordinary_tensors
+from .patching import apply_erasure, check_without, gated_for
+from .port import ComfyPort
 from .types import CATEGORY, Erasure
 
 
@@ -20,7 +21,9 @@ class GateErasures(io.ComfyNode):
             description="Puts erasures on a model only as far as the prompt resembles what they suppress: fully where it names "
             "it, hardly where it is about something else. The way SPM is meant to be used; works for every erasure.",
             inputs=[
-                io.Model.Input("model", tooltip="The model to patch, of the family that the erasures were made for."),
+                io.Model.Input(
+                    "model", tooltip="The model from before the erasures, of the family that they were made for."
+                ),
                 io.Clip.Input(
                     "clip", tooltip="Its CLIP: it reads the prompt and the words that the erasures suppress."
                 ),
@@ -45,6 +48,7 @@ class GateErasures(io.ComfyNode):
     def execute(cls, model, clip, prompt, erasure_1, erasure_2=None, erasure_3=None, erasure_4=None) -> io.NodeOutput:
         given = [e for e in (erasure_1, erasure_2, erasure_3, erasure_4) if e is not None]
         with ordinary_tensors():
+            check_without(model, given)
             port = ComfyPort(model, clip)
             patched = gated_for(apply_erasure(model, gated(port, given, prompt), 1.0), prompt)
             strengths = gate_strengths(port, given, prompt)

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..erasure_core.metrics.judges import CONTRASTS, ExampleJudge, ZeroShotJudge, agreement
-from .port import ordinary_tensors
+from .modes import host_mode, ordinary_tensors
 from .types import CATEGORY, Judge
 
 _AT_ONCE = 16
@@ -26,18 +26,20 @@ class _Towers:
         out = []
         for part in pictures.movedim(1, -1).split(_AT_ONCE):
             mm.throw_exception_if_processing_interrupted()
-            features = self._vision.encode_image(part)["image_embeds"]
+            with host_mode():
+                features = self._vision.encode_image(part)["image_embeds"]
             if not torch.is_tensor(features) or features.ndim != 2:
                 raise ValueError(
                     "clip_vision: this image encoder gives no single feature for a picture. Use a CLIP one, for example "
                     "CLIP-ViT-H-14"
                 )
-            out.append(features.float().cpu().clone())
+            out.append(features.clone().float().cpu())
         return torch.cat(out)
 
     def texts(self, texts) -> Tensor:
         model = self._clip.cond_stage_model
-        self._clip.load_model()
+        with host_mode():
+            self._clip.load_model()
         out = []
         try:
             # Of CLIP-L alone, ComfyUI hands out the unprojected feature unless asked; a picture has nothing to do with that.
@@ -45,12 +47,13 @@ class _Towers:
             model.set_clip_options({"projected_pooled": True})
             for text in texts:
                 mm.throw_exception_if_processing_interrupted()
-                _, pooled, *_ = model.encode_token_weights(self._clip.tokenize(text))
+                with host_mode():
+                    _, pooled, *_ = model.encode_token_weights(self._clip.tokenize(text))
                 if pooled is None:
                     raise ValueError(
                         "clip: this text encoder gives no feature for a whole text, so it can't judge pictures"
                     )
-                out.append(pooled.float().cpu().clone())
+                out.append(pooled.clone().float().cpu())
         finally:
             model.reset_clip_options()
         return torch.cat(out)

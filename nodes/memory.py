@@ -20,8 +20,10 @@ from ..erasure_core.operators.memory import Mode, Placement, SavedMemory, load_m
 from ..erasure_core.suppress import Settings as SuppressSettings
 from ..erasure_core.suppress import suppress
 from .erase import check_words_are_read, unfinished
+from .methods import seed_widget
+from .modes import ordinary_tensors
 from .patching import apply_erasure, check_ungated
-from .port import ComfyPort, ordinary_tensors
+from .port import ComfyPort
 from .reading import apply_memory
 from .replica import Demand
 from .saved import Saved
@@ -146,13 +148,7 @@ class LearnSafePromptMemory(io.ComfyNode):
                     tooltip="Key mode only: size of the weights' training step. 1e-5 suits Stable Diffusion with 1000 "
                     "iterations, 1e-3 EmojiCanvas with 100.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**53,
-                    tooltip="The same seed gives the same memory.",
-                ),
+                seed_widget("The same seed gives the same memory."),
                 io.Vae.Input(
                     "vae",
                     optional=True,

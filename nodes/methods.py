@@ -26,7 +26,15 @@ def widget(field: dataclasses.Field):
     bounds = {"min": field.metadata["low"], "max": field.metadata["high"], "step": field.metadata["step"]}
     if kind is io.Float:
         bounds["round"] = 1e-8
+    elif field.name == "seed":
+        bounds["control_after_generate"] = False
     return kind.Input(field.name, default=default, tooltip=tooltip, **bounds)
+
+
+def seed_widget(tooltip: str, **options):
+    """A seed that stays. ComfyUI draws another after each run unless told not to, and then all that was trained, mined or
+    measured from it would be done again, and no training could be resumed."""
+    return io.Int.Input("seed", default=0, min=0, max=2**53, control_after_generate=False, tooltip=tooltip, **options)
 
 
 def settings_of(spec: MethodSpec, values: dict) -> dict:

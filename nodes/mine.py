@@ -19,8 +19,9 @@ from ..erasure_core.mining import Settings, mine
 from ..erasure_core.operators.changes import Layers, LoRA
 from ..erasure_core.operators.trainable import Cond, TrainableModel
 from .methods import widget
+from .modes import host_mode, ordinary_tensors
 from .patching import check_ungated
-from .port import ComfyPort, family_of, ordinary_tensors
+from .port import ComfyPort, family_of
 from .replica import Demand, latent_shape
 from .saved import Saved
 from .towers import pseudo_words
@@ -28,7 +29,7 @@ from .training import Watcher, decoder
 from .types import CATEGORY, Dark, Judge
 
 _FREE, _WORDS = "free", "words"
-_SHOWN = ("count", "steps", "learning_rate", "looks", "seed")
+_SHOWN = ("count", "steps", "learning_rate", "batch", "looks", "seed")
 """Settings with a widget; the others stand at what suits every model."""
 _AT_ONCE = 8
 
@@ -146,7 +147,7 @@ class MineDarkEmbeddings(io.ComfyNode):
         check_ungated(model=model, base_model=base_model)
         chosen, decode = Settings(**settings), decoder(model, vae)
         watcher = _Watcher([spec.erase[0].name], decode)
-        demand = Demand(LoRA(Layers.TEXT, 1), pictures=chosen.batch)
+        demand = Demand(LoRA(Layers.TEXT, 1), pictures=chosen.batch, relief="Lower the batch")
         with ordinary_tensors():
             port = ComfyPort(model, clip, demand=demand, opened=watcher.opened)
             look = None
@@ -176,13 +177,16 @@ def latents_of(model, vae, family: str, images: Tensor) -> Tensor:
     """IMAGE [N, H, W, 3] -> clean, scaled latents of the size that the model is searched at; cut about the middle."""
     _, h, w = latent_shape(model, family)
     scaled = comfy.utils.common_upscale(images[..., :3].movedim(-1, 1).clone(), 8 * w, 8 * h, "lanczos", "center")
-    latents = torch.cat([vae.encode(part).float().cpu() for part in scaled.movedim(1, -1).contiguous().split(_AT_ONCE)])
+    with host_mode():
+        parts = [vae.encode(part) for part in scaled.movedim(1, -1).contiguous().split(_AT_ONCE)]
+    latents = torch.cat([part.float().cpu() for part in parts])
     return model.model.latent_format.process_in(latents)
 
 
 def conditioning_of(clip, states: Tensor) -> list:
     """Text states [L, D] as CONDITIONING; everything but the states is the empty prompt's, the pooled output too."""
-    (_, options), *_ = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    with host_mode():
+        (_, options), *_ = clip.encode_from_tokens_scheduled(clip.tokenize(""))
     return [[states[None].clone(), dict(options)]]
 
 

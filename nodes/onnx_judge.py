@@ -18,7 +18,7 @@ from ..erasure_core.integrations.onnx_judge import (
     parse_labels,
 )
 from .judges import threshold_widget
-from .port import ordinary_tensors
+from .modes import ordinary_tensors
 from .types import CATEGORY, Judge
 
 FOLDER = "erasure_judges"

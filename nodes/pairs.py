@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from ..erasure_core import FileError
 from ..erasure_core.formats import check_file_name
 from ..erasure_core.pair_files import load_pairs, read_pairs_header, save_pairs
-from .port import ordinary_tensors
+from .modes import ordinary_tensors
 from .saved import Saved
 from .types import CATEGORY, Pairs
 

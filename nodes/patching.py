@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from comfy.weight_adapter.lora import LoRAAdapter
 
 from ..erasure_core import Delta, Erasure
@@ -9,6 +11,8 @@ from ..erasure_core.names import to_comfy
 from .port import ComfyPort
 
 _GATED = "erasure_gated_for"
+_CARRIED = "erasures_carried"
+"""Headers of the erasures that a MODEL carries already."""
 
 
 def apply_erasure(model, erasure: Erasure, strength: float):
@@ -16,7 +20,9 @@ def apply_erasure(model, erasure: Erasure, strength: float):
 
     Raises:
         WrongModelError: the erasure was made for another family.
+        ValueError: the model carries it already.
     """
+    check_without(model, [erasure])
     erasure.check_fits(list(ComfyPort(model).linears()))
     patched = model.clone()
     if strength == 0:
@@ -27,7 +33,20 @@ def apply_erasure(model, erasure: Erasure, strength: float):
         raise ValueError(
             f"model: {len(refused)} weights refused the erasure, first {min(refused)}. Is another node replacing them?"
         )
+    patched.set_attachments(_CARRIED, (*(model.get_attachment(_CARRIED) or ()), erasure.header))
     return patched
+
+
+def check_without(model, erasures: Iterable[Erasure]) -> None:
+    """Raise where ``model`` carries one of them already: it would be applied twice, and strength 0 would not undo it."""
+    carried = model.get_attachment(_CARRIED) or ()
+    for erasure in erasures:
+        if erasure.header in carried:
+            names = ", ".join(c.name for c in erasure.header.spec.erase)[:60]
+            raise ValueError(
+                f"model: it carries this erasure of {names} already. Connect the model from before it, for example that of the "
+                "checkpoint loader; for a firmer effect raise strength"
+            )
 
 
 def gated_for(model, prompt: str):

@@ -6,8 +6,7 @@ Everything that crosses into ``erasure_core`` here is a private, ordinary tensor
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,6 +19,7 @@ from ..erasure_core import Family, Role, Site, TextStates
 from ..erasure_core.operators.changes import role_of
 from ..erasure_core.operators.trainable import Cond, TrainableModel
 from ..erasure_core.port import FAMILIES, token_kinds
+from .modes import host_mode
 from .replica import PREFIX, Demand, build, effective, latent_shape, prediction_of
 
 # Of a UNet: others (LTXV) have attn2 too, fed by a projection of the text that no port knows.
@@ -36,13 +36,6 @@ Read = tuple[TextStates, Tensor | None]
 _text_cache: WeakKeyDictionary[Any, dict[tuple, Read]] = WeakKeyDictionary()
 
 
-@contextmanager
-def ordinary_tensors() -> Iterator[None]:
-    """Leave ComfyUI's inference mode: tensors made inside can be changed, saved and differentiated."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
 def family_of(model) -> Family:
     """Which family a MODEL belongs to, from its network's configuration."""
     config = model.model.model_config
@@ -56,7 +49,7 @@ def family_of(model) -> Family:
 
 
 class ComfyPort:
-    """A :class:`TrainablePort` over a ModelPatcher and a CLIP. Use inside :func:`ordinary_tensors`.
+    """A :class:`TrainablePort` over a ModelPatcher and a CLIP. Use inside :func:`~.modes.ordinary_tensors`.
 
     Args:
         demand: what a training is going to hold beside the network.
@@ -130,10 +123,11 @@ class ComfyPort:
             return {}
         if pooled is None:
             mm.throw_exception_if_processing_interrupted()
-            pooled = self._clip.encode_from_tokens(_plain([self._clip.tokenize(prompt)]), return_pooled=True)[1]
+            with host_mode():
+                pooled = self._clip.encode_from_tokens(_plain([self._clip.tokenize(prompt)]), return_pooled=True)[1]
         _, height, width = self.latent_shape
         y = self._model.model.encode_adm(
-            pooled_output=pooled.float().cpu(), width=8 * width, height=8 * height, device=torch.device("cpu")
+            pooled_output=pooled.clone().float().cpu(), width=8 * width, height=8 * height, device=torch.device("cpu")
         )
         return {"y": y.to(device, torch.float32, copy=True)}
 
@@ -162,10 +156,12 @@ class ComfyPort:
             raise ValueError(
                 "model: predictions of SDXL need its size and pooled conditioning, which this port does not make"
             )
-        mm.load_model_gpu(self._model)
-        device, dtype = mm.get_torch_device(), self._model.model.get_dtype()
-        net = self._model.model.diffusion_model
-        return net(z.to(device, dtype), t.to(device), context=context.to(device, dtype)).float()
+        model, device = self._model.model, mm.get_torch_device()
+        dtype = model.manual_cast_dtype or model.get_dtype()  # not what it is stored in, which may be fp8
+        with host_mode():
+            mm.load_model_gpu(self._model)
+            out = model.diffusion_model(z.to(device, dtype), t.to(device), context=context.to(device, dtype))
+        return out.clone().float()
 
 
 def _encode(clip, prompts: Sequence[str]) -> list[Read]:
@@ -202,7 +198,8 @@ def _states_and_pooled(clip, tokens: dict[str, list]) -> tuple[Tensor, Tensor | 
     seen: list[Tensor | None] = []
     hooks = [x.register_forward_hook(lambda _module, _args, out: seen.append(out[1])) for x in towers]
     try:
-        states, first = clip.encode_from_tokens(tokens, return_pooled=True)
+        with host_mode():
+            states, first = clip.encode_from_tokens(tokens, return_pooled=True)
     finally:
         for hook in hooks:
             hook.remove()

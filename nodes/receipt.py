@@ -14,8 +14,9 @@ from ..erasure_core.metrics.rounding import ROUNDINGS
 from ..erasure_core.metrics.weights import text_measures, total_drift
 from ..erasure_core.receipt import Drawn, JudgedBy, Receipt
 from .measuring import Measuring, erased_words, spread, survival
+from .modes import ordinary_tensors
 from .patching import apply_erasure, check_ungated
-from .port import ComfyPort, ordinary_tensors
+from .port import ComfyPort
 from .reading import memory_digest
 from .sampling import Drawing, widgets
 from .sheet import to_tensor

@@ -23,6 +23,7 @@ from ..erasure_core import Prediction
 from ..erasure_core.operators.changes import FullWeights, Layers, LoRA
 from ..erasure_core.operators.trainable import Cond, TrainableModel, blocks_of
 from ..erasure_core.schedule import Schedule
+from .modes import host_mode
 
 PREFIX = "diffusion_model."
 _SIDES = {"sd15": 512, "sd20": 512}
@@ -45,6 +46,8 @@ class Demand:
     """Latents whose activations are kept at the same time."""
     precise: bool = False
     """Whether it computes in float32 where others compute in half precision."""
+    relief: str = "Close what else uses that memory"
+    """What to do where it doesn't fit."""
 
 
 class Replica(TrainableModel):
@@ -81,7 +84,7 @@ def build(
     need = footprint(
         model, schedule, prediction, shape, demand, fused=_attends_in_pieces(device, half or torch.float32)
     )
-    checkpoint = _fit(need, half is torch.bfloat16, device)
+    checkpoint = _fit(need, half is torch.bfloat16, device, demand.relief)
     net = _network(model, device)
     if half is torch.bfloat16:  # autocast would round these at every pass: the same numbers in half the room
         for module in net.modules():
@@ -278,7 +281,7 @@ def _storage(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-def _fit(need: Footprint, half: bool, device: torch.device) -> bool:
+def _fit(need: Footprint, half: bool, device: torch.device, relief: str) -> bool:
     """Make room; returns whether activations must be computed again to fit.
 
     Raises:
@@ -286,7 +289,8 @@ def _fit(need: Footprint, half: bool, device: torch.device) -> bool:
     """
     margin = _CPU_MARGIN if device.type == "cpu" else _MARGIN
     plain, least = (need.total(half=half, checkpoint=c, margin=margin) for c in (False, True))
-    mm.free_memory(plain, device)
+    with host_mode():
+        mm.free_memory(plain, device)
     free = mm.get_free_memory(device)
     if plain <= free:
         return False
@@ -294,5 +298,5 @@ def _fit(need: Footprint, half: bool, device: torch.device) -> bool:
         return True
     raise ValueError(
         f"model: training on it here takes about {least / 1e9:.1f} GB, and {free / 1e9:.1f} GB of {device.type} memory are "
-        "free. Lower the method's batch, set its rank to 4, or choose fewer layers; UCE, RECE and SPEED need hardly any"
+        f"free. {relief}"
     )

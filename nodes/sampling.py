@@ -12,6 +12,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from .modes import host_mode
 from .port import family_of
 from .replica import latent_shape
 
@@ -68,7 +69,8 @@ def widgets() -> list[Any]:
 
 def encode(clip, prompt: str) -> list:
     """CONDITIONING, as the stock CLIP Text Encode makes it."""
-    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+    with host_mode():
+        return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
 
 
 def sample(
@@ -101,10 +103,11 @@ def sample(
             if step:
                 step(number * total + i + 1)
 
-        drawn = comfy.sample.sample(
-            model, noise, how.steps, how.cfg, how.sampler_name, how.scheduler, positive, negative, empty,
-            denoise=1.0, callback=done, disable_pbar=True, seed=part[0],
-        )  # fmt: skip
+        with host_mode():
+            drawn = comfy.sample.sample(
+                model, noise, how.steps, how.cfg, how.sampler_name, how.scheduler, positive, negative, empty,
+                denoise=1.0, callback=done, disable_pbar=True, seed=part[0],
+            )  # fmt: skip
         out.append(drawn.cpu())
     return torch.cat(out)
 
@@ -116,5 +119,6 @@ _QUIET = {"euler", "euler_cfg_pp", "heun", "heunpp2", "dpm_2", "lms", "dpm_fast"
 
 def decode(vae, latents: Tensor, at_once: int = 8) -> Tensor:
     """IMAGE [n, H, W, 3] in [0, 1] on the CPU."""
-    made = [vae.decode(part) for part in latents.split(at_once)]
+    with host_mode():
+        made = [vae.decode(part) for part in latents.split(at_once)]
     return torch.cat([x.reshape(-1, *x.shape[-3:])[..., :3].float().cpu() for x in made])

@@ -61,7 +61,10 @@ class Saved:
         listed = folder in self.folders and name in folder_paths.get_filename_list(folder)
         path = folder_paths.get_full_path(folder, name) if listed else None
         if path is None:
-            raise FileError(f"file: {file[:80]!r} is not in {self.places}. Choose one from the list")
+            raise FileError(
+                f"file: {file[:80]!r} is not in {self.places}. Put it there and press R, or choose another "
+                "from the list"
+            )
         return path
 
     def check(self, file: str | None) -> bool | str:

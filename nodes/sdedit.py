@@ -16,9 +16,12 @@ from torch import Tensor
 from ..erasure_core import ConceptPairs
 from ..erasure_core.metrics.judges import look_through
 from ..erasure_core.pairs import MAX_PAIRS, MAX_REDRAWS, MAX_SCENES, Draw, pair_noise, pair_up
+from .methods import seed_widget
+from .modes import host_mode, ordinary_tensors
 from .patching import check_ungated
-from .port import family_of, ordinary_tensors
+from .port import family_of
 from .replica import native_side
+from .sampling import encode
 from .training import decoder
 from .types import CATEGORY, Judge, Pairs
 
@@ -45,10 +48,7 @@ class _Artist:
         draws,
     ):
         self._model, self._vae, self._cfg, self._seed = model, vae, cfg, seed
-        encode = clip.encode_from_tokens_scheduled
-        encoded = {
-            text: encode(clip.tokenize(text)) for text in dict.fromkeys(["", *(x for scene in scenes for x in scene)])
-        }
+        encoded = {text: encode(clip, text) for text in dict.fromkeys(["", *(x for scene in scenes for x in scene)])}
         self._scenes, self._null = [(encoded[unsafe], encoded[safe]) for unsafe, safe in scenes], encoded[""]
         self._format = model.get_model_object("latent_format")
         channels, dimensions = self._format.latent_channels, getattr(self._format, "latent_dimensions", 2)
@@ -68,7 +68,9 @@ class _Artist:
         latents = []
         for picture in pictures.split(1):
             mm.throw_exception_if_processing_interrupted()
-            latents.append(self._format.process_in(self._vae.encode(picture).float().cpu()))
+            with host_mode():
+                encoded = self._vae.encode(picture)
+            latents.append(self._format.process_in(encoded.clone().float().cpu()))
         return lambda draws: torch.cat([latents[number] for number, _ in draws])
 
     def draw(self, draws: Sequence[Draw]) -> Tensor:
@@ -99,12 +101,13 @@ class _Artist:
             preview = self._previewer.decode_latent_to_preview_image("JPEG", x0) if self._previewer else None
             self._bar.update_absolute(done + (step + 1) * len(noise), self._total, preview)
 
-        samples = comfy.sample.sample(
-            self._model, noise, len(sigmas) - 1, self._cfg, _SAMPLER, _SCHEDULER, positive, negative, start, sigmas=sigmas,
-            callback=callback, disable_pbar=True, seed=self._seed,
-        )  # fmt: skip
+        with host_mode():
+            samples = comfy.sample.sample(
+                self._model, noise, len(sigmas) - 1, self._cfg, _SAMPLER, _SCHEDULER, positive, negative, start,
+                sigmas=sigmas, callback=callback, disable_pbar=True, seed=self._seed,
+            )  # fmt: skip
         self._done += amount
-        return self._format.process_in(samples.float().cpu())
+        return self._format.process_in(samples.clone().float().cpu())
 
 
 class MakeSDEditPair(io.ComfyNode):
@@ -149,14 +152,7 @@ class MakeSDEditPair(io.ComfyNode):
                 io.Int.Input(
                     "count", default=8, min=1, max=MAX_PAIRS, tooltip="Pairs to make; DUO's authors use 32 to 64."
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The same seed gives the same pairs.",
-                ),
+                seed_widget("The same seed gives the same pairs."),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampler steps of a whole picture."),
                 io.Float.Input(
                     "cfg",

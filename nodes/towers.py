@@ -15,6 +15,7 @@ from ..erasure_core.attacks import Words
 from ..erasure_core.mining import PseudoWords
 from ..erasure_core.operators.search import EmbeddingEncoder, TokenSlot
 from ..erasure_core.text_encoder import Activation, SideBySide, TextEncoder
+from .modes import host_mode
 from .replica import effective
 
 _TOWERS = ("clip_l", "clip_g", "clip_h")
@@ -137,7 +138,9 @@ def pseudo_words(clip, count: int) -> PseudoWords:
     """
     encoder, prompt = encoder_of(clip), " ".join([_PROMPT, *[_PLACE] * count])
     ids = tokens_of(clip, [prompt])
-    own = clip.encode_from_tokens(clip.tokenize(prompt)).float().cpu()
+    with host_mode():
+        own = clip.encode_from_tokens(clip.tokenize(prompt))
+    own = own.clone().float().cpu()
     made = encoder(ids.to(mm.get_torch_device())).cpu()
     if made.shape != own.shape or float((made - own).norm()) > _ALIKE * float(own.norm()):
         raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..erasure_core import ConceptSpec
 from ..erasure_core.operators.changes import FullWeights, Layers, LoRA
 from ..erasure_core.operators.trainable import Cond, TrainableModel
+from .modes import host_mode
 from .replica import Demand, Replica
 
 Decode = Callable[[Tensor], Tensor]
@@ -33,7 +34,8 @@ def decoder(model, vae=None) -> Decode:
     latent_format = model.model.latent_format
 
     def by_vae(latents: Tensor) -> Tensor:
-        pictures = vae.decode(latent_format.process_out(latents))
+        with host_mode():
+            pictures = vae.decode(latent_format.process_out(latents))
         return pictures.reshape(-1, *pictures.shape[-3:])[..., :3].float().cpu().clamp(0, 1)
 
     def by_colour(latents: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ def bench(family: str, counts: Sequence[int], published: bool, sample: bool, rou
     with torch.inference_mode():  # as ComfyUI's executor does
         print(f"{family}: loading", flush=True)
         model, clip = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, output_clip=True)[:2]
-        with port_module.ordinary_tensors():
+        with sys.modules["pack.nodes.modes"].ordinary_tensors():
             port_class = port_module.ComfyPort
             port = port_class(model, clip)
             out["matrices"], out["width"] = len(port.sites()), port.family.context_dim

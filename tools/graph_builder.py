@@ -87,7 +87,8 @@ def input_specs(schema: Json) -> list[tuple[str, str, Json, bool]]:
 
 def has_control(name: str, kind: str, options: Json) -> bool:
     """Does the page put a "control after generate" choice behind this widget?"""
-    return bool(options.get("control_after_generate")) or (kind == "INT" and name in ("seed", "noise_seed"))
+    asked = options.get("control_after_generate")
+    return kind == "INT" and name in ("seed", "noise_seed") if asked is None else bool(asked)
 
 
 def fits(output: str, wanted: str) -> bool:

@@ -31,7 +31,7 @@ right *a crown* (must stay). The judge counts, below each cell, what is still th
 
 **Then try**
 - **strengths** `0.5, 1`: two rows for each method
-- a single prompt: methods against strengths
+- a single prompt, and one line in **concept**: methods against strengths
 - your own concept in all **Erase Concept** nodes, or other settings in a **Method** node
 """,
         (340, 440),
@@ -84,8 +84,8 @@ Press **Run**; some three minutes on a CPU.
 edits what words mean; a search that does not go through words finds the concept again.
 
 **Then try**
-- another **attack**, and a higher **effort**: 1 is its paper's budget
-- quality *thorough* in **Erase Concept** (minutes; much longer on a CPU), and the same attacks again
+- another **attack**, and a higher **effort**: 1 is its whole budget
+- quality *thorough* in **Erase Concept** (seven minutes on one CPU core), and the same attacks again
 
 4. **Erasure Receipt** draws before and after at seeds of its own, counts, and keeps it all, attacks included, in the erasure's
 file: connect **Save Erasure** to its *erasure*.

@@ -24,7 +24,7 @@ Press **Run**; a few minutes on a CPU, pictures appear while it searches.
 **Look at** what was found in each round, and at the scores. The second search finds it again by another way: editing what words
 and finds mean (*fast*, *balanced*) does not close all ways.
 
-**Then try** quality *thorough* in the second Erase Concept: it trains against such searches for minutes, much longer on a CPU.
+**Then try** quality *thorough* in the second Erase Concept: it trains against such searches, seven minutes on one CPU core.
 
 Scores come from the **judge** that the demo model brings along; on your own model use *Example Judge*, *CLIP Judge* or *ONNX
 Judge*, or none and your eyes.

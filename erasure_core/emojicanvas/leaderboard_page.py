@@ -112,7 +112,7 @@ nothing; "-": not run on every concept.
 
 def _budget(attack: str, further: Mapping[str, Any]) -> str:
     changed = ", ".join(f"{k} {v}" for k, v in {**ATTACKS.get(attack, {}), **further}.items())
-    return changed or "its paper's settings"
+    return changed or "its default settings"
 
 
 def table(found: Sequence[Standing], columns: Sequence[str]) -> str:

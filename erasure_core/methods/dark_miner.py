@@ -69,7 +69,7 @@ class Settings:
     )  # fmt: skip
     words: int = setting(4, "Form words only: how many pseudo-words a find has.", low=1, high=16, step=1)
     threshold: float = setting(
-        0.2, "Mining stops once the pictures of what it finds score no more than this.", low=-1.0, high=1.0, step=0.01
+        0.2, "Mining stops once the pictures of what it finds score no more than this.", low=0.0, high=1.0, step=0.01
     )
     mine_steps: int = setting(150, "Steps of each search.", low=1, high=100000, step=10)
     mine_rate: float = setting(

@@ -39,12 +39,28 @@ ADVERSE = "adverse"
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
-    iterations: int = setting(1000, "Rounds of one step each.", low=1, high=100000, step=10)
+    iterations: int = setting(
+        1000,
+        "Training steps, each with a step of the search for what suffers. More erase more thoroughly.",
+        low=1,
+        high=100000,
+        step=10,
+    )
     negative_guidance: float = setting(1.0, AWAY, low=0.0, high=20.0, step=0.5)
-    temperature: float = setting(2.0, "How freely the adversary chooses.", low=0.01, high=100.0, step=0.1)
-    adversary_rate: float = setting(1e-2, "Size of the adversary's step.", low=1e-8, high=10.0, step=1e-3)
+    temperature: float = setting(
+        2.0,
+        "How freely the search jumps between words that might suffer; higher is more random.",
+        low=0.01,
+        high=100.0,
+        step=0.1,
+    )
+    adversary_rate: float = setting(1e-2, "Size of a step of that search.", low=1e-8, high=10.0, step=1e-3)
     nearest: int = setting(
-        100, "Words nearest to the concept that the adversary chooses from.", low=1, high=10000, step=10
+        100,
+        "How many words, the nearest to the concept, are searched for those that suffer.",
+        low=1,
+        high=10000,
+        step=10,
     )
     vocabulary: str = setting(
         "",
@@ -160,7 +176,8 @@ def run(
 SPEC = MethodSpec(
     name="eap",
     title="EAP",
-    summary="Trains like ESD while it searches for the words that suffer most, and holds those: about twice as slow.",
+    summary="Trains like ESD while it searches for the words that suffer most, and holds those; a step takes some four "
+    "times as long.",
     paper="https://arxiv.org/abs/2410.15618",
     settings=Settings,
     run=run,

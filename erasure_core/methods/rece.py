@@ -71,7 +71,9 @@ class Settings:
         step=0.01,
     )
     derivation: Derivation = setting(
-        Derivation.REGZERO, "Which closed form derives them; the paper's README uses regzero."
+        Derivation.REGZERO,
+        "What the derived embeddings are pulled towards: regzero (the authors' choice) nothing, surrogate the word itself or "
+        "what it is read as, standard the replacement.",
     )
     ridge: float = setting(
         1e-3, "How firmly the weights stay put. Raise it if other things change, lower it if the concept remains.",

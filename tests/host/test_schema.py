@@ -20,6 +20,7 @@ NODES = (
     "ErasureSave",
     "ErasureLoad",
     "ErasureMerge",
+    "ErasureGate",
     "ErasureMineDarkEmbeddings",
     "ErasureSaveDarkEmbeddings",
     "ErasureLoadDarkEmbeddings",

@@ -21,7 +21,7 @@ import folder_paths
 import torch
 from safetensors.torch import save_file
 
-from . import attacks, records, small_towers
+from . import attacks, moves, records, small_towers
 
 PREFIX = "diffusion_model."
 
@@ -175,7 +175,7 @@ class Replica(Probe):
         mm.load_models_gpu([model])
         network, memory = model.model.diffusion_model, model.model.state_dict()
         before = {k: v.clone() for k, v in memory.items()}
-        with port.ordinary_tensors():
+        with pack("nodes.modes").ordinary_tensors():
             g = torch.Generator().manual_seed(1)
             z, t = torch.randn(2, 4, 16, 16, generator=g), torch.tensor([10, 900])
             cond = replica.Cond.cat(port.ComfyPort(model, clip).conditions(["a cat", "a small dog"]))
@@ -260,7 +260,7 @@ class Conditions(Probe):
         asked, encode = [], clip.cond_stage_model.encode_token_weights
         clip.cond_stage_model.encode_token_weights = lambda tokens: asked.append(tokens) or encode(tokens)
         try:
-            with port.ordinary_tensors():
+            with pack("nodes.modes").ordinary_tensors():
                 pooled = [row for _, row in port._encode(clip, prompts)]
                 sections = sum(len(next(iter(x.values()))) for x in asked)
                 asked.clear()
@@ -362,5 +362,5 @@ NODES = (
     TinyClip,
     Tower,
 )
-ALL = (*NODES, *small_towers.NODES, *attacks.NODES, *records.NODES)
+ALL = (*NODES, *small_towers.NODES, *attacks.NODES, *records.NODES, *moves.NODES)
 NODE_CLASS_MAPPINGS = {f"Probe{node.__name__}": node for node in ALL}

@@ -46,7 +46,7 @@ class Reading(Probe):
     def run(self, model, clip):
         port, reading = pack("nodes.port"), pack("nodes.reading")
         mm.load_models_gpu([model])  # takes off what an earlier graph patched
-        with port.ordinary_tensors():
+        with pack("nodes.modes").ordinary_tensors():
             made = port.ComfyPort(model, clip)
             z, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([700])
             cond = made.conditions(["a beer"])[0]
@@ -64,8 +64,8 @@ class Words(Probe):
     INPUT_TYPES = classmethod(lambda cls: {"required": {"clip": ("CLIP",)}})
 
     def run(self, clip):
-        towers, port = pack("nodes.towers"), pack("nodes.port")
-        with port.ordinary_tensors():
+        towers = pack("nodes.towers")
+        with pack("nodes.modes").ordinary_tensors():
             words = towers.words_of(clip)
             prompt = "a picture of a cat, a dog"
             own = clip.encode_from_tokens(clip.tokenize(prompt)).float().cpu().clone()
