@@ -11,6 +11,8 @@ from torch import Tensor
 
 def moved(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """``x`` on a device and in a type. The host does not wait for what the device still has to do."""
+    if device.type == "mps":  # there a copy that nobody waits for may read memory that is given back meanwhile
+        return x.to(dtype or x.dtype).to(device)  # its type first: it has no float64
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()  # a copy from ordinary memory may wait
     return x.to(device, dtype, non_blocking=x.device.type == "cpu")

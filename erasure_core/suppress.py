@@ -128,12 +128,13 @@ def suppress(port: TrainablePort, spec: ConceptSpec, settings: Settings, progres
     """
     spec = replace(spec, everyday=spec.everyday or not spec.keep)
     prompts = Prompts(port, spec, aids.dark)
-    words = [prompts.pairs[i % len(prompts.pairs)] for i in range(settings.pictures)]
+    n, kept_count = max(settings.pictures, len(prompts.pairs)), max(settings.kept_pictures, len(spec.keep))
+    words = [prompts.pairs[i % len(prompts.pairs)] for i in range(n)]
     generator = torch.Generator().manual_seed(settings.seed)
     others = [prompts.keep[i] for i in torch.randperm(len(prompts.keep), generator=generator)]
     scenes = [Scene(prompts[word], prompts[to]) for word, to in words]
-    scenes += [Scene(prompts[others[i % len(others)]]) for i in range(settings.kept_pictures)]
-    n, steps = settings.pictures, settings.sample_steps
+    scenes += [Scene(prompts[others[i % len(others)]]) for i in range(kept_count)]
+    steps = settings.sample_steps
 
     with port.trainable() as model:
         stops = draw(model, scenes, prompts.null, settings, lambda done, _: progress(done, steps + settings.iterations))

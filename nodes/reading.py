@@ -77,11 +77,18 @@ class _Together(PromptMemory):
     def __init__(self, uses: tuple[Use, ...]) -> None:
         nn.Module.__init__(self)  # no rows of its own
         self._uses = uses
+        self._rows: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+        """Keys and values of each, by device and type: a copy at every site would make the host wait."""
 
     def extend(self, site: str, context: Tensor) -> Tensor:
-        read = [use for use in self._uses if use.memory.placement.covers(site)]
-        rows = (use.memory.key if site.endswith("to_k") else use.memory.value for use in read)
-        return extended(context, [(r, u.memory.length, u.quarters) for r, u in zip(rows, read, strict=True)])
+        where = context.device, context.dtype
+        if where not in self._rows:
+            self._rows[where] = [(u.memory.key.to(*where), u.memory.value.to(*where)) for u in self._uses]
+        part = 0 if site.endswith("to_k") else 1
+        read = zip(self._rows[where], self._uses, strict=True)
+        return extended(
+            context, [(r[part], u.memory.length, u.quarters) for r, u in read if u.memory.placement.covers(site)]
+        )
 
 
 def memory_of(model) -> PromptMemory | None:

@@ -81,15 +81,15 @@ def build(
     check_trainable(model, family)
     schedule, prediction = schedule_of(model), prediction_of(model)
     half = None if demand.precise else _half(device)
-    need = footprint(
-        model, schedule, prediction, shape, demand, fused=_attends_in_pieces(device, half or torch.float32)
-    )
+    kept_in = half if half is torch.bfloat16 else torch.float32  # what attention with gradients computes in
+    need = footprint(model, schedule, prediction, shape, demand, fused=_attends_in_pieces(device, kept_in))
     checkpoint = _fit(need, half is torch.bfloat16, device, demand.relief)
-    net = _network(model, device)
+    net = _network(model, torch.device("meta"))  # memory only in the type that stays
     if half is torch.bfloat16:  # autocast would round these at every pass: the same numbers in half the room
         for module in net.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(half)
+    net.to_empty(device=device)
     weights = net.state_dict()
     found = model.get_key_patches(PREFIX)
     if missing := [k for k in weights if PREFIX + k not in found]:

@@ -65,6 +65,10 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
         "concept inversion",
         lambda *_: progress(0, settings.steps),
     )
+    asked: dict[str, list[str]] = {}
+    for prompt, sentence in zip(target.prompts, sentences(target, spec), strict=True):
+        asked.setdefault(sentence, []).append(prompt)
+    frames = {sentence: Frame.inside(words, sentence, settings.vectors) for sentence in asked}
     slots = [Frame.inside(words, sentence, settings.vectors).slot() for sentence in SENTENCES]
     named = words.content(spec.erase[0].name)[-1:]  # the papers start from a word that describes it
     vectors = words.encoder.embed(words.pack(torch.tensor([named])).to(words.table.device))[
@@ -88,11 +92,8 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
                 target.show(null.with_context(slots[0].states(vectors.detach())))
         progress(settings.steps, settings.steps)
     ways = []
-    asked: dict[str, list[str]] = {}
-    for prompt, sentence in zip(target.prompts, sentences(target, spec), strict=True):
-        asked.setdefault(sentence, []).append(prompt)
     for sentence, prompts in asked.items():
-        states = Frame.inside(words, sentence, settings.vectors).slot().states(vectors.detach())[0]
+        states = frames[sentence].slot().states(vectors.detach())[0]
         ways.append(Way(sentence.replace("{}", "<v>"), states=states.cpu(), attacks=tuple(prompts)))
     return Found(tuple(ways), tuple(torch.stack(losses).tolist()))
 

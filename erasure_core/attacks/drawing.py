@@ -144,9 +144,10 @@ def _pictures(
     with target.base.trainable() as model:
         for name, conds in read.items():
             made = []
-            for start in range(0, total, target.sampler.batch):
+            size = min(target.sampler.batch, model.at_once)
+            for start in range(0, total, size):
                 progress(0, 1)
-                numbers = range(start, min(total, start + target.sampler.batch))
+                numbers = range(start, min(total, start + size))
                 cond = Cond.cat([conds[i % len(conds)] for i in numbers])
                 made.append(draw(model, cond, null, noises(model, seed, name, numbers), target.sampler))
             found.append(torch.cat(made))

@@ -102,7 +102,12 @@ def evaluate(
                 noise = way.noise[None].to(model.device, model.dtype)
             else:
                 noise = noises(model, seed, "evaluate", range(pictures))
-            z = torch.cat([_draw(model, way, cond, null, n, target) for n in noise.split(target.sampler.batch)])
+            z = torch.cat(
+                [
+                    _draw(model, way, cond, null, n, target)
+                    for n in noise.split(min(target.sampler.batch, model.at_once))
+                ]
+            )
             made.append(z)
             probabilities.append(look(z).float().cpu())
         if progress:

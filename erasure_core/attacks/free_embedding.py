@@ -53,8 +53,9 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
     ways: list[Way] = []
     losses: list[float] = []
     with target.erased.trainable() as model:
-        for number, (prompt, start) in enumerate(zip(prompts, target.erased.conditions(prompts), strict=True)):
-            step = part(progress, number, len(prompts))
+        null = target.erased.conditions([""])[0]  # whose pooled text finds are drawn with
+        for number, (prompt, asked) in enumerate(zip(prompts, target.erased.conditions(prompts), strict=True)):
+            step, start = part(progress, number, len(prompts)), null.with_context(asked.context)
             states, path = best_states(model, target, pool, start, settings, number, step)
             losses += path
             ways.append(Way(f"free embedding from {prompt!r}", states=states.cpu(), attacks=(prompt,)))

@@ -74,7 +74,7 @@ def search_prompt(
     settings: Settings, number: int, progress: Progress,
 ) -> tuple[Tensor, list[Tensor], int]:  # fmt: skip
     """The words [n] (ids) for one prompt, the losses, and how many pictures were looked at."""
-    words, slot, null = frame.words, frame.slot(), target.erased.conditions([""])[0]
+    words, slot = frame.words, frame.slot()
     table, schedule = words.table, erased.schedule
     first = torch.randint(0, len(table), (frame.free,), generator=generator_for(settings.seed, "p4d start", number))
     soft = table[first.to(table.device)].clone().requires_grad_()
@@ -85,7 +85,7 @@ def search_prompt(
         x0 = pictures[k : k + 1]
         t = torch.randint(0, len(schedule), (1,), generator=generator)
         z = schedule.add_noise(x0, erased.noise(1, generator), t)
-        cond = null.with_context(slot.states(projected(soft, table)))
+        cond = asked.with_context(slot.states(projected(soft, table)))
         return {"gap": gap_to_base(erased, base, z, t, cond, asked, target)}
 
     fixed = torch.linspace(0, len(schedule) - 1, _FIXED + 2)[1:-1].round().long()
@@ -95,7 +95,7 @@ def search_prompt(
     eye = Eye(target, erased, settings.seed, f"p4d look {number}") if target.look else None
 
     def score(tokens: Tensor) -> float:
-        cond = null.with_context(words.states(frame.ids(tokens[None])))
+        cond = asked.with_context(words.states(frame.ids(tokens[None])))
         if eye is not None:
             return eye(cond)
         target.show(cond)

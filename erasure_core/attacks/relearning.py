@@ -17,11 +17,10 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from ..concept import ConceptSpec
+from ..concept import ConceptSpec, everyday
 from ..operators.changes import Layers, LoRA
 from ..operators.search import denoising_loss
 from ..operators.train_loop import Kind, Optimiser, Phase, generator_for
-from ..vocabulary import VOCABULARY
 from .drawing import Progress, draw, noises, pictures_of_each
 from .registry import AttackSpec, Knowledge, setting
 from .target import AttackTarget, Found, asking
@@ -55,8 +54,7 @@ def dataset(
         prompts = target.prompts[: settings.captions]
         pools = pictures_of_each(target, prompts, settings.pictures, settings.seed, "relearn", progress)
         return list(zip(prompts, pools, strict=True))
-    told = " ".join(word for concept in spec.erase for word in concept.words).casefold().split()
-    common = [word for word in VOCABULARY if word not in told]
+    common = everyday(target.base, spec)
     spread = [common[i * len(common) // settings.captions] for i in range(min(settings.captions, len(common)))]
     captions = list(spec.keep[: settings.captions]) or spread
     conds, null = target.base.conditions(captions), target.base.conditions([""])[0]

@@ -42,7 +42,7 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
     null = target.erased.conditions([""])[0]
     found: list[Tensor] = []
     with target.erased.trainable() as model:
-        for some in shown.split(batch):
+        for some in shown.split(min(batch, model.at_once)):
             done = steps * sum(len(z) for z in found)
 
             def step(at: int, _: int, done: int = done, each: int = len(some)) -> None:

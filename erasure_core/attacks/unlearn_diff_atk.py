@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..concept import ConceptSpec
+from ..devices import moved
 from ..operators.search import denoising_loss
 from ..operators.train_loop import Kind, Optimiser, Phase, generator_for
 from ..operators.trainable import TrainableModel
@@ -62,7 +63,7 @@ class _Drawn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, generator: torch.Generator) -> Tensor:
         index = torch.multinomial(u.detach().float().cpu(), 1, generator=generator)[:, 0]
-        return F.one_hot(index, u.shape[1]).to(u)
+        return F.one_hot(moved(index, u.device), u.shape[1]).to(u)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

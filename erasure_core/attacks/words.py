@@ -132,15 +132,25 @@ class Frame:
 
     @classmethod
     def prefix(cls, words: Words, content: Sequence[int], free: int) -> Frame:
-        """``free`` places before the prompt, whose end is cut where both don't fit (UnlearnDiffAtk)."""
+        """``free`` places before the prompt, whose end is cut where both don't fit (UnlearnDiffAtk).
+
+        Raises:
+            ValueError: not even the places fit.
+        """
+        _check_fits(words, free)
         return cls(words, (*[None] * free, *content[: words.room - free]))
 
     @classmethod
     def inside(cls, words: Words, sentence: str, free: int) -> Frame:
-        """``free`` places where ``sentence`` has its ``{}``."""
+        """``free`` places where ``sentence`` has its ``{}``; what is farthest from them is cut where all don't fit.
+
+        Raises:
+            ValueError: not even the places fit.
+        """
+        _check_fits(words, free)
         head, tail = words.contents(sentence.split("{}", 1))
-        pieces: list[Piece] = [*head, *[None] * free, *tail]
-        return cls(words, tuple(pieces[: words.room]))
+        head = head[max(0, len(head) - (words.room - free)) :]
+        return cls(words, tuple([*head, *[None] * free, *tail][: words.room]))
 
     @classmethod
     def every(cls, words: Words, content: Sequence[int], gap: int) -> Frame:
@@ -174,6 +184,11 @@ class Frame:
         places = [begin + i for i, piece in enumerate(self.pieces) if piece is None]
         ids = self.ids(self.words.vocabulary[:1].repeat(1, self.free))
         return TokenSlot(self.words.encoder, ids.to(self.words.table.device), places)
+
+
+def _check_fits(words: Words, free: int) -> None:
+    if free > words.room:
+        raise ValueError(f"tokens: {free} searched words, and {words.room} fit into a prompt. Search fewer")
 
 
 def swap(prompt: str, words: Sequence[str], new: str) -> str | None:

@@ -152,7 +152,12 @@ class DiffusersPort:
             raise ValueError(
                 "model: its UNet reads more than a latent and text. Training works on plain SD 1.x, 2.x and XL"
             )
-        net = _Plain(_replica(self.unet)).to(self._device(), torch.float32)
+        net = _Plain(_replica(self.unet))
+        half = self._autocast if self._autocast is torch.bfloat16 else torch.float32
+        for module in net.modules():  # matrices in what they are computed in; the few other weights are exact
+            if not list(module.children()):
+                module.to(half if isinstance(module, nn.Linear | nn.Conv2d) else torch.float32)
+        net = net.to(self._device())
         scheduler = getattr(self.pipe, "scheduler", None)
         known = getattr(scheduler, "alphas_cumprod", None)
         schedule = Schedule.scaled_linear() if known is None else Schedule.from_alphas_cumprod(known)

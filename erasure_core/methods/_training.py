@@ -86,7 +86,8 @@ class Prompts:
         return self._conds[text]
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Cond]:
-        """The prompts of one step: ``n`` pairs (each word as often as the others), and as many kept words, if any."""
+        """The prompts of one step: ``n`` pairs (no word twice before every other one was taken; of more words than ``n``
+        each step draws anew), and as many kept words, if any."""
         chosen = [self.pairs[i] for i in _spread(len(self.pairs), n, generator)]
         conds = {
             ERASE: Cond.cat([self[word] for word, _ in chosen]),
@@ -144,9 +145,9 @@ def draw_pictures(
     them."""
     generator, count = torch.Generator().manual_seed(settings.seed), max(count, len(conds))
     made: list[Tensor] = []
-    for start in range(0, count, 8):
+    for start in range(0, count, model.at_once):
         progress(start, count)
-        part = [conds[i % len(conds)] for i in range(start, min(start + 8, count))]
+        part = [conds[i % len(conds)] for i in range(start, min(start + model.at_once, count))]
         made.append(
             model.denoise_until(
                 Cond.cat(part), null, guidance=settings.guidance, progress=1.0, steps=settings.sample_steps,

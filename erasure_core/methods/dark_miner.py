@@ -163,7 +163,7 @@ def circumvent(
     def loss(_: int, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(0, len(pool), (settings.batch,), generator=generator)
         newest = torch.randint(len(pool) - fresh, len(pool), (settings.batch,), generator=generator)
-        chosen = torch.where(torch.arange(settings.batch) < settings.batch // 2, newest, chosen).tolist()
+        chosen = torch.where(torch.arange(settings.batch) < (settings.batch + 1) // 2, newest, chosen).tolist()
         ways = [pool[i] for i in chosen]
         conds = {
             **prompts.draw(settings.batch, generator),

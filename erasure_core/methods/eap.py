@@ -131,13 +131,18 @@ def run(
     words = vocabulary_of(port, spec, settings.vocabulary, prompts.keep)
     held = [keep_term(KEEP, settings.keep_weight)] if prompts.keep and settings.keep_weight else []
     with port.trainable() as model:
-        table = Cond.cat(port.conditions(words)).context.to(model.device, model.dtype)
-        tables = [table[nearest(table, prompts[word].context.to(table), settings.nearest)] for word, _ in prompts.pairs]
-        logits = [torch.zeros(len(x), device=model.device, requires_grad=True) for x in tables]
+        table = Cond.cat(port.conditions(words)).on(model.device, model.dtype)
+        searched = []
+        for word, _ in prompts.pairs:
+            near = nearest(table.context, prompts[word].context.to(table.context), settings.nearest)
+            searched.append(Cond(table.context[near], {name: x[near] for name, x in table.extra.items()}))
+        logits = [torch.zeros(len(x), device=model.device, requires_grad=True) for x in searched]
 
         def adverse(number: int, generator: torch.Generator) -> Cond:
-            choice = gumbel_one_hot(logits[number], settings.temperature, generator).to(table)
-            return prompts.null.with_context(torch.einsum("v,vld->ld", choice, tables[number])[None])
+            choice, of = gumbel_one_hot(logits[number], settings.temperature, generator), searched[number]
+            choice = choice.to(of.context)
+            extra = {name: torch.einsum("v,v...->...", choice.to(x), x)[None] for name, x in of.extra.items()}
+            return Cond(torch.einsum("v,vld->ld", choice, of.context)[None], extra)
 
         def latents(cond: Cond, generator: torch.Generator, at: float) -> tuple[Tensor, Tensor]:
             fixed = cond.with_context(cond.context.detach()).expand(settings.batch)

@@ -12,7 +12,7 @@ k steps done. ``erase_from`` removes a concept only inside another one (2025).
 
 Departures: a replacement takes the place of the empty prompt as the base of the target (as LECO's neutral prompt does);
 kept words are held at the same latents (the paper has no such term); only linear layers of transformer blocks are trained,
-so ESD-u leaves convolutions and the time embedding alone; several words are drawn in turn; the latent lies at exactly the
+so ESD-u leaves convolutions and the time embedding alone; of several words each step draws anew; the latent lies at exactly the
 time that is trained.
 """
 
@@ -58,8 +58,10 @@ def target(form: Form, eta: float, *, erase_from: bool = False, replaced: bool =
     if form is Form.CODE_2023:
         base = TO if replaced else NULL
         return TargetTerm("erase", ERASE, shifted(base, -eta, ERASE, NULL))
+    if replaced and erase_from:  # what it is erased from, with the replacement in the place of the concept
+        return TargetTerm("erase", FROM, {FROM: 1.0, TO: 1.0, NULL: eta - 1, ERASE: -eta})
     if replaced:  # the 2025 form with from = e, written as the 2023 one, where the base can be exchanged
-        return TargetTerm("erase", FROM if erase_from else ERASE, shifted(TO, 1 - eta, ERASE, NULL))
+        return TargetTerm("erase", ERASE, shifted(TO, 1 - eta, ERASE, NULL))
     read = FROM if erase_from else ERASE
     return TargetTerm("erase", read, shifted(read, -eta, ERASE, NULL))
 
@@ -82,9 +84,15 @@ def run(
     progress: Progress,
     aids: Aids,
 ) -> Erasure:
-    """Erase with ESD. One sampler run and up to four network passes a step."""
+    """Erase with ESD. One sampler run and up to five network passes a step.
+
+    Raises:
+        ValueError: the 2023 form is asked to erase from something.
+    """
     erase_from = settings.erase_from.strip()
     old = settings.form is Form.CODE_2023
+    if old and erase_from:
+        raise ValueError("erase_from: the 2023 form can't do that. Choose the form 2025, or leave it empty")
     replaced = any(concept.to for concept in spec.erase)
     return train_regression(
         port,

@@ -142,10 +142,13 @@ def run(
                 lambda *_: progress(0, settings.iterations),
             )  # fmt: skip
         pool = latents.to(model.device, model.dtype)
+        first = spec.erase[0].words
+        # Pictures that are given show the first concept, whose further embeddings these are too.
+        shown = [i for i, w in enumerate(words) if aids.pictures is None or w in first or w not in prompts.words]
 
         def loss(_: int, generator: torch.Generator) -> dict[str, Tensor]:
             chosen = torch.randint(0, len(pool), (settings.batch,), generator=generator)
-            number = [i % len(words) for i in chosen.tolist()]
+            number = [shown[i % len(shown)] for i in chosen.tolist()]
             t = torch.randint(0, len(model.schedule), (settings.batch,), generator=generator)
             z = model.schedule.add_noise(pool[moved(chosen, pool.device)], model.noise(settings.batch, generator), t)
             conds = {**prompts.draw(settings.batch, generator), ERASE: Cond.cat([prompts[words[i]] for i in number])}

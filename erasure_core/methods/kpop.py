@@ -62,8 +62,8 @@ class Settings(TrainSettings):
 
 ALONE = 4.0
 """The key's steps alone at the end, for each alternating one."""
-_DRAWN, _AT_ONCE, _STOPS = 64, 8, 8
-"""These steps learn from so many pictures, drawn so many at once, each looked at after so many sampler steps."""
+_DRAWN, _STOPS = 64, 8
+"""These steps learn from so many pictures, or one for each word if those are more, each looked at after so many steps."""
 
 
 @dataclass(frozen=True)
@@ -120,16 +120,17 @@ def underway(model: TrainableModel, prompts: Prompts, settings: Settings, progre
     latents: list[Tensor] = []
     times: list[int] = []
     words: list[Cond] = []
-    for start in range(0, _DRAWN, _AT_ONCE):
-        conds = [named[i % len(named)] for i in range(start, start + _AT_ONCE)]
-        z, together = model.noise(_AT_ONCE, generator), Cond.cat(conds)
+    count = max(_DRAWN, len(named))
+    for start in range(0, count, model.at_once):
+        conds = [named[i % len(named)] for i in range(start, min(start + model.at_once, count))]
+        z, together = model.noise(len(conds), generator), Cond.cat(conds)
         seen = set(torch.randperm(len(ways), generator=generator)[:_STOPS].tolist())
         for number, way in enumerate(ways):
-            progress(start, _DRAWN)
+            progress(start, count)
             if number in seen:
                 assert way[0] is not None
                 latents.append(z)
-                times += [way[0]] * _AT_ONCE
+                times += [way[0]] * len(conds)
                 words += conds
             z = model.denoise(z, way, together, null, guidance=settings.guidance, weights=Weights.FROZEN)
     return Underway(torch.cat(latents), torch.tensor(times), words)

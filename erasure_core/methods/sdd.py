@@ -4,7 +4,7 @@
 
 The target is the student's own unconditional prediction; a running average of the student (0.999 a step) samples z, for all
 concepts joined into one prompt, and is what is saved. Cross-attention, AdamW 1e-5, weight decay 1e-4, 1500 steps, guidance
-3; the concepts take turns in the loss ("iterative").
+3; each step draws one of the concepts for the loss (the authors cycle through them, "iterative").
 
 Departures: a replacement takes the place of the empty prompt in the target; a chain always stops where it is trained (the
 authors' ``until=0`` runs it to its end); the README and the code of the authors swap which of the joined and the single

@@ -112,9 +112,11 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
         anchors = sample_anchors(moved(conds[ERASE].context[:1], z.device, z.dtype), settings.anchors, generator)
         return {"anchors": settings.anchor_weight * anchoring_loss(model, z, t, anchors, conds[ERASE])}
 
+    warmup = min(settings.warmup, settings.iterations // 6)  # of a short training: the paper's share, 500 of 3000 steps
+    rate = cosine(settings.iterations, restarts=3, warmup=warmup)
     return train_regression(
         port, spec, settings, progress, aids, method="spm", terms=[target(settings.negative_guidance)], more=anchoring,
-        optimiser=Kind.ADAMW, weight_decay=0.01, rate=cosine(settings.iterations, restarts=3, warmup=settings.warmup),
+        optimiser=Kind.ADAMW, weight_decay=0.01, rate=rate,
         what=LoRA(settings.layers, settings.rank, 1.0),
     )  # fmt: skip
 

@@ -29,7 +29,9 @@ class WeightChange:
 
 def weight_changes(base: ModelPort, erased: ModelPort) -> list[WeightChange]:
     """Of the matrices that read the text, in network order; unchanged ones are zero throughout."""
-    return [_change(site, base.weight(site).double(), erased.weight(site).double()) for site in base.sites()]
+    return [
+        _change(site, base.weight(site).cpu().double(), erased.weight(site).cpu().double()) for site in base.sites()
+    ]
 
 
 def _change(site: Site, before: Tensor, after: Tensor) -> WeightChange:

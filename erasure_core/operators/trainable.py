@@ -177,6 +177,12 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         for block in self._blocks:
             block.forward = self._recomputed(block.forward)
 
+    @property
+    def at_once(self) -> int:
+        """Pictures to draw side by side: as many as take the room of eight of 512 pixels, and no more than eight."""
+        _, h, w = self.latent_shape
+        return max(1, min(8, 8 * 64 * 64 // (h * w)))
+
     def module(self, site: str) -> nn.Module:
         """The layer of a site."""
         return self.net.get_submodule(self._paths[site])
