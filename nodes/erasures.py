@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import folder_paths
 import torch
@@ -11,6 +12,7 @@ from comfy_api.latest import io, ui
 
 from ..erasure_core import Erasure as CoreErasure
 from ..erasure_core import FileError, Layout, load, merge, read_header, save
+from ..erasure_core.artifact import digest
 from ..erasure_core.formats import check_file_name, read_receipt, receipt_of, write_bytes
 from ..erasure_core.methods._training import fingerprint
 from ..erasure_core.receipt_file import parse_receipt, receipt_json
@@ -96,6 +98,11 @@ class SaveErasure(io.ComfyNode):
         root.mkdir(parents=True, exist_ok=True)
         written = [root / file, *_beside(root / file)]
         if not overwrite and (there := [path for path in written if path.exists()]):
+            with ordinary_tensors():
+                if _is_saved(erasure, root / file, _LAYOUTS[layout], _PRECISIONS[precision]):
+                    return io.NodeOutput(
+                        f"{folder}/{file}", ui=ui.PreviewText(f"models/{folder}/{file} has this very erasure already")
+                    )
             raise FileError(
                 f"name: {there[0].name} is already in models/{folder}. Choose another name or switch overwrite on"
             )
@@ -116,6 +123,18 @@ class SaveErasure(io.ComfyNode):
         said = [f"saved models/{folder}/{file} ({shown})"]
         said.append("no receipt" if receipt is None else "with its receipt, inside and beside it")
         return io.NodeOutput(f"{folder}/{file}", ui=ui.PreviewText("\n".join(said)))
+
+
+def _is_saved(erasure: CoreErasure, file: Path, layout: Layout, dtype: torch.dtype) -> bool:
+    """Whether ``file`` is what saving ``erasure`` would write: the same graph, run again."""
+    with TemporaryDirectory() as folder:
+        again = Path(folder) / file.name
+        save(erasure, again, layout=layout, dtype=dtype)
+        try:
+            one, other = load(file), load(again)
+        except (FileError, OSError):
+            return False
+    return (one.header, one.receipt, digest(one.deltas)) == (other.header, other.receipt, digest(other.deltas))
 
 
 def _beside(file: Path) -> tuple[Path, Path]:

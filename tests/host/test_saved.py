@@ -42,7 +42,10 @@ def test_nothing_saved_says_how_to_save(server: ComfyServer, node: str) -> None:
     clip: dict[str, Any] = {"clip": g.demo()[1]} if node == "ErasureLoadDarkEmbeddings" else {}
     for file, sentence in (
         (f"(no {what} saved yet)", f"file: nothing is saved yet in {places}. Run {saver}, then press R"),
-        ("none.safetensors", f"file: 'none.safetensors' is not in {places}. Choose one from the list"),
+        (
+            "none.safetensors",
+            f"file: 'none.safetensors' is not in {places}. Put it there and press R, or choose another from the list",
+        ),
     ):
         again = Graph()
         again.api |= g.api

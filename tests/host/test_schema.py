@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from comfy_host import PACK, ComfyServer
 
-from erasure_core import MethodSpec, all_methods
+from erasure_core import Family, MethodSpec, all_methods
+from erasure_core.methods import settings_from
 from erasure_core.presets import PRESETS
 
 NODES = (
@@ -122,10 +123,23 @@ def test_erase_concept_takes_aids_last(ours: dict[str, Any]) -> None:
     ]
 
 
+def test_seeds_stay_as_they_are(ours: dict[str, Any]) -> None:
+    """The page would draw another after each run, and what took hours would be made anew."""
+    seeds = [i["seed"][1] for i in map(inputs, ours.values()) if "seed" in i]
+    assert len(seeds) > 10 and all(options["control_after_generate"] is False for options in seeds)
+
+
 def test_presets_are_the_choices_of_quality(ours: dict[str, Any]) -> None:
     kind, options, *_ = inputs(ours["ErasureEraseConcept"])["quality"]
     assert (kind if isinstance(kind, list) else options["options"]) == list(PRESETS)
     assert all(f"{name}: {preset.summary}" in options["tooltip"] for name, preset in PRESETS.items())
+
+
+def test_only_presets_that_draw_take_a_seed() -> None:
+    for preset in PRESETS.values():
+        method, settings = preset.on(Family("sdxl", 2048, 2, 3), 7)
+        spec = all_methods()[method]
+        assert settings_from(spec, settings) and (settings.get("seed") == 7) == spec.trains
 
 
 def test_folders_are_known_to_the_server(server: ComfyServer) -> None:

@@ -436,7 +436,10 @@ def test_load_stays_in_its_folders(server: ComfyServer, file: str) -> None:
     of_sd15(server.models / "checkpoints" / "secret.safetensors")
     g = Graph()
     g.show(g.load(file)[1])
-    assert f"file: {file!r} is not in models/loras or models/erasure. Choose one from the list" in refusal(server, g)
+    assert (
+        f"file: {file!r} is not in models/loras or models/erasure. Put it there and press R, or choose another from the list"
+        in refusal(server, g)
+    )
 
 
 def test_existing_files_stay_unless_overwrite(server: ComfyServer) -> None:
@@ -456,6 +459,34 @@ def test_existing_files_stay_unless_overwrite(server: ComfyServer) -> None:
     assert path.read_bytes() == before
     server.run(graph(True).api)
     assert path.read_bytes() != before
+
+
+def test_no_model_carries_an_erasure_twice(server: ComfyServer) -> None:
+    """Erase Concept hands out the patched model; with Apply Erasure behind it strength 0 would not undo anything."""
+    for strength in (0.0, 1.0):
+        g = Graph()
+        model, erasure, _ = erased(g)
+        g.latent(g.sample(g.apply(model, erasure, strength), g.demo()[1]))
+        assert refusal(server, g).startswith(
+            "model: it carries this erasure of cat already. Connect the model from before it"
+        )
+
+
+def test_saving_the_same_again_is_no_error(server: ComfyServer) -> None:
+    """The same graph after a restart: the file is there already, and stays as it was."""
+
+    def graph(**widgets) -> Graph:
+        g = Graph()
+        g.save(erased(g)[1], "twice", **widgets)
+        return g
+
+    server.run(graph().api)
+    path = server.models / "loras" / "twice.safetensors"
+    before = path.stat().st_mtime_ns
+    server.run(graph(overwrite=False).api)
+    assert path.stat().st_mtime_ns == before
+    assert "is already in models/loras" in refusal(server, graph(precision="half (float16)"))
+    assert path.stat().st_mtime_ns == before
 
 
 def test_write_errors_leave_nothing(server: ComfyServer) -> None:
