@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .concept import ConceptSpec
+from .concept import ConceptError, ConceptSpec
 from .methods import Aids, Progress
 from .methods._training import Prompts, erasure_of, kept
 from .methods.registry import setting
@@ -125,6 +125,9 @@ def suppress(port: TrainablePort, spec: ConceptSpec, settings: Settings, progres
     """Learn a memory that takes the concept out of pictures. Without kept words, everyday words are held.
 
     Its state in ``aids.checkpoint`` is of the training alone: the pictures before it, some seconds, are drawn again.
+
+    Raises:
+        ConceptError: nothing is left to hold.
     """
     spec = replace(spec, everyday=spec.everyday or not spec.keep)
     prompts = Prompts(port, spec, aids.dark)
@@ -132,6 +135,9 @@ def suppress(port: TrainablePort, spec: ConceptSpec, settings: Settings, progres
     words = [prompts.pairs[i % len(prompts.pairs)] for i in range(n)]
     generator = torch.Generator().manual_seed(settings.seed)
     others = [prompts.keep[i] for i in torch.randperm(len(prompts.keep), generator=generator)]
+    others.sort(key=lambda word: word not in spec.keep)  # those that were named before everyday ones
+    if not others:
+        raise ConceptError("keep: every everyday word means to this text encoder what is erased. Name what must stay")
     scenes = [Scene(prompts[word], prompts[to]) for word, to in words]
     scenes += [Scene(prompts[others[i % len(others)]]) for i in range(kept_count)]
     steps = settings.sample_steps

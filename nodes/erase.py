@@ -70,7 +70,9 @@ def aids_of(
         word = word_for(judge, spec.erase[0].words) if chosen.asks_judge else spec.erase[0].name
 
         def look(latents: torch.Tensor) -> torch.Tensor:
-            return judge.probability(decode(latents).movedim(-1, 1), word)
+            seen = judge.probability(decode(latents).movedim(-1, 1), word)
+            watcher.make_room()
+            return seen
 
     return Aids(
         dark=() if dark is None else tuple(dark.states.clone().unbind(0)),

@@ -54,6 +54,13 @@ class Replica(TrainableModel):
     """Closing it gives its memory back at once, whoever still holds it."""
 
     closed = False
+    room = 0
+    """Bytes that a training step needs beside the weights."""
+
+    def make_room(self) -> None:
+        """After ComfyUI has loaded something else, which it does not know it must take off again: a VAE, a judge."""
+        with host_mode():
+            mm.free_memory(self.room, self.device)
 
     def close(self) -> None:
         super().close()
@@ -103,7 +110,9 @@ def build(
                 f"model: {key} is stored as {tuple(source.shape)}. Load the checkpoint in fp16, bf16 or fp8"
             )
         target.copy_(source)
-    return Replica(net, schedule, prediction, shape, autocast=half, checkpoint=checkpoint)
+    made = Replica(net, schedule, prediction, shape, autocast=half, checkpoint=checkpoint)
+    made.room = need.total(half=half is torch.bfloat16, checkpoint=checkpoint, weights=False)
+    return made
 
 
 def _half(device: torch.device) -> torch.dtype | None:
@@ -211,10 +220,11 @@ class Footprint:
     checkpointed: int
     """Activations when the blocks are computed again."""
 
-    def total(self, *, half: bool, checkpoint: bool, margin: float = _MARGIN) -> int:
+    def total(self, *, half: bool, checkpoint: bool, margin: float = _MARGIN, weights: bool = True) -> int:
         """Half precision halves the matrices; of the activations those around norms stay in float32."""
         moving = (self.checkpointed if checkpoint else self.activations) * (0.7 if half else 1)
-        return int(margin * (self.others + self.trained + self.matrices / (2 if half else 1) + moving))
+        held = self.others + self.matrices / (2 if half else 1) if weights else 0
+        return int(margin * (held + self.trained + moving))
 
 
 def footprint(

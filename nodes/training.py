@@ -98,6 +98,11 @@ class Watcher:
         """Seconds since the training began."""
         return time.monotonic() - self._started
 
+    def make_room(self) -> None:
+        """Once something beside the training has been loaded."""
+        if self._model is not None and not self._model.closed:
+            self._model.make_room()
+
     def watch(self, _model: TrainableModel, _done: int, losses: Mapping[str, float]) -> None:
         for name, value in losses.items():
             self.losses.setdefault(name, []).append(value)
@@ -128,6 +133,7 @@ class Watcher:
             generator=torch.Generator().manual_seed(_SEED),
         )  # fmt: skip
         pictures = (self._decode(latents) * 255).round().to(torch.uint8).numpy()
+        self.make_room()
         self._pictures = [ImageOps.pad(Image.fromarray(p), (_PICTURE, _PICTURE), color=_PAPER) for p in pictures]
         self._drawn = time.monotonic()
         self._cost = self._drawn - began

@@ -55,7 +55,8 @@ def dataset(
         pools = pictures_of_each(target, prompts, settings.pictures, settings.seed, "relearn", progress)
         return list(zip(prompts, pools, strict=True))
     common = everyday(target.base, spec)
-    spread = [common[i * len(common) // settings.captions] for i in range(min(settings.captions, len(common)))]
+    count = min(settings.captions, len(common))
+    spread = [common[i * len(common) // count] for i in range(count)]
     captions = list(spec.keep[: settings.captions]) or spread
     conds, null = target.base.conditions(captions), target.base.conditions([""])[0]
     made = []

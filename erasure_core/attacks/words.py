@@ -142,7 +142,8 @@ class Frame:
 
     @classmethod
     def inside(cls, words: Words, sentence: str, free: int) -> Frame:
-        """``free`` places where ``sentence`` has its ``{}``; what is farthest from them is cut where all don't fit.
+        """``free`` places where ``sentence`` has its ``{}``; where all don't fit, what is before it is
+        cut at its beginning, then what is behind it at its end.
 
         Raises:
             ValueError: not even the places fit.

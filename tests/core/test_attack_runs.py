@@ -88,7 +88,7 @@ def test_without_a_judge_p4d_keeps_what_fits_best(typing, monkeypatch, gaps: tup
 
 @pytest.mark.parametrize(("chosen", "settings"), [
     (free_embedding, free_embedding.Settings(steps=40, learning_rate=0.05)),
-    (concept_inversion, concept_inversion.Settings(steps=40, learning_rate=0.05)),
+    (concept_inversion, concept_inversion.Settings(steps=40, learning_rate=0.2)),
 ], ids=["free_embedding", "concept_inversion"])  # fmt: skip
 def test_the_find_denoises_the_pictures_better_than_the_prompt(typing, chosen, settings) -> None:
     """Both searches start from the prompt's own states."""
@@ -100,7 +100,7 @@ def test_the_find_denoises_the_pictures_better_than_the_prompt(typing, chosen, s
             generator = torch.Generator().manual_seed(9)
             return float(denoising_loss(model, target.pictures, Cond(states[None]), generator, batch=64))
 
-    assert fit(found.ways[0].states) < 0.999 * fit(target.erased.conditions(["cat"])[0].context[0])
+    assert fit(found.ways[0].states) < 0.998 * fit(target.erased.conditions(["cat"])[0].context[0])
     assert min(found.losses) > 0
 
 

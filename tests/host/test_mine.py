@@ -16,7 +16,7 @@ from torch import Tensor
 
 from erasure_core.dark import load_dark
 
-FEW = {"form": "free", "words": 2, "count": 2, "steps": 6, "learning_rate": 0.02, "looks": 2, "seed": 3}
+FEW = {"form": "free", "words": 2, "count": 2, "steps": 6, "learning_rate": 0.02, "batch": 8, "looks": 2, "seed": 3}
 DARK, CONDITIONING, IMAGES, REPORT, SCORE = range(5)
 
 

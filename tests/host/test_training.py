@@ -79,7 +79,7 @@ def test_replica_is_the_live_network(server: ComfyServer, kind: str) -> None:
     assert seen["with matrices"] > 1.05 * seen["kept"], "where PyTorch attends by the plain formula"
     assert seen["in pieces"] == [True, False]
     assert seen["refused"].startswith(f"model: training on it here takes about {1.35 * (1 << 50) / 1e9:.1f} GB")
-    assert "GB of cpu memory are free. Connect a Method node with a smaller batch" in seen["refused"]
+    assert "GB of cpu memory are free. Lower the batch" in seen["refused"]
 
 
 @pytest.mark.parametrize("family", ["demo", "sd20", "sdxl"])

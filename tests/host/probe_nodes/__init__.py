@@ -198,7 +198,7 @@ class Replica(Probe):
             with torch.nn.attention.sdpa_kernel(math):
                 by_formula = replica._attends_in_pieces(torch.device("cpu"), torch.float32)
             try:
-                replica._fit(replica.Footprint(1 << 50, 0, 0, 0, 0), False, torch.device("cpu"))
+                replica._fit(replica.Footprint(1 << 50, 0, 0, 0, 0), False, torch.device("cpu"), "Lower the batch")
                 refused = ""
             except ValueError as error:
                 refused = str(error)
