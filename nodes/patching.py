@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from comfy.weight_adapter.lora import LoRAAdapter
 
 from ..erasure_core import Delta, Erasure
+from ..erasure_core.artifact import Header
 from ..erasure_core.names import to_comfy
 from .port import ComfyPort
 
@@ -33,7 +35,7 @@ def apply_erasure(model, erasure: Erasure, strength: float):
         raise ValueError(
             f"model: {len(refused)} weights refused the erasure, first {min(refused)}. Is another node replacing them?"
         )
-    patched.set_attachments(_CARRIED, (*(model.get_attachment(_CARRIED) or ()), erasure.header))
+    patched.set_attachments(_CARRIED, (*(model.get_attachment(_CARRIED) or ()), _at_one(erasure)))
     return patched
 
 
@@ -41,12 +43,17 @@ def check_without(model, erasures: Iterable[Erasure]) -> None:
     """Raise where ``model`` carries one of them already: it would be applied twice, and strength 0 would not undo it."""
     carried = model.get_attachment(_CARRIED) or ()
     for erasure in erasures:
-        if erasure.header in carried:
+        if _at_one(erasure) in carried:
             names = ", ".join(c.name for c in erasure.header.spec.erase)[:60]
             raise ValueError(
                 f"model: it carries this erasure of {names} already. Connect the model from before it, for example that of the "
                 "checkpoint loader; for a firmer effect raise strength"
             )
+
+
+def _at_one(erasure: Erasure) -> Header:
+    """Its header at strength 1: at any strength it is the same erasure."""
+    return replace(erasure.header, strength=1.0)
 
 
 def gated_for(model, prompt: str):
