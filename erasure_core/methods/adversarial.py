@@ -29,8 +29,8 @@ The window of times and the division were added after a first version, without t
 split to a free search; their values were then chosen on the tuning split's tulip.
 
 Tried and left: attack and erase at the same noises and times, which saves an eighth of the passes, and keeping relative to the
-kept words' signal. Each held that key, and lost that beer. And keeping nothing at the concept's pictures, where the empty prompt
-and kept words are pushed away too: on the tuning split it held a dog better and a tulip not.
+kept words' signal. Each held that key, and lost that beer. And keeping nothing at the concept's pictures, where the empty
+prompt and kept words are pushed away too: on the tuning split it held a dog better, and a tulip not.
 """
 
 from __future__ import annotations
