@@ -120,9 +120,9 @@ class Counted:
     """Root mean square difference of the pictures before and after, values in [0, 1], from the same noise; their mean."""
     alarms: Rate | None = None
     """Of a kept word, before the erasure: pictures in which the judge sees what is erased all the same."""
-    fits_before: float | None = None
+    clip_score_before: float | None = None
     """CLIP score of the pictures and their prompt, 0 to 100, their mean; None where the judge isn't CLIP."""
-    fits_after: float | None = None
+    clip_score_after: float | None = None
 
 
 @dataclass(frozen=True)
@@ -248,14 +248,15 @@ class Receipt:
         ):
             for c in counted[:_SHOWN]:
                 seen = "" if c.before is None else f"seen in {c.before} before, {c.after} after; "
-                lines.append(
-                    f"  {group} {c.word}: {seen}{_fits(c.fits_before, c.fits_after)}pixels moved by {c.moved:.3f}"
-                )
+                score = _clip_score(c.clip_score_before, c.clip_score_after)
+                lines.append(f"  {group} {c.word}: {seen}{score}pixels moved by {c.moved:.3f}")
             if len(counted) > 1:
                 seen = f"seen in {before} before, {after} after; " if before.n else ""
-                fits = _fits(_mean(c.fits_before for c in counted), _mean(c.fits_after for c in counted))
+                score = _clip_score(
+                    _mean(c.clip_score_before for c in counted), _mean(c.clip_score_after for c in counted)
+                )
                 moved = sum(c.moved for c in counted) / len(counted)
-                lines.append(f"  {group}, all {len(counted)}: {seen}{fits}pixels moved by {moved:.3f}")
+                lines.append(f"  {group}, all {len(counted)}: {seen}{score}pixels moved by {moved:.3f}")
         if not self.kept:
             lines.append("  no kept word was looked at")
         if (best := self.after_corrected) is not None:
@@ -287,7 +288,7 @@ def _budget(a: AttackRecord) -> str:
     return ", ".join([*shown, *([f"{a.queries} queries"] if a.queries else []), f"seed {a.seed}"])
 
 
-def _fits(before: float | None, after: float | None) -> str:
+def _clip_score(before: float | None, after: float | None) -> str:
     return "" if before is None or after is None else f"CLIP score {before:.1f} before, {after:.1f} after; "
 
 

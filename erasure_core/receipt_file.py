@@ -91,7 +91,7 @@ def _counted_json(c: Counted) -> dict[str, Any]:
     rates = {name: _rate_json(getattr(c, name)) for name in ("before", "after", "alarms")}
     return {
         "word": c.word, "asked": c.asked, "moved": c.moved, **rates,
-        "fits_before": c.fits_before, "fits_after": c.fits_after,
+        "clip_score_before": c.clip_score_before, "clip_score_after": c.clip_score_after,
     }  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def _counted(value: Any, where: str) -> Counted:
     return Counted(
         _text(raw, "word"), _text(raw, "asked"), _rate_or_none(raw, "before"), _rate_or_none(raw, "after"),
         _number(raw, "moved"), _rate_or_none(raw, "alarms"),
-        _number_or_none(raw, "fits_before"), _number_or_none(raw, "fits_after"),
+        _number_or_none(raw, "clip_score_before"), _number_or_none(raw, "clip_score_after"),
     )  # fmt: skip
 
 

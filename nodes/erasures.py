@@ -129,8 +129,8 @@ def _is_saved(erasure: CoreErasure, file: Path, layout: Layout, dtype: torch.dty
     """Whether ``file`` is what saving ``erasure`` would write: the same graph, run again."""
     with TemporaryDirectory() as folder:
         again = Path(folder) / file.name
-        save(erasure, again, layout=layout, dtype=dtype)
         try:
+            save(erasure, again, layout=layout, dtype=dtype)
             one, other = load(file), load(again)
         except (FileError, OSError):
             return False

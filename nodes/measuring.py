@@ -146,10 +146,13 @@ class Measuring:
             alarms = pooled(r for r in (self._rate(one, asked) for asked in erased) if r is not None)
         return Counted(
             word, self._asked.get(word, ""), self._rates[word, "before"], self._rates[word, "after"],
-            float(pairwise_error(one, two).mean()), alarms, self._fits(word, one), self._fits(word, two),
+            self._moved(word), alarms, self._clip_score(word, one), self._clip_score(word, two),
         )  # fmt: skip
 
-    def _fits(self, word: str, pictures: Tensor) -> float | None:
+    def _moved(self, word: str) -> float:
+        return float(pairwise_error(*(self._pictures[word, column] for column in _COLUMNS)).mean())
+
+    def _clip_score(self, word: str, pictures: Tensor) -> float | None:
         """Their CLIP score with what was asked, where the judge is CLIP."""
         if not isinstance(self._judge, ZeroShotJudge):
             return None
@@ -163,7 +166,7 @@ class Measuring:
         if found is not None:
             return f"seen in {found}"
         if column == "after" and (word, column) in self._pictures:
-            return f"pixels moved by {self._counted(word).moved:.3f}"
+            return f"pixels moved by {self._moved(word):.3f}"
         return ""
 
 

@@ -144,7 +144,7 @@ def _pictures(
     with target.base.trainable() as model:
         for name, conds in read.items():
             made = []
-            size = min(target.sampler.batch, model.at_once)
+            size = target.at_once(model)
             for start in range(0, total, size):
                 progress(0, 1)
                 numbers = range(start, min(total, start + size))

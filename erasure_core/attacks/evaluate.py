@@ -102,12 +102,8 @@ def evaluate(
                 noise = way.noise[None].to(model.device, model.dtype)
             else:
                 noise = noises(model, seed, "evaluate", range(pictures))
-            z = torch.cat(
-                [
-                    _draw(model, way, cond, null, n, target)
-                    for n in noise.split(min(target.sampler.batch, model.at_once))
-                ]
-            )
+            parts = noise.split(target.at_once(model))
+            z = torch.cat([_draw(model, way, cond, null, n, target) for n in parts])
             made.append(z)
             probabilities.append(look(z).float().cpu())
         if progress:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..artifact import Delta
 from ..operators.memory import PromptMemory
-from ..operators.trainable import Cond, TrainablePort
+from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from .words import Words
 
 Look = Callable[[Tensor], Tensor]
@@ -51,6 +51,10 @@ class AttackTarget:
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError("attack: no prompts. Give at least one that asks for the concept")
+
+    def at_once(self, model: TrainableModel) -> int:
+        """Pictures to draw side by side: as many as the sampler asks for, and no more than have room."""
+        return min(self.sampler.batch, model.at_once)
 
     def show(self, cond: Cond, score: float | None = None) -> None:
         """Called by attacks wherever they look at a candidate."""

@@ -36,13 +36,13 @@ class Settings:
 
 def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: Progress) -> Found:
     """One noise for each picture. The steps are the sampler's own, so that sampling retraces them."""
-    steps, batch = target.sampler.steps, target.sampler.batch
+    steps = target.sampler.steps
     total = settings.pictures * steps
     shown = pictures_of(target, target.prompts, settings.pictures, settings.seed, "tina", lambda *_: progress(0, total))
     null = target.erased.conditions([""])[0]
     found: list[Tensor] = []
     with target.erased.trainable() as model:
-        for some in shown.split(min(batch, model.at_once)):
+        for some in shown.split(target.at_once(model)):
             done = steps * sum(len(z) for z in found)
 
             def step(at: int, _: int, done: int = done, each: int = len(some)) -> None:

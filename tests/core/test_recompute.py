@@ -127,3 +127,9 @@ def test_prompts_of_unlike_length_make_one_batch(tiny) -> None:
         apart = torch.cat([model.reference(z[i : i + 1], t[i : i + 1], c) for i, c in enumerate((short, long))])
     assert Cond.cat([short, long]).context.shape == (2, 18, 16)
     assert torch.allclose(both, apart, atol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "pictures"), [(16, 8), (64, 8), (96, 3), (128, 2), (256, 1)])
+def test_larger_pictures_are_drawn_fewer_at_a_time(port, side: int, pictures: int) -> None:
+    with TrainableModel(copy.deepcopy(port.unet), port.schedule, Prediction.EPS, (4, side, side)) as model:
+        assert model.at_once == pictures

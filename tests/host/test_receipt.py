@@ -221,8 +221,8 @@ def test_a_clip_judge_says_how_well_pictures_fit(server: ComfyServer) -> None:
     g.save(made[ERASURE], stem)
     server.run(g.api)
     kept = load(server.models / "loras" / f"{stem}.safetensors").receipt.kept
-    assert all(0 <= c.fits_before <= 100 and 0 <= c.fits_after <= 100 for c in kept)
-    assert kept[0].fits_before != kept[0].fits_after, "pictures moved"
+    assert all(0 <= c.clip_score_before <= 100 and 0 <= c.clip_score_after <= 100 for c in kept)
+    assert kept[0].clip_score_before != kept[0].clip_score_after, "pictures moved"
 
 
 def test_rounded_weights_are_what_is_drawn_with(server: ComfyServer) -> None:
