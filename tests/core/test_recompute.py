@@ -130,6 +130,6 @@ def test_prompts_of_unlike_length_make_one_batch(tiny) -> None:
 
 
 @pytest.mark.parametrize(("side", "pictures"), [(16, 8), (64, 8), (96, 3), (128, 2), (256, 1)])
-def test_larger_pictures_are_drawn_fewer_at_a_time(port, side: int, pictures: int) -> None:
-    with TrainableModel(copy.deepcopy(port.unet), port.schedule, Prediction.EPS, (4, side, side)) as model:
+def test_larger_pictures_are_drawn_fewer_at_a_time(tiny, side: int, pictures: int) -> None:
+    with TrainableModel(copy.deepcopy(tiny.unet), tiny.schedule, Prediction.EPS, (4, side, side)) as model:
         assert model.at_once == pictures
