@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .concept import ConceptError, ConceptSpec
 from .methods import Aids, Progress
-from .methods._training import Prompts, erasure_of, kept
+from .methods._training import Prompts, erasure_of, kept, steps_of
 from .methods.registry import setting
 from .operators.memory import Mode, Placement, PromptMemory, SavedMemory
 from .operators.train_loop import Optimiser, Phase, Trainer, cosine
@@ -35,12 +35,14 @@ from .operators.trainable import Cond, TrainableModel, TrainablePort
 class Settings:
     """Defaults were measured on EmojiCanvas, on prompts and seeds that no result is reported on."""
 
-    iterations: int = setting(250, "Training steps. More suppress more firmly.", low=1, high=100000, step=10)
+    iterations: int = setting(
+        250, "Training steps for each concept. More suppress more firmly.", low=1, high=100000, step=10
+    )
     learning_rate: float = setting(2e-2, "Size of a training step.", low=1e-8, high=1.0, step=1e-3)
     rows: int = setting(16, "Size of the memory: rows beside the text.", low=1, high=1000, step=1)
     placement: Placement = setting(Placement.ALL, "Which blocks read the memory.")
     batch: int = setting(2, "Pictures of the concept, and as many kept ones, per step.", low=1, high=64, step=1)
-    pictures: int = setting(12, "Pictures of the concept that training looks at.", low=1, high=1000, step=1)
+    pictures: int = setting(12, "Pictures of each concept that training looks at.", low=1, high=1000, step=1)
     kept_pictures: int = setting(28, "Pictures of kept words that training looks at.", low=1, high=1000, step=1)
     negative_guidance: float = setting(1.0, "How far from the concept it pushes.", low=0.0, high=20.0, step=0.5)
     keep_weight: float = setting(1.5, "How hard everything else is held.", low=0.0, high=1e6, step=0.1)
@@ -131,7 +133,10 @@ def suppress(port: TrainablePort, spec: ConceptSpec, settings: Settings, progres
     """
     spec = replace(spec, everyday=spec.everyday or not spec.keep)
     prompts = Prompts(port, spec, aids.dark)
-    n, kept_count = max(settings.pictures, len(prompts.pairs)), max(settings.kept_pictures, len(spec.keep))
+    n, kept_count = (
+        max(settings.pictures * len(spec.erase), len(prompts.pairs)),
+        max(settings.kept_pictures, len(spec.keep)),
+    )
     words = [prompts.pairs[i % len(prompts.pairs)] for i in range(n)]
     generator = torch.Generator().manual_seed(settings.seed)
     others = [prompts.keep[i] for i in torch.randperm(len(prompts.keep), generator=generator)]
@@ -140,10 +145,10 @@ def suppress(port: TrainablePort, spec: ConceptSpec, settings: Settings, progres
         raise ConceptError("keep: every everyday word means to this text encoder what is erased. Name what must stay")
     scenes = [Scene(prompts[word], prompts[to]) for word, to in words]
     scenes += [Scene(prompts[others[i % len(others)]]) for i in range(kept_count)]
-    steps = settings.sample_steps
+    drawing, steps = settings.sample_steps, steps_of(settings, spec)
 
     with port.trainable() as model:
-        stops = draw(model, scenes, prompts.null, settings, lambda done, _: progress(done, steps + settings.iterations))
+        stops = draw(model, scenes, prompts.null, settings, lambda done, _: progress(done, drawing + steps))
         memory = PromptMemory.beside(
             prompts.null.context[0], settings.rows, settings.placement, generator, shared=False
         ).to(model.device)
@@ -155,11 +160,11 @@ def suppress(port: TrainablePort, spec: ConceptSpec, settings: Settings, progres
             chosen += [n + i for i in torch.randperm(len(scenes) - n, generator=generator)[: settings.batch].tolist()]
             return losses(model, memory, stop, scenes, chosen, prompts.null, settings.keep_weight)
 
-        rate = cosine(settings.iterations, warmup=settings.iterations // 20)
+        rate = cosine(steps, warmup=steps // 20)
         phase = Phase("memory", list(memory.parameters()), loss, Optimiser(settings.learning_rate), rate)
-        trainer = Trainer(model, [phase], settings.iterations, seed=settings.seed)
+        trainer = Trainer(model, [phase], steps, seed=settings.seed)
         trainer.run(
-            lambda done, total: progress(steps + done, steps + total), aids.watch,
+            lambda done, total: progress(drawing + done, drawing + total), aids.watch,
             checkpoint=kept(aids, port, model, spec, "suppress", settings),
         )  # fmt: skip
         header = erasure_of(port, spec, "suppress", settings, {}).header

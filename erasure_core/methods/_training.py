@@ -25,6 +25,7 @@ ERASE, TO, NULL, KEEP = "erase", "to", "null", "keep"
 """Keys of a step's prompts: the concept, its replacement (the empty prompt where there is none), "", a kept word."""
 
 
+STEPS = "Training steps for each concept. More erase more firmly and take longer."
 RATE = "Size of a training step. Higher erases in fewer steps; too high and all pictures suffer."
 RANK = "Size of the change and of its file. Higher can erase more, and disturb more."
 AWAY = "How far pictures are pushed away from the concept. Higher erases more firmly and disturbs other pictures more."
@@ -35,9 +36,7 @@ AWAY = "How far pictures are pushed away from the concept. Higher erases more fi
 class TrainSettings:
     """Settings of every trained eraser; each method has its paper's defaults."""
 
-    iterations: int = setting(
-        200, "Training steps. More erase more firmly and take longer.", low=1, high=100000, step=10
-    )
+    iterations: int = setting(200, STEPS, low=1, high=100000, step=10)
     learning_rate: float = setting(1e-5, RATE, low=1e-8, high=1.0, step=1e-6)
     layers: Layers = setting(Layers.CROSS, "Which layers are changed: cross-attention for what words name, the rest for what "
         "appears unnamed.")  # fmt: skip
@@ -63,6 +62,17 @@ class TrainSettings:
 
 _EVERYDAY = 60
 """Everyday words that a training holds, of all kinds: more would each be met too seldom."""
+
+
+class Counted(Protocol):
+    @property
+    def iterations(self) -> int: ...
+
+
+def steps_of(settings: Counted, spec: ConceptSpec) -> int:
+    """Training steps of all concepts together. Each has its own, for a step serves few of the words: five concepts in the steps
+    of one are met so seldom that hardly any goes."""
+    return settings.iterations * len(spec.erase)
 
 
 class Prompts:
@@ -241,7 +251,7 @@ def train_regression(
 
         parameters = model.train(what or settings.parameters(), settings.seed)
         phase = Phase("erase", parameters, loss, Optimiser(settings.learning_rate, optimiser, weight_decay), rate)
-        trainer = Trainer(model, [phase], settings.iterations, seed=settings.seed, average=average)
+        trainer = Trainer(model, [phase], steps_of(settings, spec), seed=settings.seed, average=average)
         trainer.run(progress, aids.watch, checkpoint=kept(aids, port, model, spec, method, settings))
         weights = Weights.STUDENT if average is None else Weights.AVERAGE
         return erasure_of(port, spec, method, settings, model.deltas(weights, settings.energy))

@@ -61,8 +61,9 @@ from ._training import (
     erasure_of,
     kept,
     one_of,
+    steps_of,
     wanted,
-)  # fmt: skip
+)
 from .registry import Aids, MethodSpec, Progress, setting
 
 _READS = "reads"
@@ -77,7 +78,7 @@ a picture of the concept; the rest are kept words at their own."""
 @dataclass(frozen=True)
 class Settings:
     iterations: int = setting(
-        1000, "Training steps. More close more ways back and take longer.", low=1, high=100000, step=50
+        1000, "Training steps for each concept. More close more ways back and take longer.", low=1, high=100000, step=50
     )
     learning_rate: float = setting(2e-4, RATE, low=1e-8, high=1.0, step=1e-5)
     population: int = setting(
@@ -205,10 +206,10 @@ def keep_loss(
 
 def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
     """Erase by training weights and embeddings against each other. Pictures that are given show the first concept."""
-    prompts = Prompts(port, spec, aids.dark)
+    prompts, steps = Prompts(port, spec, aids.dark), steps_of(settings, spec)
     with port.trainable() as model:
         parameters = model.train(LoRA(settings.layers, settings.rank), settings.seed)
-        wait: Progress = lambda _done, _total: progress(0, settings.iterations)  # noqa: E731
+        wait: Progress = lambda _done, _total: progress(0, steps)  # noqa: E731
         concepts = wanted(model, spec, prompts, aids, settings.pictures, settings, wait)
         words = [prompts[word].on(model.device, model.dtype) for word in prompts.keep]
         null = prompts.null.on(model.device, model.dtype)
@@ -230,13 +231,13 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
             return losses
 
         # The store gets no gradient; it is a parameter so that a checkpoint holds it.
-        rate = cosine(settings.iterations, warmup=min(20, settings.iterations // 10))
+        rate = cosine(steps, warmup=min(20, steps // 10))
         phases = [
             Phase("adversaries", [adversaries.now, adversaries.former], attack,
                 Optimiser(settings.attack_rate * adversaries.unit)),
             Phase("weights", parameters, erase, Optimiser(settings.learning_rate), rate),
         ]  # fmt: skip
-        trainer = Trainer(model, phases, settings.iterations, seed=settings.seed)
+        trainer = Trainer(model, phases, steps, seed=settings.seed)
         trainer.run(progress, aids.watch, checkpoint=kept(aids, port, model, spec, "adversarial", settings))
         return erasure_of(port, spec, "adversarial", settings, model.deltas())
 

@@ -22,14 +22,14 @@ from ..devices import moved
 from ..operators.regress import TargetTerm, keep_term, regress
 from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainablePort, Weights
-from ._training import ERASE, KEEP, TO, Prompts, TrainSettings, draw_pictures, erasure_of, kept
+from ._training import ERASE, KEEP, STEPS, TO, Prompts, TrainSettings, draw_pictures, erasure_of, kept, steps_of
 from .registry import Aids, MethodSpec, Progress, setting
 
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
-    iterations: int = setting(400, "Training steps. More erase more firmly.", low=1, high=100000, step=10)
-    pictures: int = setting(64, "Anchor pictures drawn before training.", low=1, high=10000, step=8)
+    iterations: int = setting(400, STEPS, low=1, high=100000, step=10)
+    pictures: int = setting(64, "Anchor pictures of each concept drawn before training.", low=1, high=10000, step=8)
 
 
 def target() -> TargetTerm:
@@ -47,13 +47,13 @@ def run(
     anchors: Tensor | None = None,
 ) -> Erasure:
     """Erase with Concept Ablation. ``anchors`` [N, C, h, w]: clean latents, row i of the word number i modulo their count."""
-    prompts = Prompts(port, spec, aids.dark)
+    prompts, steps = Prompts(port, spec, aids.dark), steps_of(settings, spec)
     terms = [target(), *([keep_term(KEEP, settings.keep_weight)] if prompts.keep and settings.keep_weight else [])]
     with port.trainable() as model:
         if anchors is None:
             shown = [prompts[to] for _, to in prompts.pairs]
             anchors = draw_pictures(
-                model, shown, prompts.null, settings.pictures, settings, lambda *_: progress(0, settings.iterations)
+                model, shown, prompts.null, settings.pictures * len(spec.erase), settings, lambda *_: progress(0, steps)
             )
         pool = anchors.to(model.device, model.dtype)
 
@@ -71,7 +71,7 @@ def run(
 
         parameters = model.train(settings.parameters(), settings.seed)
         phase = Phase("ablate", parameters, loss, Optimiser(settings.learning_rate))
-        Trainer(model, [phase], settings.iterations, seed=settings.seed).run(
+        Trainer(model, [phase], steps, seed=settings.seed).run(
             progress, aids.watch, checkpoint=kept(aids, port, model, spec, "concept_ablation", settings)
         )
         return erasure_of(port, spec, "concept_ablation", settings, model.deltas(energy=settings.energy))

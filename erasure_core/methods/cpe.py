@@ -42,16 +42,18 @@ from ..operators.changes import Layers, LoRA
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer, cosine, generator_for
 from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from ..port import Role
-from ._training import RANK, RATE, Prompts, erasure_of, kept
+from ._training import RANK, RATE, Prompts, erasure_of, kept, steps_of
 from .registry import Aids, MethodSpec, Progress, setting
 
 
 @dataclass(frozen=True)
 class Settings:
     stages: int = setting(5, "Rounds of erasing, with an attack before each but the first.", low=1, high=1000, step=1)
-    iterations: int = setting(450, "Training steps of a stage.", low=1, high=100000, step=10)
-    attack_steps: int = setting(450, "Steps of an attack.", low=1, high=100000, step=10)
-    adversaries: int = setting(16, "Ways around the erasure that each attack looks for.", low=1, high=1000, step=1)
+    iterations: int = setting(450, "Training steps of a stage, for each concept.", low=1, high=100000, step=10)
+    attack_steps: int = setting(450, "Steps of an attack, for each concept.", low=1, high=100000, step=10)
+    adversaries: int = setting(
+        16, "Ways around the erasure of each concept that an attack looks for.", low=1, high=1000, step=1
+    )
     learning_rate: float = setting(3e-3, RATE, low=1e-8, high=1.0, step=1e-4)
     adversary_rate: float = setting(1e-2, "Size of an attack's step.", low=1e-8, high=10.0, step=1e-3)
     negative_guidance: float = setting(0.3, "How far beyond the replacement, away from the concept.",
@@ -129,7 +131,9 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
     """Erase with CPE. No network pass: a step is one product with each matrix that reads text, for 3 * batch prompts."""
     prompts = Prompts(port, spec, aids.dark)
     held = port.conditions(anchors_of(port, spec))
-    total = settings.stages * settings.iterations + (settings.stages - 1) * settings.attack_steps
+    steps, attack_steps = steps_of(settings, spec), settings.attack_steps * len(spec.erase)
+    adversaries = settings.adversaries * len(spec.erase)
+    total = settings.stages * steps + (settings.stages - 1) * attack_steps
     with port.trainable() as model:
         both = [*(prompts[word] for word, _ in prompts.pairs), *(prompts[to] for _, to in prompts.pairs)]
         concept, neutral = _states(both, model).chunk(2)
@@ -174,21 +178,18 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
         first = 0
         if keep is not None and (state := keep.load()) is not None:
             first, offsets = int(state["stages"]), state["offsets"].to(offsets)
-            done = first * settings.iterations + (first - 1) * settings.attack_steps
+            done = first * steps + (first - 1) * attack_steps
             model.load(state)
             del state
         for stage in range(first, settings.stages):
             if stage:
-                start = torch.randn(
-                    settings.adversaries, *concept.shape[1:], generator=generator_for(settings.seed, "offsets", stage)
-                )
+                generator = generator_for(settings.seed, "offsets", stage)
+                start = torch.randn(adversaries, *concept.shape[1:], generator=generator)
                 found = moved(0.01 * start, concept.device, concept.dtype).requires_grad_()
-                go_on(attack(found, len(offsets)), settings.attack_steps)
+                go_on(attack(found, len(offsets)), attack_steps)
                 offsets = torch.cat([offsets, found.detach()])
             optimiser = Optimiser(settings.learning_rate, Kind.ADAMW, 0.01)
-            go_on(
-                Phase(f"erase {stage}", parameters, erase, optimiser, cosine(settings.iterations)), settings.iterations
-            )
+            go_on(Phase(f"erase {stage}", parameters, erase, optimiser, cosine(steps)), steps)
             if keep is not None:
                 keep.save({"stages": torch.tensor(stage + 1), "offsets": offsets, **model.tensors()})
         if keep is not None:

@@ -16,7 +16,7 @@ the weights that training leaves (``seal``), since among many finds the words th
 
 Verifying looks at pictures drawn from c. What looks is pluggable: any judge, of which ``metrics.judges.ExampleJudge`` makes the
 paper's s(c) over a picture encoder E a probability. Without anything that looks, every round is made.
-Of several concepts each has its round in turn; what looks, looks for the first, and the search ends when that one is not found.
+Of several concepts each has its round in turn; what looks, looks for the first, which has no more rounds once it is not found.
 A run that is cut off goes on from the last whole round.
 """
 
@@ -40,7 +40,7 @@ from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from ..port import ModelPort, Site
 from . import rece
-from ._training import KEEP, NULL, RANK, RATE, Prompts, Wanted, erasure_of, kept, wanted
+from ._training import KEEP, NULL, RANK, RATE, Prompts, Wanted, erasure_of, kept, steps_of, wanted
 from .registry import Aids, Look, MethodSpec, Progress, setting
 
 ANCHOR, DARK = "anchor", "dark"
@@ -55,7 +55,9 @@ class Form(StrEnum):
 
 @dataclass(frozen=True)
 class Settings:
-    rounds: int = setting(10, "At most this many rounds of searching and erasing are made.", low=1, high=1000, step=1)
+    rounds: int = setting(
+        10, "At most this many rounds of searching and erasing are made for each concept.", low=1, high=1000, step=1
+    )
     population: int = setting(
         8,
         "Embeddings searched side by side in a round. More close more ways back; each takes memory and time.",
@@ -184,12 +186,15 @@ def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, p
     prompts = Prompts(port, spec, aids.dark)
     searched = variable_of(prompts, aids, settings)
 
+    rounds = settings.rounds * len(spec.erase)
+
     def within(number: int) -> Progress:
         """Cancelling works inside a round too."""
-        return lambda _done, _total: progress(number, settings.rounds + 1)
+        return lambda _done, _total: progress(number, rounds + 1)
 
     found: list[Cond] = []
-    marks: list[float] = []  # of what was found
+    owners: list[int] = []  # whose concept that is
+    marks: list[float] = []  # what the judge gave it
     scores: list[float] = []  # of the rounds
     with port.trainable() as model:
         model.train(LoRA(settings.layers, settings.rank), settings.seed)
@@ -197,31 +202,41 @@ def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, p
         if keep is not None and (state := keep.load()) is not None:
             first = int(state["rounds"])
             found += [prompts.null.with_context(c[None].to(model.device)) for c in state["found"]]
+            owners += state["owners"].tolist()
             marks += state["marks"].tolist()
             scores += state["scores"].tolist()
             model.load(state)
             del state
-        progress(first, settings.rounds + 1)
+        progress(first, rounds + 1)
         concepts = wanted(model, spec, prompts, aids, settings.pictures, settings, within(0))
         pool = [Way(cond, concept) for concept in concepts for cond in concept.words]
-        pool += [Way(c, concepts[i // settings.population % len(concepts)]) for i, c in enumerate(found)]
+        pool += [Way(cond, concepts[owner]) for cond, owner in zip(found, owners, strict=True)]
 
         def circumvent_all(number: int) -> None:
             phase = circumvent(model, pool, prompts, settings, number)
-            Trainer(model, [phase], settings.iterations, seed=settings.seed).run(within(number), aids.watch)
+            steps = (
+                settings.iterations if number else steps_of(settings, spec)
+            )  # a find is of one concept, the words of all
+            Trainer(model, [phase], steps, seed=settings.seed).run(within(number), aids.watch)
 
             if keep is not None:
                 mined = [c.context[0].cpu() for c in found]
                 keep.save({
                     "rounds": torch.tensor(number + 1), "scores": torch.tensor(scores, dtype=torch.float64),
                     "found": torch.stack(mined) if mined else torch.zeros(0),
-                    "marks": torch.tensor(marks, dtype=torch.float64), **model.tensors(),
+                    "owners": torch.tensor(owners), "marks": torch.tensor(marks, dtype=torch.float64), **model.tensors(),
                 })  # fmt: skip
 
         if not first:
             circumvent_all(0)
-        for number in range(max(1, first), settings.rounds + 1):
+
+        def exhausted() -> bool:
+            return bool(scores) and scores[-1] <= settings.threshold
+
+        for number in range(max(1, first), rounds + 1):
             turn = (number - 1) % len(concepts)
+            if not turn and exhausted():
+                continue
             value = mine(
                 model, concepts[turn].pictures, searched, steps=settings.mine_steps, rate=settings.mine_rate,
                 batch=settings.batch, seed=settings.seed, name=f"mine {number}", progress=within(number),
@@ -233,20 +248,20 @@ def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, p
             if aids.look is not None and not turn:  # the judge looks for the first concept
                 seen = scores_of(model, mined, prompts.null, aids.look, settings)
                 scores.append(max(seen))
-                if scores[-1] <= settings.threshold:
-                    break
+                if exhausted():
+                    continue
             pool += [Way(c, concepts[turn]) for c in mined]
             found += mined
+            owners += [turn] * len(mined)
             marks += seen
             circumvent_all(number)
-        progress(settings.rounds + 1, settings.rounds + 1)
+        progress(rounds + 1, rounds + 1)
         if keep is not None:
             keep.remove()
         made = erasure_of(port, spec, "dark_miner", settings, model.deltas())
         if settings.seal:
             made = sealed(port, spec, made, aids)
-        exhausted = bool(scores) and scores[-1] <= settings.threshold
-        return Mined(made, pool_of(made, found, marks, aids), len(found), tuple(scores), exhausted)
+        return Mined(made, pool_of(made, found, marks, aids), len(found), tuple(scores), exhausted())
 
 
 def pool_of(made: Erasure, found: list[Cond], marks: list[float], aids: Aids) -> DarkEmbeddings | None:

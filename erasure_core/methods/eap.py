@@ -31,7 +31,20 @@ from ..operators.regress import TargetTerm, keep_term, regress, shifted
 from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
 from ..schedule import Space
-from ._training import AWAY, ERASE, KEEP, NULL, TO, Prompts, TrainSettings, draw_progress, erasure_of, kept, on_policy
+from ._training import (
+    AWAY,
+    ERASE,
+    KEEP,
+    NULL,
+    TO,
+    Prompts,
+    TrainSettings,
+    draw_progress,
+    erasure_of,
+    kept,
+    on_policy,
+    steps_of,
+)
 from .registry import Aids, MethodSpec, Progress, setting
 
 ADVERSE = "adverse"
@@ -41,7 +54,7 @@ ADVERSE = "adverse"
 class Settings(TrainSettings):
     iterations: int = setting(
         1000,
-        "Training steps, each with a step of the search for what suffers. More erase more thoroughly.",
+        "Training steps for each concept, each with a step of the search for what suffers. More erase more thoroughly.",
         low=1,
         high=100000,
         step=10,
@@ -172,7 +185,7 @@ def run(
             ),
             Phase("adversary", logits, attack, Optimiser(settings.adversary_rate)),
         ]
-        Trainer(model, phases, settings.iterations, seed=settings.seed).run(
+        Trainer(model, phases, steps_of(settings, spec), seed=settings.seed).run(
             progress, aids.watch, checkpoint=kept(aids, port, model, spec, "eap", settings)
         )
         return erasure_of(port, spec, "eap", settings, model.deltas(energy=settings.energy))

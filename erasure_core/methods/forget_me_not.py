@@ -33,15 +33,15 @@ from ..operators.regress import keep_term, regress
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from ..port import TokenKind
-from ._training import ERASE, KEEP, RATE, Prompts, TrainSettings, draw_pictures, erasure_of, kept
+from ._training import ERASE, KEEP, RATE, STEPS, Prompts, TrainSettings, draw_pictures, erasure_of, kept, steps_of
 from .registry import Aids, MethodSpec, Progress, setting
 
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
-    iterations: int = setting(35, "Training steps. More erase more firmly.", low=1, high=100000, step=5)
+    iterations: int = setting(35, STEPS, low=1, high=100000, step=5)
     learning_rate: float = setting(2e-6, RATE, low=1e-8, high=1.0, step=1e-6)
-    pictures: int = setting(8, "Pictures of the concept drawn before training.", low=1, high=10000, step=1)
+    pictures: int = setting(8, "Pictures of each concept drawn before training.", low=1, high=10000, step=1)
     end_tokens: bool = setting(False, "Steer away from the end of the prompt too, which carries its summary.")
 
 
@@ -130,7 +130,7 @@ def run(
     aids: Aids,
 ) -> Erasure:
     """Erase with Forget-Me-Not. Draws its own pictures of the concept where ``aids`` has none."""
-    prompts = Prompts(port, spec, aids.dark)
+    prompts, steps = Prompts(port, spec, aids.dark), steps_of(settings, spec)
     words = [word for word, _ in prompts.pairs]  # the dark ones too
     columns = [concept_columns(x.kinds, end_tokens=settings.end_tokens) for x in port.text(prompts.words)]
     columns += [torch.arange(prompts[w].context.shape[1]) > 0 for w in words[len(columns) :]]
@@ -138,8 +138,8 @@ def run(
         latents = aids.pictures
         if latents is None:
             latents = draw_pictures(
-                model, [prompts[w] for w in words], prompts.null, settings.pictures, settings,
-                lambda *_: progress(0, settings.iterations),
+                model, [prompts[w] for w in words], prompts.null, settings.pictures * len(spec.erase), settings,
+                lambda *_: progress(0, steps),
             )  # fmt: skip
         pool = latents.to(model.device, model.dtype)
         first = spec.erase[0].words
@@ -162,7 +162,7 @@ def run(
 
         parameters = model.train(settings.parameters(), settings.seed)
         phase = Phase("steer", parameters, loss, Optimiser(settings.learning_rate, Kind.ADAMW, 0.01))
-        Trainer(model, [phase], settings.iterations, seed=settings.seed).run(
+        Trainer(model, [phase], steps, seed=settings.seed).run(
             progress, aids.watch, checkpoint=kept(aids, port, model, spec, "forget_me_not", settings)
         )
         return erasure_of(port, spec, "forget_me_not", settings, model.deltas(energy=settings.energy))

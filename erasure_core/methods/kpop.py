@@ -42,13 +42,28 @@ from ..operators.memory import Mode, Placement, PromptMemory, SavedMemory
 from ..operators.regress import TargetTerm, keep_term, regress, shifted
 from ..operators.train_loop import Optimiser, Phase, Trainer, cosine, generator_for
 from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
-from ._training import AWAY, ERASE, KEEP, NULL, TO, Prompts, TrainSettings, draw_progress, erasure_of, kept, on_policy
+from ._training import (
+    AWAY,
+    ERASE,
+    KEEP,
+    NULL,
+    TO,
+    Prompts,
+    TrainSettings,
+    draw_progress,
+    erasure_of,
+    kept,
+    on_policy,
+    steps_of,
+)
 from .registry import Aids, MethodSpec, Progress, setting
 
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
-    iterations: int = setting(1000, "Rounds of one step each.", low=1, high=100000, step=10)
+    iterations: int = setting(
+        1000, "Rounds for each concept, of one step for the key and one for the weights.", low=1, high=100000, step=10
+    )
     negative_guidance: float = setting(1.0, AWAY, low=0.0, high=20.0, step=0.5)
     weight_without: float = setting(1.0, "How hard the weights hide the concept.", low=0.0, high=1000.0, step=0.1)
     weight_with: float = setting(0.5, "How hard the weights let the key work.", low=0.0, high=1000.0, step=0.1)
@@ -141,12 +156,12 @@ def phases(
     memory: PromptMemory,
     prompts: Prompts,
     settings: Settings,
+    together: int,
     drawn: Underway | None = None,
     alone: int = 0,
 ) -> list[Phase]:
     """Recover, then hide, on the same latent, which is sampled without the memory; then ``alone`` steps of the memory alone, on
     what was ``drawn`` before."""
-    together = settings.iterations
     shared: dict[int, tuple[Tensor, Tensor, dict[str, Cond]]] = {}
 
     def recover(i: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -181,17 +196,18 @@ def hide(
     port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids, *, alone: float = ALONE
 ) -> Hidden:
     """Hide the concept behind a key, which learns ``alone`` times as many steps more once the weights are fixed."""
-    further = round(alone * settings.iterations)
+    together = steps_of(settings, spec)
+    further = round(alone * together)
     prompts = Prompts(port, spec, aids.dark)
     with port.trainable() as model:
         generator = torch.Generator().manual_seed(settings.seed)
         memory = PromptMemory.beside(
             prompts.null.context[0], settings.rows, settings.placement, generator, shared=settings.shared
         ).to(model.device)
-        wait: Progress = lambda _done, _total: progress(0, settings.iterations + further)  # noqa: E731
+        wait: Progress = lambda _done, _total: progress(0, together + further)  # noqa: E731
         drawn = underway(model, prompts, settings, wait) if further else None
-        steps = phases(model, memory, prompts, settings, drawn, further)
-        trainer = Trainer(model, steps, settings.iterations + further, seed=settings.seed)
+        steps = phases(model, memory, prompts, settings, together, drawn, further)
+        trainer = Trainer(model, steps, together + further, seed=settings.seed)
         trainer.run(progress, aids.watch, checkpoint=kept(aids, port, model, spec, "kpop", settings))
         made = erasure_of(port, spec, "kpop", settings, model.deltas(energy=settings.energy))
         return Hidden(made, SavedMemory.of(memory, made.header, Mode.KEY))

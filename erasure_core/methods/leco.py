@@ -19,13 +19,13 @@ from ..operators.changes import Layers, LoRA
 from ..operators.regress import TargetTerm, shifted
 from ..operators.train_loop import Kind
 from ..operators.trainable import TrainablePort
-from ._training import AWAY, ERASE, NULL, RANK, RATE, TO, TrainSettings, train_regression
+from ._training import AWAY, ERASE, NULL, RANK, RATE, STEPS, TO, TrainSettings, train_regression
 from .registry import Aids, MethodSpec, Progress, setting
 
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
-    iterations: int = setting(500, "Training steps. More erase more firmly.", low=1, high=100000, step=10)
+    iterations: int = setting(500, STEPS, low=1, high=100000, step=10)
     learning_rate: float = setting(1e-4, RATE, low=1e-8, high=1.0, step=1e-5)
     layers: Layers = setting(Layers.ALL, "Which layers are changed.")
     rank: int = setting(4, RANK, low=1, high=512, step=1)

@@ -21,7 +21,7 @@ from ..concept import ConceptSpec
 from ..operators.regress import TargetTerm
 from ..operators.train_loop import Kind
 from ..operators.trainable import TrainablePort, Weights
-from ._training import ERASE, TO, TrainSettings, train_regression
+from ._training import ERASE, STEPS, TO, TrainSettings, train_regression
 from .registry import Aids, MethodSpec, Progress, setting
 
 JOINED = "joined"
@@ -29,7 +29,7 @@ JOINED = "joined"
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
-    iterations: int = setting(1500, "Training steps. More erase more firmly.", low=1, high=100000, step=10)
+    iterations: int = setting(1500, STEPS, low=1, high=100000, step=10)
     average: float = setting(0.999, "Share of the running average that a step keeps.", low=0.0, high=1.0, step=0.001)
 
 

@@ -34,16 +34,16 @@ from ..operators.changes import Layers, LoRA
 from ..operators.regress import TargetTerm, shifted
 from ..operators.train_loop import Kind, cosine
 from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
-from ._training import AWAY, ERASE, RANK, RATE, TO, TrainSettings, train_regression
+from ._training import AWAY, ERASE, RANK, RATE, STEPS, TO, TrainSettings, steps_of, train_regression
 from .registry import Aids, MethodSpec, Progress, setting
 
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
-    iterations: int = setting(3000, "Training steps. More erase more firmly.", low=1, high=100000, step=10)
+    iterations: int = setting(3000, STEPS, low=1, high=100000, step=10)
     learning_rate: float = setting(1e-4, RATE, low=1e-8, high=1.0, step=1e-5)
     layers: Layers = setting(Layers.ALL, "Which layers are changed.")
-    rank: int = setting(1, RANK, low=1, high=512, step=1)
+    rank: int = setting(1, f"{RANK} One for each concept.", low=1, high=512, step=1)
     sample_steps: int = setting(30, "Sampler steps of the pictures that training looks at.", low=2, high=1000, step=1)
     negative_guidance: float = setting(1.0, AWAY, low=0.0, high=20.0, step=0.5)
     anchors: int = setting(4, "Random prompts that are held, per step.", low=0, high=64, step=1)
@@ -112,12 +112,13 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
         anchors = sample_anchors(moved(conds[ERASE].context[:1], z.device, z.dtype), settings.anchors, generator)
         return {"anchors": settings.anchor_weight * anchoring_loss(model, z, t, anchors, conds[ERASE])}
 
-    warmup = min(settings.warmup, settings.iterations // 6)  # of a short training: the paper's share, 500 of 3000 steps
-    rate = cosine(settings.iterations, restarts=3, warmup=warmup)
+    steps = steps_of(settings, spec)
+    warmup = min(settings.warmup, steps // 6)  # of a short training: the paper's share, 500 of 3000 steps
+    rate = cosine(steps, restarts=3, warmup=warmup)
     return train_regression(
         port, spec, settings, progress, aids, method="spm", terms=[target(settings.negative_guidance)], more=anchoring,
         optimiser=Kind.ADAMW, weight_decay=0.01, rate=rate,
-        what=LoRA(settings.layers, settings.rank, 1.0),
+        what=LoRA(settings.layers, settings.rank * len(spec.erase), 1.0),
     )  # fmt: skip
 
 

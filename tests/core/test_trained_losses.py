@@ -77,7 +77,7 @@ def test_kpop_hides_and_the_key_recovers(tiny) -> None:
     assert same(one.erasure, early.erasure) and not torch.equal(key.key, early.key.key), "the key learns on alone"
     with tiny.trainable() as model:
         memory = PromptMemory(2, 16, Placement.ALL, torch.Generator().manual_seed(1), shared=False)
-        recover, hide = kpop.phases(model, memory, Prompts(tiny, SPEC), settings)
+        recover, hide = kpop.phases(model, memory, Prompts(tiny, SPEC), settings, settings.iterations)
         weights, rows = [p.clone() for p in model.parameters()], memory.key.detach().clone()
         assert set(recover.step(0, torch.Generator().manual_seed(1))) == {"memory/recover", "memory/held"}
         assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
@@ -121,7 +121,7 @@ def test_kpop_resumed_equals_run_through(tiny, cut: int) -> None:
         memory = PromptMemory(2, 16, Placement.MID, torch.Generator().manual_seed(1), shared=True)
         prompts = Prompts(tiny, SPEC)
         drawn = kpop.underway(model, prompts, settings, quiet)
-        return Trainer(model, kpop.phases(model, memory, prompts, settings, drawn, 3), 7, seed=1), memory
+        return Trainer(model, kpop.phases(model, memory, prompts, settings, 4, drawn, 3), 7, seed=1), memory
 
     with tiny.trainable() as model:
         whole, key = trainer(model)
