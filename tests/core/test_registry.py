@@ -249,6 +249,18 @@ def test_long_prompts_and_many_concepts(method: MethodSpec, make) -> None:
 
 
 @each_trained
+def test_every_concept_has_its_own_steps(method: MethodSpec, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five concepts in the steps of one are met so seldom that most of them stay."""
+    steps: list[int] = []
+    run_ = Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda self, *x, **y: steps.append(self.iterations) or run_(self, *x, **y))
+    run(make(method), method, spec=ConceptSpec.parse("red apple, apple", "pear", "dog"))
+    alone, steps[:] = sum(steps), []
+    run(make(method), method, spec=ConceptSpec.parse("red apple, apple\nfurry cat\nred house", "pear", "dog"))
+    assert sum(steps) == 3 * alone > 0
+
+
+@each_trained
 def test_prompts_of_several_sections(method: MethodSpec, make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text encoders lay the sections of a long prompt end to end: texts of unlike length, in one step and one table."""
     port = make(method)

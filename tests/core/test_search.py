@@ -13,6 +13,7 @@ from erasure_core.emojicanvas.text import TextConfig, TextEncoder
 from erasure_core.methods import Aids, dark_miner, rece
 from erasure_core.methods._training import Prompts, Wanted
 from erasure_core.operators.changes import FullWeights, Layers
+from erasure_core.operators.checkpoint import Checkpoint
 from erasure_core.operators.memory import Placement, PromptMemory
 from erasure_core.operators.search import (
     TokenSlot,
@@ -300,7 +301,7 @@ def test_of_several_concepts_each_has_its_round(tiny, monkeypatch) -> None:
     looked: list[int] = []
     given = torch.randn(3, 4, 4, 4)
     aids = Aids(pictures=given, look=lambda z: looked.append(len(z)) or torch.full((len(z),), 0.9))
-    settings = dark_miner.Settings(**{**SMALL, "rounds": 3, "pictures": 2})
+    settings = dark_miner.Settings(**{**SMALL, "rounds": 2, "pictures": 2})
     out = dark_miner.mine_and_erase(tiny, spec, settings, quiet, aids)
     dog, tulip = (tiny.conditions([word])[0].context for word in ("dog", "tulip"))
     anchors = [[torch.equal(w.concept.anchor.context, dog) for w in pool] for pool in ways]
@@ -310,12 +311,51 @@ def test_of_several_concepts_each_has_its_round(tiny, monkeypatch) -> None:
         [*words, True, True],
         [*words, True, True, False, False],
         [*words, *[True, True, False, False, True, True]],
+        [*words, *[True, True, False, False, True, True, False, False]],
     ]
     assert all(
         torch.equal(w.concept.anchor.context, tulip) for w in ways[-1] if not torch.equal(w.concept.anchor.context, dog)
     )
     assert torch.equal(mined_from[0], given) and torch.equal(mined_from[2], given) and len(mined_from[1]) == 2
     assert len(out.scores) == 2 == len(looked), "the second concept's round is nobody's to judge"
+
+
+def test_the_first_concept_may_be_done_before_the_others(tiny, tmp_path, monkeypatch) -> None:
+    """Its rounds end when nothing is found any more, and those of the others go on, cut off or not."""
+    spec = ConceptSpec.parse("bomb, grenade\nrose", "dog\ntulip")
+    pools: list[list[bool]] = []
+    dog = tiny.conditions(["dog"])[0].context
+    circumvent = dark_miner.circumvent
+
+    def noted(model, pool, *x):
+        pools.append([torch.equal(w.concept.anchor.context, dog) for w in pool])
+        return circumvent(model, pool, *x)
+
+    monkeypatch.setattr(dark_miner, "circumvent", noted)
+    settings = dark_miner.Settings(**{**SMALL, "rounds": 3, "pictures": 2})
+
+    def mined(progress=quiet, **aids) -> dark_miner.Mined:
+        chosen = Aids(look=lambda z: torch.full((len(z),), 0.1), **aids)
+        return dark_miner.mine_and_erase(tiny, spec, settings, progress, chosen)
+
+    class Stop(Exception):
+        pass
+
+    def stopping(done: int, total: int) -> None:
+        assert total == 7
+        if done == 4:
+            raise Stop
+
+    whole = mined()
+    words = [True, True, False]
+    assert pools == [words, [*words, *[False] * 2], [*words, *[False] * 4], [*words, *[False] * 6]]
+    assert whole.exhausted and whole.scores == pytest.approx((0.1,)) and whole.found == 6
+    with pytest.raises(Stop):
+        mined(stopping, checkpoint=Checkpoint(tmp_path / "state.safetensors", seconds=0.0))
+    pools.clear()
+    rest = mined(checkpoint=Checkpoint(tmp_path / "state.safetensors", seconds=0.0))
+    assert pools == [[*words, *[False] * 4], [*words, *[False] * 6]], "the rounds that were left"
+    assert all(torch.equal(d.dense(), rest.erasure.deltas[n].dense()) for n, d in whole.erasure.deltas.items())
 
 
 def test_dark_miner_searches_words_where_an_encoder_reads_them(tiny) -> None:

@@ -20,6 +20,7 @@ from erasure_core.operators.trainable import Cond, TrainableModel, Weights
 
 pytestmark = pytest.mark.core
 SPEC = ConceptSpec.parse("cat, red apple\nbomb", "pear\nriver")
+ALONE = replace(SPEC, erase=SPEC.erase[:1])
 TEXTS = ("", "cat", "red apple", "bomb", "cat, red apple, bomb", "pear", "river", "orchard")
 
 
@@ -178,7 +179,7 @@ def test_esd_2023_cannot_erase_from_something(tiny) -> None:
 def test_the_papers_optimiser_at_its_rate(tiny, monkeypatch, method, steps: int, optimisers) -> None:
     trainers: list[Trainer] = []
     instead(monkeypatch, trainers.append)
-    method.run(tiny, SPEC, method.Settings(sample_steps=2), quiet, Aids())
+    method.run(tiny, ALONE, method.Settings(sample_steps=2), quiet, Aids())
     assert trainers[0].iterations == steps
     made = [(type(p.made), p.made.defaults["lr"], p.made.defaults["weight_decay"]) for p in trainers[0].phases]
     assert made == optimisers
@@ -191,7 +192,7 @@ def test_spm_warms_up_and_restarts_three_times(tiny, monkeypatch, iterations: in
     """500 of the paper's 3000 steps, and the same share of a shorter training."""
     trainers: list[Trainer] = []
     instead(monkeypatch, trainers.append)
-    spm.run(tiny, SPEC, spm.Settings(iterations=iterations), quiet, Aids())
+    spm.run(tiny, ALONE, spm.Settings(iterations=iterations), quiet, Aids())
     rate, length = trainers[0].phases[0].rate, (iterations - warmup) / 3
     for i in range(0, warmup, 7):
         assert rate(i) == pytest.approx((i + 1) / warmup)
