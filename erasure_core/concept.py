@@ -93,8 +93,9 @@ class ConceptSpec:
         """
         groups = [_split(line, ",") for line in concept.splitlines()]
         groups = [g for g in groups if g]
-        targets = [t.strip() for t in replace_with.rstrip().splitlines()]
-        if len(targets) != len(groups):  # an empty first line counts only where there is one line each
+        targets = [t.strip() for t in replace_with.split("\n")]
+        trailing = len(targets) == 2 and not targets[1]  # of two lines an empty second is hardly meant
+        if len(targets) != len(groups) or trailing:  # empty lines count only where there is one line each
             targets = [t.strip() for t in replace_with.strip().splitlines()] or [""]
         if len(targets) == 1:
             targets *= max(1, len(groups))
@@ -116,6 +117,12 @@ class ConceptSpec:
     @cached_property
     def _erased(self) -> frozenset[str]:
         return frozenset(_fold(word) for concept in self.erase for word in concept.words)
+
+    def number_of(self, words: Iterable[str]) -> int | None:
+        """Which of the concepts has one of these words, however they are spelt; the first of several, None where none has."""
+        wanted = {_fold(word) for word in words}
+        found = (n for n, concept in enumerate(self.erase) if wanted & {_fold(word) for word in concept.words})
+        return next(found, None)
 
     def erases(self, word: str) -> bool:
         """Whether it is one of the words to erase, however it is spelt."""
@@ -282,12 +289,12 @@ class EditRows:
 
 
 def edit_rows(
-    port: ModelPort, spec: ConceptSpec, *, rule: Rows, templates: Sequence[str], dark: Sequence[Tensor] = ()
+    port: ModelPort, spec: ConceptSpec, *, rule: Rows, templates: Sequence[str], dark: Sequence[tuple[Tensor, int]] = ()
 ) -> EditRows:
     """Encode everything that ``spec`` names, in one batch, and pick its rows.
 
-    ``dark``: text states [L, D] that were found to bring the (first) concept back. Each of their rows but BOS may carry it,
-    so all of them become the replacement's at the same place.
+    ``dark``: text states [L, D] that were found to bring a concept back, and the number of that concept. Each of their rows but
+    BOS may carry it, so all of them become the replacement's at the same place.
 
     The empty prompt is always kept whole, BOS included: it is the unconditional half of guidance.
     """
@@ -304,8 +311,10 @@ def edit_rows(
     states = dict(zip(prompts, port.text(prompts), strict=True))
     rows = {prompt: rows_of(text, rule) for prompt, text in states.items()}
     matched = [paired_rows(rows[s], rows[t]) for s, t in dict.fromkeys(pairs)]
-    replacement = rows_of(states[pairs[0][1]], Rows.ALL)
-    matched += [paired_rows(found.detach().cpu().double()[1:], replacement) for found in dark]
+    for found, owner in dark:
+        to = spec.erase[owner].to
+        replacement = rows_of(states[templates[0].format(to) if to else ""], Rows.ALL)
+        matched.append(paired_rows(found.detach().cpu().double()[1:], replacement))
     return EditRows(
         torch.cat([c for c, _ in matched]),
         torch.cat([to for _, to in matched]),

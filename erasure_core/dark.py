@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,17 +12,20 @@ import torch
 from torch import Tensor
 
 from .artifact import Header, WrongModelError
+from .concept import ConceptError, ConceptSpec
 from .formats import FileError, Layout, header_json, header_text, opened, parse_header, read_tensor, write
 from .port import Family
 
 MAX_EMBEDDINGS = 1000
 _METADATA = "dark_embeddings"
+_NOBODY = -1.0
+"""In a file, the score of what nobody looked at: files hold no NaN."""
 _TOWERS = ("clip_l", "clip_g", "clip_h")
 
 
 @dataclass(frozen=True)
 class DarkEmbeddings:
-    """``n`` mined embeddings of one concept, best first. Immutable; float32 on the CPU."""
+    """``n`` mined embeddings, best first. Immutable; float32 on the CPU."""
 
     header: Header
     """``method`` is "mine" or the erasure method that found them, ``settings`` how, seed included; ``base`` the fingerprint of
@@ -29,10 +33,12 @@ class DarkEmbeddings:
     states: Tensor = field(repr=False)
     """[n, L, D]: what cross-attention reads."""
     scores: tuple[float, ...]
-    """For each the mean verdict on pictures drawn with it, or what ``settings["scored by"]`` says."""
+    """For each the mean verdict on pictures drawn with it, or what ``settings["scored by"]`` says; NaN: nobody looked."""
     words: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """Pseudo-words by text tower (``clip_l``, ``clip_g``, ``clip_h``), [n, k, D_word]: textual-inversion vectors. Empty for
     free conditionings, which no words have."""
+    owners: tuple[int, ...] = ()
+    """For each the number of its concept among those of the header; empty: all are of the first."""
 
     def __post_init__(self) -> None:
         n = len(self.states)
@@ -40,6 +46,10 @@ class DarkEmbeddings:
             raise ValueError(f"dark embeddings: states must be [n, L, D], got {tuple(self.states.shape)}")
         if len(self.scores) != n:
             raise ValueError(f"dark embeddings: {len(self.scores)} scores for {n} embeddings")
+        if self.owners and (
+            len(self.owners) != n or not all(0 <= o < len(self.header.spec.erase) for o in self.owners)
+        ):
+            raise ValueError(f"dark embeddings: {len(self.owners)} owners for {n} embeddings don't match up")
         lengths = set()
         for tower, vectors in self.words.items():
             if tower not in _TOWERS or vectors.ndim != 3 or len(vectors) != n or 0 in vectors.shape:
@@ -58,6 +68,26 @@ class DarkEmbeddings:
         """The first word for what they bring back."""
         return self.header.spec.erase[0].name
 
+    def owners_in(self, spec: ConceptSpec) -> tuple[int, ...]:
+        """For each embedding the number of its concept in another request. Where that is one concept, it has them all.
+
+        Raises:
+            ConceptError: of several concepts none has a word for what an embedding brings back.
+        """
+        if len(spec.erase) == 1:
+            return (0,) * len(self)
+        numbers = []
+        for owner in self.owners or (0,) * len(self):
+            words = self.header.spec.erase[owner].words
+            number = spec.number_of(words)
+            if number is None:
+                raise ConceptError(
+                    f"dark: these embeddings bring {words[0]!r} back, and no line of concept has that word. Add it to the line "
+                    "that it belongs to, or erase it on its own"
+                )
+            numbers.append(number)
+        return tuple(numbers)
+
     def check_fits(self, family: Family) -> None:
         """Raise where they were mined in another kind of model.
 
@@ -73,8 +103,18 @@ class DarkEmbeddings:
         """One paragraph for people: of what, how many, how good, how mined."""
         h = self.header
         form = f"{next(iter(self.words.values())).shape[1]} pseudo-words each" if self.words else "free conditionings"
-        lines = [f"{len(self)} dark embeddings for {', '.join(h.spec.erase[0].words)} ({form}), mined in {h.family}"]
-        lines += [f"{i}: {score:.3f}" for i, score in enumerate(self.scores, 1)]
+        owners = self.owners or (0,) * len(self)
+        several = len(set(owners)) > 1
+        names = [h.spec.erase[n].name for n in owners]
+        what = (
+            ", ".join(f"{name} ({names.count(name)})" for name in dict.fromkeys(names))
+            if several
+            else ", ".join(h.spec.erase[owners[0]].words)
+        )
+        lines = [f"{len(self)} dark embeddings for {what} ({form}), mined in {h.family}"]
+        for i, (name, score) in enumerate(zip(names, self.scores, strict=True), 1):
+            said = "nobody looked" if math.isnan(score) else f"{score:.3f}"
+            lines.append(f"{i}: {said}" + (f" ({name})" if several else ""))
         settings = ", ".join(f"{k} {v}" for k, v in h.settings.items())
         return "\n".join([*lines, f"{settings}; library {h.version}"])
 
@@ -87,7 +127,10 @@ def save_dark(dark: DarkEmbeddings, path: str | os.PathLike[str]) -> Path:
     """
     contents = {"states": dark.states, "scores": torch.tensor(dark.scores)}
     contents |= {f"words.{tower}": x for tower, x in dark.words.items()}
-    _check_numbers(contents)
+    _check_numbers({name: x for name, x in contents.items() if name != "scores"})
+    contents["scores"] = contents["scores"].nan_to_num(nan=_NOBODY)
+    if any(dark.owners):
+        contents["owners"] = torch.tensor(dark.owners)
     metadata = {
         _METADATA: header_json(dark.header, [], Layout.LORA),
         "modelspec.sai_model_spec": "1.0.0",
@@ -108,16 +151,17 @@ def load_dark(path: str | os.PathLike[str]) -> DarkEmbeddings:
     with opened(path) as f:
         header = _header(f.metadata(), path)
         present = set(f.keys())
-        known = {"states", "scores", *(f"words.{tower}" for tower in _TOWERS)}
+        known = {"states", "scores", "owners", *(f"words.{tower}" for tower in _TOWERS)}
         if not {"states", "scores"} <= present or present - known:
             raise FileError(
                 f"{path.name}: a set of dark embeddings holds states, scores and words, not {_names(present)}"
             )
         states = read_tensor(f, "states", 3, path)
         words = {t: read_tensor(f, f"words.{t}", 3, path) for t in _TOWERS if f"words.{t}" in present}
-        scores = tuple(read_tensor(f, "scores", 1, path).tolist())
+        scores = tuple(math.nan if x == _NOBODY else x for x in read_tensor(f, "scores", 1, path).tolist())
+        owners = tuple(map(int, read_tensor(f, "owners", 1, path).tolist())) if "owners" in present else ()
     try:
-        dark = DarkEmbeddings(header, states, scores, words)
+        dark = DarkEmbeddings(header, states, scores, words, owners)
     except ValueError as error:
         raise FileError(f"{path.name}: {error}") from None
     if states.shape[2] != header.family.context_dim:

@@ -38,6 +38,8 @@ Scene = tuple[str, str]
 """(unsafe prompt, safe prompt)."""
 Draw = tuple[int, int]
 """(which pair, which of its noises)."""
+Looks = Callable[[Tensor], Tensor] | Sequence[Callable[[Tensor], Tensor]] | None
+"""Gives the probability that each latent shows the concept; or one for each scene, where these show several concepts."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,14 @@ class ConceptPairs:
     def summary(self) -> str:
         """One paragraph for people."""
         side = " x ".join(str(n) for n in self.unsafe.shape[2:])
-        unsafe, safe = (" / ".join(repr(x) for x in dict.fromkeys(side)) for side in zip(*self.scenes, strict=True))
-        lines = [
-            f"{len(self)} pairs: {unsafe} -> {safe}",
-            f"latents of {side}, {self.family}",
-            self.note,
-        ]
-        return "\n".join(line for line in lines if line)
+        each = Counter(self.shown or (0,) * len(self))
+        if len(self.scenes) == 1:
+            unsafe, safe = self.scenes[0]
+            lines = [f"{len(self)} pairs: {unsafe!r} -> {safe!r}"]
+        else:
+            lines = [f"{len(self)} pairs of {len(self.scenes)} scenes"]
+            lines += [f"  {each[n] or 'none'}: {u!r} -> {s!r}" for n, (u, s) in enumerate(self.scenes)]
+        return "\n".join([*lines, f"latents of {side}, {self.family}", *([self.note] if self.note else [])])
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ def pair_up(
     count: int,
     draw: Callable[[Sequence[Draw]], Tensor],
     edit: Callable[[Tensor, Sequence[Draw]], Tensor],
-    look: Callable[[Tensor], Tensor] | None,
+    look: Looks,
     *,
     threshold: float,
     max_redraws: int,
@@ -177,18 +180,28 @@ def pair_up(
         draw: unsafe latents of some draws; where they are given (not ``drawn``) it is asked once for each.
         edit: the safe counterparts of unsafe latents, with the noise of some draws.
         scenes: pairs with the same remainder by this are drawn together, ``at_once`` at most.
-        look: probability that each latent shows the concept; None accepts everything.
+        look: what judges the latents; None accepts everything.
         alike: whether each safe latent kept the rest of its unsafe one (unsafe, safe) -> [n] bool; None accepts everything.
 
     Raises:
         NoPairsError: nothing is left.
     """
 
-    def shows(_: Sequence[Draw], latents: Tensor) -> list[bool]:
-        return [True] * len(latents) if look is None else [p >= threshold for p in look(latents).tolist()]
+    looks = [] if look is None else [look] if callable(look) else list(look)
+
+    def seen(draws: Sequence[Draw], latents: Tensor) -> list[bool] | None:
+        if not looks:
+            return None
+        scene = draws[0][0] % scenes  # all of a batch show the same one
+        return [p >= threshold for p in looks[scene % len(looks)](latents).tolist()]
+
+    def shows(draws: Sequence[Draw], latents: Tensor) -> list[bool]:
+        found = seen(draws, latents)
+        return [True] * len(latents) if found is None else found
 
     def silent(draws: Sequence[Draw], latents: Tensor) -> list[bool]:
-        good = [True] * len(latents) if look is None else [p < threshold for p in look(latents).tolist()]
+        found = seen(draws, latents)
+        good = [True] * len(latents) if found is None else [not x for x in found]
         if alike is None:
             return good
         kept = alike(torch.stack([unsafe[number][0] for number, _ in draws]), latents).tolist()
@@ -205,7 +218,7 @@ def pair_up(
     done = sorted(safe)
     tally = Tally(
         count, len(done), tuple(n for n in range(count) if n not in unsafe), tuple(sorted(set(unsafe) - set(safe))),
-        unsafe_redraws, safe_redraws, look is not None, drawn, alike is not None,
+        unsafe_redraws, safe_redraws, bool(looks), drawn, alike is not None,
     )  # fmt: skip
     if not done:
         happened = "; ".join(tally.report(max_redraws).splitlines())
@@ -290,7 +303,7 @@ def make_pairs(
     guidance: float = 7.5,
     steps: int = 20,
     seed: int = 0,
-    look: Callable[[Tensor], Tensor] | None = None,
+    look: Looks = None,
     threshold: float = 0.5,
     alike: Callable[[Tensor, Tensor], Tensor] | None = None,
     max_redraws: int = 5,

@@ -132,7 +132,7 @@ def suppress(port: TrainablePort, spec: ConceptSpec, settings: Settings, progres
         ConceptError: nothing is left to hold.
     """
     spec = replace(spec, everyday=spec.everyday or not spec.keep)
-    prompts = Prompts(port, spec, aids.dark)
+    prompts = Prompts(port, spec, aids.owned)
     n, kept_count = (
         max(settings.pictures * len(spec.erase), len(prompts.pairs)),
         max(settings.kept_pictures, len(spec.keep)),

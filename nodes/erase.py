@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from comfy_api.latest import io, ui
 from ..erasure_core import Aids, ConceptError, ConceptSpec, all_methods, erase
 from ..erasure_core.dark import DarkEmbeddings
 from ..erasure_core.methods import MethodSpec, settings_from
+from ..erasure_core.methods.registry import Look
 from ..erasure_core.metrics.judges import word_for
 from ..erasure_core.operators.checkpoint import Checkpoint
 from ..erasure_core.presets import PRESETS
@@ -21,7 +23,7 @@ from .modes import ordinary_tensors
 from .patching import apply_erasure, check_ungated
 from .port import ComfyPort, family_of
 from .towers import pseudo_words
-from .training import Decode, Watcher, decoder, demand_of, prompts_to_show
+from .training import Decode, Watcher, decoder, demand_of, watcher_of
 from .types import CATEGORY, Dark, Erasure, Judge, Method, Pairs
 
 _RELIEF = (
@@ -63,23 +65,41 @@ def aids_of(
                 f"pairs: their latents have {pairs.unsafe.shape[1]} channels, this model's {port.latent_shape[0]}. Make them "
                 "again with this model"
             )
-    look = None
+    looks: tuple[Look | None, ...] = ()
     if judge is not None:
         if chosen.asks_judge and vae is None:
             raise ValueError("vae: the judge looks at pictures. Connect the VAE as well")
-        word = word_for(judge, spec.erase[0].words) if chosen.asks_judge else spec.erase[0].name
-
-        def look(latents: torch.Tensor) -> torch.Tensor:
-            seen = judge.probability(decode(latents).movedim(-1, 1), word)
-            watcher.make_room()
-            return seen
+        known = [_known(judge, concept.words) for concept in spec.erase]
+        if chosen.asks_judge and not any(known):
+            word_for(judge, [word for concept in spec.erase for word in concept.words])  # says why not
+        looks = tuple(word and _look_for(judge, word, decode, watcher) for word in known)
 
     return Aids(
         dark=() if dark is None else tuple(dark.states.clone().unbind(0)),
+        owners=() if dark is None or "dark" in chosen.unread else dark.owners_in(spec),
         pairs=None if pairs is None else replace(pairs, unsafe=pairs.unsafe.clone(), safe=pairs.safe.clone()),
-        look=look,
+        looks=looks,
         watch=watcher.watch,
     )
+
+
+def _known(judge, words: Sequence[str]) -> str | None:
+    """The first of a concept's words that the judge knows."""
+    try:
+        return word_for(judge, words)
+    except ValueError:
+        return None
+
+
+def _look_for(judge, word: str, decode: Decode, watcher: Watcher) -> Look:
+    """The judge behind the decoder."""
+
+    def look(latents: torch.Tensor) -> torch.Tensor:
+        seen = judge.probability(decode(latents).movedim(-1, 1), word)
+        watcher.make_room()
+        return seen
+
+    return look
 
 
 def unfinished(what: str) -> Checkpoint:
@@ -159,7 +179,7 @@ class EraseConcept(io.ComfyNode):
                 Judge.Input(
                     "judge",
                     optional=True,
-                    tooltip="Says when Dark Miner may stop: once it no longer sees the concept. Needs the vae.",
+                    tooltip="Says when Dark Miner may stop with a concept: once it no longer sees it. Needs the vae.",
                 ),
                 seed_widget(
                     "For thorough: the same seed gives the same erasure; where the concept comes back, another may hold. A "
@@ -221,10 +241,12 @@ class EraseConcept(io.ComfyNode):
         name, settings = method or PRESETS[quality].on(family_of(model), seed)
         chosen = all_methods()[name]
         wanted = settings_from(chosen, settings)
-        demand = demand_of(wanted, chosen.predictions, precise=chosen.precise, concepts=len(spec.erase))
+        demand = demand_of(
+            wanted, chosen.predictions, precise=chosen.precise, concepts=len(spec.erase), for_each=chosen.for_each
+        )
         demand = replace(demand, relief=_RELIEF)
         decode = decoder(model, vae)
-        watcher = Watcher(prompts_to_show(spec), decode)
+        watcher = watcher_of(spec, decode)
         size = pairs.unsafe.shape[2:] if pairs is not None and chosen.needs_pairs else None
         with ordinary_tensors():
             port = ComfyPort(model, clip, demand=demand, opened=watcher.opened, size=size)

@@ -27,7 +27,7 @@ from .port import ComfyPort
 from .reading import apply_memory
 from .replica import Demand
 from .saved import Saved
-from .training import Watcher, decoder, demand_of, prompts_to_show
+from .training import decoder, demand_of, watcher_of
 from .types import CATEGORY, Erasure, Memory
 
 _BLOCKS = {"all blocks": Placement.ALL, "middle and output blocks": Placement.MIDOUT, "middle block": Placement.MID}
@@ -200,7 +200,7 @@ class LearnSafePromptMemory(io.ComfyNode):
         _choice("placement", placement, _BLOCKS)
         check_ungated(model=model)
         settings = settings_of(Mode(mode), rows, _BLOCKS[placement], iterations, learning_rate, weights_rate, seed)
-        watcher = Watcher(prompts_to_show(spec), decoder(model, vae))
+        watcher = watcher_of(spec, decoder(model, vae))
         with ordinary_tensors():
             port = ComfyPort(model, clip, demand=_demand(settings), opened=watcher.opened)
             check_words_are_read(port, spec)

@@ -150,7 +150,11 @@ class MakeSDEditPair(io.ComfyNode):
                     tooltip="How much is drawn anew. More takes the concept away more surely, and changes more of the rest.",
                 ),
                 io.Int.Input(
-                    "count", default=8, min=1, max=MAX_PAIRS, tooltip="Pairs to make; DUO's authors use 32 to 64."
+                    "count",
+                    default=8,
+                    min=1,
+                    max=MAX_PAIRS,
+                    tooltip="Pairs to make, of all scenes together. DUO's authors use 32 to 64 for one concept.",
                 ),
                 seed_widget("The same seed gives the same pairs."),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampler steps of a whole picture."),
@@ -184,9 +188,11 @@ class MakeSDEditPair(io.ComfyNode):
                 Judge.Input("judge", optional=True, tooltip="Looks at both pictures of each pair."),
                 io.String.Input(
                     "concept",
+                    multiline=True,
                     default="",
                     optional=True,
-                    tooltip="What the judge looks for, in a word that it knows. Needed where a judge is connected.",
+                    tooltip="What the judge looks for, in a word that it knows: one line for all scenes, or a line each where "
+                    "they show several concepts. Needed where a judge is connected.",
                 ),
             ],
             outputs=[
@@ -214,9 +220,10 @@ class MakeSDEditPair(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         scenes = scenes_of(unsafe_prompt, safe_prompt)
         check_numbers(count, strength)
-        if judge is not None and not concept.strip():
-            raise ValueError("concept: write what the judge should look for")
+        words = [] if judge is None else words_of(concept, len(scenes))
         count = count if images is None else len(images)
+        if images is None and count < len(scenes):
+            raise ValueError(f"count: {count} pairs can't show {len(scenes)} scenes. Make {len(scenes)} or more")
         check_numbers(count, strength)
         check_ungated(model=model)
         side = native_side(model, family_of(model).name)
@@ -224,7 +231,7 @@ class MakeSDEditPair(io.ComfyNode):
         decode = decoder(model, vae)
         look = None
         if judge is not None:
-            look = look_through(judge, lambda z: decode(z).movedim(-1, 1), concept.strip())
+            look = [look_through(judge, lambda z: decode(z).movedim(-1, 1), word) for word in words]
         artist = _Artist(
             model, clip, vae, scenes=scenes, size=size, strength=strength, steps=steps, cfg=cfg, seed=seed,
             draws=(count if images is None else 0, count),
@@ -272,6 +279,20 @@ def scenes_of(unsafe: str, safe: str) -> list[tuple[str, str]]:
                 f"safe_prompt: {other!r} is the same as unsafe_prompt. Describe the scene without the concept"
             )
     return list(zip(bad, good, strict=True))
+
+
+def words_of(concept: str, scenes: int) -> list[str]:
+    """What the judge looks for in each scene.
+
+    Raises:
+        ValueError: nothing, or neither one line nor as many as there are scenes.
+    """
+    words = [line.strip() for line in concept.splitlines() if line.strip()]
+    if not words:
+        raise ValueError("concept: write what the judge should look for")
+    if len(words) not in (1, scenes):
+        raise ValueError(f"concept: {len(words)} lines for {scenes} scenes. Write one for all of them, or one for each")
+    return words * scenes if len(words) == 1 else words
 
 
 def check_numbers(count: int | None, strength: float | None) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 import comfy.utils
 import torch
@@ -18,6 +18,7 @@ from ..erasure_core.operators.trainable import Cond, TrainableModel
 from .modes import host_mode
 from .replica import Demand, Replica
 
+_T = TypeVar("_T")
 Decode = Callable[[Tensor], Tensor]
 """Clean, scaled latents [N, C, h, w] -> pictures [N, H, W, 3] in [0, 1] on the CPU."""
 
@@ -46,14 +47,19 @@ def decoder(model, vae=None) -> Decode:
     return by_colour if vae is None else by_vae
 
 
-def demand_of(settings: Any, predictions: int = 3, *, precise: bool = False, concepts: int = 1) -> Demand:
-    """What a method with these settings holds; see ``MethodSpec.predictions`` and ``precise``. Random prompts that are held
-    count too, and embeddings that are searched side by side, as many for each of the concepts."""
+def demand_of(
+    settings: Any, predictions: int = 3, *, precise: bool = False, concepts: int = 1, for_each: Collection[str] = ()
+) -> Demand:
+    """What a method with these settings holds; see ``MethodSpec.predictions``, ``precise`` and ``for_each``. Random prompts
+    that are held count too, and embeddings that are searched side by side."""
     layers, rank = getattr(settings, "layers", Layers.ALL), getattr(settings, "rank", 0)
     at_once = getattr(settings, "batch", 1) * (predictions + getattr(settings, "anchors", 0))
-    searched = -(-getattr(settings, "population", 0) // concepts) * concepts
+    searched = getattr(settings, "population", 0)
+    if "population" in for_each:
+        searched = -(-searched // concepts) * concepts
+    ranks = rank * concepts if "rank" in for_each else rank
     return Demand(
-        LoRA(layers, rank) if rank else FullWeights(layers),
+        LoRA(layers, ranks) if rank else FullWeights(layers),
         copies=int(getattr(settings, "average", None) is not None),
         pictures=max(at_once, searched),
         precise=precise,
@@ -64,14 +70,15 @@ class Watcher:
     """Shows a training on its node: pictures that it draws itself at a fixed seed, the losses, the progress.
 
     ``opened``, ``progress`` and ``watch`` are what a port and a method call. Raises through ``progress`` when the user
-    cancels.
+    cancels. Of the prompts the first ``turns`` take turns to be drawn.
     """
 
     captions = ("erased: ", "kept: ")
     """Before the first picture's prompt, and before the others'."""
 
-    def __init__(self, prompts: Sequence[str], decode: Decode) -> None:
-        self._prompts, self._decode = list(prompts), decode
+    def __init__(self, prompts: Sequence[str], decode: Decode, *, turns: int = 1) -> None:
+        self._prompts, self._decode, self._turns = list(prompts), decode, turns
+        self._turn = -1
         self._bar = comfy.utils.ProgressBar(1)
         self._model: Replica | None = None
         self._conds: list[Cond] = []
@@ -128,8 +135,9 @@ class Watcher:
     def _draw(self) -> None:
         assert self._model is not None and self._null is not None
         began = time.monotonic()
+        self._turn = (self._turn + 1) % self._turns
         latents = self._model.denoise_until(
-            Cond.cat(self._conds), self._null, guidance=_GUIDANCE, progress=1.0, steps=_STEPS,
+            Cond.cat(self._in_turn(self._conds)), self._null, guidance=_GUIDANCE, progress=1.0, steps=_STEPS,
             generator=torch.Generator().manual_seed(_SEED),
         )  # fmt: skip
         pictures = (self._decode(latents) * 255).round().to(torch.uint8).numpy()
@@ -140,12 +148,16 @@ class Watcher:
         self.spent += self._cost
         self._fresh = True
 
+    def _in_turn(self, of: Sequence[_T]) -> list[_T]:
+        """What belongs to the prompts that are drawn last."""
+        return [of[self._turn], *of[self._turns :]]
+
     def _compose(self, done: int, total: int) -> Image.Image:
         """Captions and pictures above, the curves below."""
         top = _PICTURE + _LINE if self._pictures else 0
         canvas = Image.new("RGB", (_WIDTH, top + _CURVE + _LINE), _PAPER)
         draw = ImageDraw.Draw(canvas)
-        for i, (picture, prompt) in enumerate(zip(self._pictures, self._prompts, strict=False)):
+        for i, (picture, prompt) in enumerate(zip(self._pictures, self._in_turn(self._prompts), strict=False)):
             canvas.paste(picture, (i * _PICTURE, _LINE))
             _write(draw, (i * _PICTURE + 6, 3), self.captions[min(i, 1)] + prompt, _INK)
         self._curves(draw, top)
@@ -203,6 +215,6 @@ def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, colour:
     draw.text(place, plain, fill=colour, font=font)
 
 
-def prompts_to_show(spec: ConceptSpec) -> list[str]:
-    """The erased concept and, where there is one, a kept word."""
-    return [spec.erase[0].name, *spec.keep[:1]]
+def watcher_of(spec: ConceptSpec, decode: Decode) -> Watcher:
+    """Shows the erased concept, each of several in turn, and a kept word, where there is one."""
+    return Watcher([*(c.name for c in spec.erase), *spec.keep[:1]], decode, turns=len(spec.erase))

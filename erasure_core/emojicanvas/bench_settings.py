@@ -113,21 +113,22 @@ def look_for(port: EmojiCanvasPort, name: str, judge: Judge) -> Look:
 
 
 def aids_for(method: str, port: EmojiCanvasPort, erasing: Erasing, judge: Judge) -> Aids:
-    """Pairs for a method that needs them, and the judge behind the decoder for one concept."""
-    look = look_for(port, (*erasing.objects, *erasing.styles)[0], judge)
-    pairs = _pairs(port, erasing, look) if all_methods()[method].needs_pairs else None
-    return Aids(pairs=pairs, look=look)
+    """Pairs for a method that needs them, and the judge behind the decoder for each concept."""
+    pairs = _pairs(port, erasing, judge) if all_methods()[method].needs_pairs else None
+    return Aids(pairs=pairs, looks=tuple(look_for(port, name, judge) for name in (*erasing.objects, *erasing.styles)))
 
 
-def _pairs(port: EmojiCanvasPort, erasing: Erasing, look: Look) -> ConceptPairs:
+def _pairs(port: EmojiCanvasPort, erasing: Erasing, judge: Judge) -> ConceptPairs:
     """SDEdit pairs of every concept: an object gives way to several others, in all styles in turn; a style to the plain one."""
     others = [o.name for o in OBJECTS if o.name not in erasing.objects][::_EVERY]
     styled = list(zip(others, cycle(s.name for s in STYLES), strict=False))
     scenes = [(prompt(name, style), prompt(other, style)) for other, style in styled for name in erasing.objects]
+    looks = [look_for(port, name, judge) for _ in styled for name in erasing.objects]
     scenes += [(prompt(o, style), prompt(o)) for o in STYLE_OBJECTS for style in erasing.styles]
+    looks += [look_for(port, style, judge) for _ in STYLE_OBJECTS for style in erasing.styles]
     unsafe, safe = (Cond.cat(port.conditions(list(side))) for side in zip(*scenes, strict=True))
     with port.trainable() as model:
         return make_pairs(
             model, unsafe, safe, port.conditions([""])[0], count=_PAIRS * len(scenes), scenes=scenes, family=port.family,
-            strength=0.5, strongest=0.85, guidance=4.0, steps=20, look=look,
+            strength=0.5, strongest=0.85, guidance=4.0, steps=20, look=looks,
         )  # fmt: skip

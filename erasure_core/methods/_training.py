@@ -76,21 +76,26 @@ def steps_of(settings: Counted, spec: ConceptSpec) -> int:
 
 
 class Prompts:
-    """Everything that a spec names, encoded once; conditionings that bring the concept back count as words for it."""
+    """Everything that a spec names, encoded once; conditionings that bring a concept back count as words for it. ``dark`` has
+    them with the number of their concept."""
 
-    def __init__(self, port: TrainablePort, spec: ConceptSpec, dark: Sequence[Tensor] = ()) -> None:
-        pairs = [(word, concept.to) for concept in spec.erase for word in concept.words]
+    def __init__(self, port: TrainablePort, spec: ConceptSpec, dark: Sequence[tuple[Tensor, int]] = ()) -> None:
+        self.concepts = [[(word, concept.to) for word in concept.words] for concept in spec.erase]
+        """Of each concept its words with the replacement."""
+        pairs = [pair for concept in self.concepts for pair in concept]
         common = everyday(port, spec) if spec.everyday else ()
         self.keep = list(dict.fromkeys([*spec.keep, *common[:: -(-len(common) // _EVERYDAY) or 1]]))
         texts = list(dict.fromkeys([*(x for pair in pairs for x in pair), *self.keep, ""]))
         self._conds = dict(zip(texts, port.conditions(texts), strict=True))
         self.words = [word for word, _ in pairs]
         self.null = self._conds[""]
-        for number, states in enumerate(dark):
+        for number, (states, owner) in enumerate(dark):
             name = f"\0dark {number}"  # no word that anybody can type
             self._conds[name] = self.null.with_context(states[None].to(self.null.context))
-            pairs.append((name, spec.erase[0].to))
-        self.pairs = pairs
+            self.concepts[owner].append((name, spec.erase[owner].to))
+        most = max(map(len, self.concepts))
+        self.pairs = [concept[k % len(concept)] for k in range(most) for concept in self.concepts]
+        """Concept by concept in turn. One with fewer words than another has them more often, so that none is met less."""
 
     def __getitem__(self, text: str) -> Cond:
         return self._conds[text]
@@ -193,20 +198,19 @@ def wanted(
     settings: Sampling,
     progress: Progress,
 ) -> list[Wanted]:
-    """Each concept with its words, embeddings that were found before (of the first), and ``count`` pictures; those that are
-    given show the first."""
+    """Each concept with its words, embeddings that were found before, and ``count`` pictures; those that are given show the
+    first."""
 
     def read(name: str) -> Cond:
         return prompts[name].on(model.device, model.dtype)
 
-    found = [read(name) for name, _ in prompts.pairs if name not in prompts.words]
     concepts = []
     for number, concept in enumerate(spec.erase):
-        words = [read(word) for word in concept.words]
+        reads = [read(name) for name, _ in prompts.concepts[number]]
         pictures = aids.pictures if not number else None
         if pictures is None:
+            words = reads[: len(concept.words)]
             pictures = draw_pictures(model, words, prompts.null, count, settings, progress)
-        reads = words + (found if not number else [])
         concepts.append(Wanted(reads, read(concept.to), pictures.to(model.device, model.dtype)))
     return concepts
 
@@ -236,7 +240,7 @@ def train_regression(
     more: MoreLosses | None = None,
 ) -> Erasure:
     """One phase, one on-policy latent a step, the given terms, and the kept words at the same latent."""
-    prompts = Prompts(port, spec, aids.dark)
+    prompts = Prompts(port, spec, aids.owned)
     held = [keep_term(KEEP, settings.keep_weight)] if prompts.keep and settings.keep_weight else []
 
     with port.trainable() as model:
@@ -274,6 +278,7 @@ def kept(
         method,
         asdict(settings),
         asdict(spec),
+        list(aids.owners),
         model.space,
         model.latent_shape,
         *seen,

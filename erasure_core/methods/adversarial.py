@@ -206,7 +206,7 @@ def keep_loss(
 
 def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
     """Erase by training weights and embeddings against each other. Pictures that are given show the first concept."""
-    prompts, steps = Prompts(port, spec, aids.dark), steps_of(settings, spec)
+    prompts, steps = Prompts(port, spec, aids.owned), steps_of(settings, spec)
     with port.trainable() as model:
         parameters = model.train(LoRA(settings.layers, settings.rank), settings.seed)
         wait: Progress = lambda _done, _total: progress(0, steps)  # noqa: E731
@@ -251,4 +251,5 @@ SPEC = MethodSpec(
     settings=Settings,
     run=run,
     trains=True,
+    for_each=("population",),
 )

@@ -46,8 +46,8 @@ def run(
     *,
     anchors: Tensor | None = None,
 ) -> Erasure:
-    """Erase with Concept Ablation. ``anchors`` [N, C, h, w]: clean latents, row i of the word number i modulo their count."""
-    prompts, steps = Prompts(port, spec, aids.dark), steps_of(settings, spec)
+    """Erase with Concept Ablation. ``anchors`` [N, C, h, w]: clean latents, row i of number i of ``Prompts.pairs``, in turn."""
+    prompts, steps = Prompts(port, spec, aids.owned), steps_of(settings, spec)
     terms = [target(), *([keep_term(KEEP, settings.keep_weight)] if prompts.keep and settings.keep_weight else [])]
     with port.trainable() as model:
         if anchors is None:

@@ -129,7 +129,7 @@ def _states(conds: Sequence[Cond], model: TrainableModel) -> Tensor:
 
 def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
     """Erase with CPE. No network pass: a step is one product with each matrix that reads text, for 3 * batch prompts."""
-    prompts = Prompts(port, spec, aids.dark)
+    prompts = Prompts(port, spec, aids.owned)
     held = port.conditions(anchors_of(port, spec))
     steps, attack_steps = steps_of(settings, spec), settings.attack_steps * len(spec.erase)
     adversaries = settings.adversaries * len(spec.erase)
@@ -207,4 +207,5 @@ SPEC = MethodSpec(
     run=run,
     trains=True,
     predictions=0,
+    for_each=("rank",),
 )

@@ -16,12 +16,13 @@ the weights that training leaves (``seal``), since among many finds the words th
 
 Verifying looks at pictures drawn from c. What looks is pluggable: any judge, of which ``metrics.judges.ExampleJudge`` makes the
 paper's s(c) over a picture encoder E a probability. Without anything that looks, every round is made.
-Of several concepts each has its round in turn; what looks, looks for the first, which has no more rounds once it is not found.
+Of several concepts each has its round in turn, its own judge, and no more rounds once that one finds nothing.
 A run that is cut off goes on from the last whole round.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -105,21 +106,35 @@ class Mined:
     """What was found and erased, best first, each scored as it was found; None where the words alone were enough."""
     found: int
     """How many these are; the pool has the best of very many."""
-    scores: tuple[float, ...]
-    """Of each round's best find, the last round's included; empty where nobody looked."""
-    exhausted: bool
-    """Whether the last find fell below the threshold, rather than the rounds ending."""
+    scores: tuple[tuple[float, ...], ...]
+    """For each concept, of each round's best find, the last round's included; empty where nobody looked."""
+    exhausted: tuple[bool, ...]
+    """For each concept whether the last find fell below the threshold, rather than the rounds ending."""
 
     def report(self) -> str:
-        """What was found, in a sentence or two."""
+        """What was found: a line, and of several concepts one more for each."""
         found = f"embeddings found and erased: {self.found}"
-        if not self.scores:
+        if not any(self.scores):
             return f"Dark Miner: {found}; no judge looked, so every round was made."
-        best = ", ".join(f"{score:.2f}" for score in self.scores)
-        if not self.found:
-            return f"Dark Miner: nothing was found, the best scored {best}: the words alone were enough."
-        end = "so the search found nothing more" if self.exhausted else "but the rounds ended: ways back are left"
-        return f"Dark Miner: {found}. The best find of each round scored {best}, {end}."
+        said = [self._of(n) for n in range(len(self.scores))]
+        if len(said) == 1:
+            return f"Dark Miner: {found}. {said[0]}" if self.found else f"Dark Miner: {said[0]}"
+        names = [concept.name for concept in self.erasure.header.spec.erase]
+        lines = [f"- {name}: {text}" for name, text in zip(names, said, strict=True)]
+        return "\n".join([f"Dark Miner: {found}.", *lines])
+
+    def _of(self, concept: int) -> str:
+        best = ", ".join(f"{score:.2f}" for score in self.scores[concept])
+        if not best:
+            return "no judge looked, so every round was made."
+        if self.exhausted[concept] and len(self.scores[concept]) == 1:
+            return f"nothing was found, the best scored {best}: the words alone were enough."
+        end = (
+            "so the search found nothing more"
+            if self.exhausted[concept]
+            else "but the rounds ended: ways back are left"
+        )
+        return f"The best find of each round scored {best}, {end}."
 
 
 def scores_of(model: TrainableModel, finds: list[Cond], null: Cond, look: Look, settings: Settings) -> list[float]:
@@ -183,7 +198,7 @@ def circumvent(
 
 def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Mined:
     """Mine and erase until nothing is found."""
-    prompts = Prompts(port, spec, aids.dark)
+    prompts = Prompts(port, spec, aids.owned)
     searched = variable_of(prompts, aids, settings)
 
     rounds = settings.rounds * len(spec.erase)
@@ -195,7 +210,7 @@ def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, p
     found: list[Cond] = []
     owners: list[int] = []  # whose concept that is
     marks: list[float] = []  # what the judge gave it
-    scores: list[float] = []  # of the rounds
+    scores: list[list[float]] = [[] for _ in spec.erase]  # of its rounds
     with port.trainable() as model:
         model.train(LoRA(settings.layers, settings.rank), settings.seed)
         keep, first = kept(aids, port, model, spec, "dark_miner", settings), 0
@@ -204,7 +219,8 @@ def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, p
             found += [prompts.null.with_context(c[None].to(model.device)) for c in state["found"]]
             owners += state["owners"].tolist()
             marks += state["marks"].tolist()
-            scores += state["scores"].tolist()
+            for owner, score in state["scores"].tolist():
+                scores[int(owner)].append(score)
             model.load(state)
             del state
         progress(first, rounds + 1)
@@ -221,8 +237,9 @@ def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, p
 
             if keep is not None:
                 mined = [c.context[0].cpu() for c in found]
+                owned = [(owner, score) for owner, each in enumerate(scores) for score in each]
                 keep.save({
-                    "rounds": torch.tensor(number + 1), "scores": torch.tensor(scores, dtype=torch.float64),
+                    "rounds": torch.tensor(number + 1), "scores": torch.tensor(owned, dtype=torch.float64).view(-1, 2),
                     "found": torch.stack(mined) if mined else torch.zeros(0),
                     "owners": torch.tensor(owners), "marks": torch.tensor(marks, dtype=torch.float64), **model.tensors(),
                 })  # fmt: skip
@@ -230,12 +247,12 @@ def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, p
         if not first:
             circumvent_all(0)
 
-        def exhausted() -> bool:
-            return bool(scores) and scores[-1] <= settings.threshold
+        def exhausted(concept: int) -> bool:
+            return bool(scores[concept]) and scores[concept][-1] <= settings.threshold
 
         for number in range(max(1, first), rounds + 1):
             turn = (number - 1) % len(concepts)
-            if not turn and exhausted():
+            if exhausted(turn):
                 continue
             value = mine(
                 model, concepts[turn].pictures, searched, steps=settings.mine_steps, rate=settings.mine_rate,
@@ -244,11 +261,12 @@ def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, p
             ).value  # fmt: skip
             with torch.no_grad():
                 mined = [searched.read(x) for x in value]
-            seen = [0.0] * len(mined)
-            if aids.look is not None and not turn:  # the judge looks for the first concept
-                seen = scores_of(model, mined, prompts.null, aids.look, settings)
-                scores.append(max(seen))
-                if exhausted():
+            seen = [math.nan] * len(mined)
+            look = aids.looks[turn] if turn < len(aids.looks) else None
+            if look is not None:
+                seen = scores_of(model, mined, prompts.null, look, settings)
+                scores[turn].append(max(seen))
+                if exhausted(turn):
                     continue
             pool += [Way(c, concepts[turn]) for c in mined]
             found += mined
@@ -261,17 +279,20 @@ def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, p
         made = erasure_of(port, spec, "dark_miner", settings, model.deltas())
         if settings.seal:
             made = sealed(port, spec, made, aids)
-        return Mined(made, pool_of(made, found, marks, aids), len(found), tuple(scores), exhausted())
+        finds = pool_of(made, found, owners, marks)
+        return Mined(made, finds, len(found), tuple(map(tuple, scores)), tuple(map(exhausted, range(len(concepts)))))
 
 
-def pool_of(made: Erasure, found: list[Cond], marks: list[float], aids: Aids) -> DarkEmbeddings | None:
-    """The finds as a set that can be saved, best first."""
+def pool_of(made: Erasure, found: list[Cond], owners: list[int], marks: list[float]) -> DarkEmbeddings | None:
+    """The finds as a set that can be saved, best first; those that nobody looked at come last."""
     if not found:
         return None
-    best = torch.tensor(marks).argsort(descending=True, stable=True)[:MAX_EMBEDDINGS].tolist()
-    how = {**made.header.settings, "scored by": "nobody" if aids.look is None else "judge"}
+    best = sorted(range(len(found)), key=lambda i: (math.isnan(marks[i]), -marks[i]))[:MAX_EMBEDDINGS]
+    how = {**made.header.settings, "scored by": "nobody" if all(map(math.isnan, marks)) else "judge"}
     states = torch.stack([found[i].context[0].float().cpu() for i in best])
-    return DarkEmbeddings(replace(made.header, settings=how), states, tuple(marks[i] for i in best))
+    return DarkEmbeddings(
+        replace(made.header, settings=how), states, tuple(marks[i] for i in best), owners=tuple(owners[i] for i in best)
+    )
 
 
 class _Changed:
@@ -291,7 +312,9 @@ class _Changed:
 
 def sealed(port: ModelPort, spec: ConceptSpec, made: Erasure, aids: Aids) -> Erasure:
     """``made``, and on top of it what RECE at its defaults solves for on the weights that it leaves."""
-    solved = rece.run(_Changed(port, made), spec, rece.Settings(), lambda done, total: None, Aids(dark=aids.dark))
+    solved = rece.run(
+        _Changed(port, made), spec, rece.Settings(), lambda done, total: None, Aids(dark=aids.dark, owners=aids.owners)
+    )
     every = dict.fromkeys([*made.deltas, *solved.deltas])
     return replace(made, deltas={name: added(name, [made, solved]) for name in every})
 

@@ -140,7 +140,7 @@ def run(
     Raises:
         ConceptError: no word of the vocabulary is left beside the erased ones.
     """
-    prompts = Prompts(port, spec, aids.dark)
+    prompts = Prompts(port, spec, aids.owned)
     words = vocabulary_of(port, spec, settings.vocabulary, prompts.keep)
     held = [keep_term(KEEP, settings.keep_weight)] if prompts.keep and settings.keep_weight else []
     with port.trainable() as model:

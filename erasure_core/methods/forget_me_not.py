@@ -130,10 +130,15 @@ def run(
     aids: Aids,
 ) -> Erasure:
     """Erase with Forget-Me-Not. Draws its own pictures of the concept where ``aids`` has none."""
-    prompts, steps = Prompts(port, spec, aids.dark), steps_of(settings, spec)
+    prompts, steps = Prompts(port, spec, aids.owned), steps_of(settings, spec)
     words = [word for word, _ in prompts.pairs]  # the dark ones too
-    columns = [concept_columns(x.kinds, end_tokens=settings.end_tokens) for x in port.text(prompts.words)]
-    columns += [torch.arange(prompts[w].context.shape[1]) > 0 for w in words[len(columns) :]]
+    kinds = dict(zip(prompts.words, (text.kinds for text in port.text(prompts.words)), strict=True))
+    columns = [
+        concept_columns(kinds[w], end_tokens=settings.end_tokens)
+        if w in kinds
+        else torch.arange(prompts[w].context.shape[1]) > 0
+        for w in words
+    ]
     with port.trainable() as model:
         latents = aids.pictures
         if latents is None:
@@ -142,9 +147,8 @@ def run(
                 lambda *_: progress(0, steps),
             )  # fmt: skip
         pool = latents.to(model.device, model.dtype)
-        first = spec.erase[0].words
-        # Pictures that are given show the first concept, whose further embeddings these are too.
-        shown = [i for i, w in enumerate(words) if aids.pictures is None or w in first or w not in prompts.words]
+        # Pictures that are given show the first concept.
+        shown = [i for i, pair in enumerate(prompts.pairs) if aids.pictures is None or pair in prompts.concepts[0]]
 
         def loss(_: int, generator: torch.Generator) -> dict[str, Tensor]:
             chosen = torch.randint(0, len(pool), (settings.batch,), generator=generator)

@@ -198,7 +198,7 @@ def hide(
     """Hide the concept behind a key, which learns ``alone`` times as many steps more once the weights are fixed."""
     together = steps_of(settings, spec)
     further = round(alone * together)
-    prompts = Prompts(port, spec, aids.dark)
+    prompts = Prompts(port, spec, aids.owned)
     with port.trainable() as model:
         generator = torch.Generator().manual_seed(settings.seed)
         memory = PromptMemory.beside(

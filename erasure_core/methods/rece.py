@@ -168,7 +168,7 @@ def run(port: ModelPort, spec: ConceptSpec, settings: Settings, progress: Progre
     """Erase with RECE. Seconds; needs no pictures and no network passes."""
     sites = text_sites(port)
     total = 2 * len(sites) + settings.rounds
-    rows = edit_rows(port, spec, rule=settings.rows, templates=TEMPLATES[settings.templates], dark=aids.dark)
+    rows = edit_rows(port, spec, rule=settings.rows, templates=TEMPLATES[settings.templates], dark=aids.owned)
     edit = context_map(
         rows,
         squared(port, sites, lambda done, _: progress(done, total)),

@@ -38,11 +38,14 @@ class Aids:
     """What a method may use beside the model and the words. All optional."""
 
     dark: tuple[Tensor, ...] = ()
-    """Text states [L, D] that bring the concept back; erased as further words for it."""
+    """Text states [L, D] that bring a concept back; erased as further words for it."""
+    owners: tuple[int, ...] = ()
+    """For each of ``dark`` the number of its concept among those that are erased; empty: all are of the first."""
     pictures: Tensor | None = None
     """Clean, scaled latents [k, C, h, w] that show the concept; methods that need some draw their own otherwise."""
     pairs: ConceptPairs | None = None
-    look: Look | None = None
+    looks: tuple[Look | None, ...] = ()
+    """What looks for each of the erased concepts; None, or left out at the end: nobody."""
     watch: Watch | None = None
     checkpoint: Checkpoint | None = None
     """Where a training keeps its state, to go on from there if it is cut off; only of this very training."""
@@ -50,6 +53,15 @@ class Aids:
     """So many pseudo-words, read by a text encoder that carries gradients; for methods that search for words."""
     found: Callable[[DarkEmbeddings | None, str], object] | None = None
     """Told at the end what a method that mines has found, and how that went."""
+
+    def __post_init__(self) -> None:
+        if self.owners and len(self.owners) != len(self.dark):
+            raise ValueError(f"dark: {len(self.owners)} owners for {len(self.dark)} embeddings")
+
+    @property
+    def owned(self) -> list[tuple[Tensor, int]]:
+        """``dark``, each with the number of its concept."""
+        return list(zip(self.dark, self.owners or (0,) * len(self.dark), strict=True))
 
 
 class Run(Protocol):
@@ -75,11 +87,13 @@ class MethodSpec:
     """Whether it runs the network: takes minutes, and shows its progress through ``Aids.watch``."""
     needs_pairs: bool = False
     asks_judge: bool = False
-    """Whether it calls ``Aids.look``. A judge that isn't asked need not know the concept."""
+    """Whether it calls one of ``Aids.looks``. A judge that isn't asked need not know the concept."""
     unread: tuple[str, ...] = ()
     """What of a request it doesn't look at, by the names of inputs: replace_with, keep, keep_everyday, dark."""
     predictions: int = 3
     """For the memory estimate: predictions with gradient that a training step holds at most, for each picture of its batch."""
+    for_each: tuple[str, ...] = ()
+    """Likewise: the settings, of rank and population, that hold for each of several concepts."""
     precise: bool = False
     """Likewise: whether it may call :meth:`TrainableModel.precise`, which takes the memory of float32."""
 
@@ -91,7 +105,7 @@ class MethodSpec:
             "keep_everyday": spec.everyday,
             "dark": bool(aids.dark),
             "pairs": aids.pairs is not None,
-            "judge": aids.look is not None,
+            "judge": bool(aids.looks),
         }
         read = {"pairs": self.needs_pairs, "judge": self.asks_judge}
         return tuple(name for name, filled in given.items() if filled and not read.get(name, name not in self.unread))

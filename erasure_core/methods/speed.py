@@ -280,7 +280,7 @@ class LayerEdits:
 def run(port: ModelPort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
     """Erase with SPEED. Seconds; needs no pictures and no network passes."""
     sites = [s for s in text_sites(port) if settings.params != Params.VALUES or s.role is Role.TEXT_VALUE]
-    rows = edit_rows(port, spec, rule=settings.rows, templates=TEMPLATES[settings.templates], dark=aids.dark)
+    rows = edit_rows(port, spec, rule=settings.rows, templates=TEMPLATES[settings.templates], dark=aids.owned)
     empty = empty_rows(port.text([""])[0].states.cpu().double(), settings.empty_prompt)
     result = build(port, spec, "speed", asdict(settings), LayerEdits(rows, empty, settings), progress, sites)
     if not any(delta.rank for delta in result.deltas.values()):

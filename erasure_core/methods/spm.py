@@ -131,4 +131,5 @@ SPEC = MethodSpec(
     settings=Settings,
     run=run,
     trains=True,
+    for_each=("rank",),
 )

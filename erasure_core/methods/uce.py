@@ -53,7 +53,7 @@ def context_map(rows: EditRows, settings: Settings) -> ContextMap:
 
 def run(port: ModelPort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
     """Erase with UCE. Seconds; needs no pictures and no network passes."""
-    rows = edit_rows(port, spec, rule=settings.rows, templates=TEMPLATES[settings.templates], dark=aids.dark)
+    rows = edit_rows(port, spec, rule=settings.rows, templates=TEMPLATES[settings.templates], dark=aids.owned)
     return build(port, spec, "uce", asdict(settings), context_map(rows, settings), progress)
 
 

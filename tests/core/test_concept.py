@@ -40,8 +40,10 @@ def test_one_replacement_for_all_or_one_each(replace_with: str, expected: list[s
     assert [c.to for c in ConceptSpec.parse("cat\nhorse", replace_with).erase] == expected
 
 
-def test_an_empty_line_among_three_replacements_means_nothing() -> None:
-    assert [c.to for c in ConceptSpec.parse("a\nb\nc", "x\n\nz").erase] == ["x", "", "z"]
+@pytest.mark.parametrize("lines", [["x", "", "z"], ["x", "", ""], ["", "y", ""], ["", "", "z"], ["x", "y", ""]])
+def test_an_empty_line_among_three_replacements_means_nothing(lines: list[str]) -> None:
+    assert [c.to for c in ConceptSpec.parse("a\nb\nc", "\n".join(lines)).erase] == lines
+    assert [c.to for c in ConceptSpec.parse("a\nb\nc", "\r\n".join(lines)).erase] == lines
 
 
 @pytest.mark.parametrize(
@@ -242,6 +244,17 @@ def test_a_request_in_numbers(rule: Rows) -> None:
     pear = rows_of(port.text(["a pear"])[0], rule)
     assert any((rows.target == row).all(1).any() for row in pear)
     assert torch.isfinite(rows.source).all()
+
+
+def test_an_embedding_becomes_what_replaces_its_own_concept() -> None:
+    port = AnalyticPort(width=8)
+    spec = ConceptSpec.parse("apple\ncat", "pear\ndog")
+    for owner, to in enumerate(("a pear", "a dog")):
+        wanted = port.text([to])[0].states
+        found = torch.randn(len(wanted), 8, generator=torch.Generator().manual_seed(1))
+        rows = edit_rows(port, spec, rule=Rows.LAST, templates=("a {}",), dark=[(found, owner)])
+        at = [(rows.source == row).all(1).nonzero().item() for row in found[1:].double()]
+        assert torch.equal(rows.target[at], wanted[1 : len(found)].double())
 
 
 def test_the_model_is_asked_once_for_everything() -> None:

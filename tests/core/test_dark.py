@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from erasure_core import ConceptSpec, Family, FileError, Header, WrongModelError, formats
+from erasure_core import ConceptError, ConceptSpec, Family, FileError, Header, WrongModelError, formats
 from erasure_core.dark import DarkEmbeddings, load_dark, read_dark_header, save_dark, save_words
 
 pytestmark = pytest.mark.core
@@ -157,3 +159,20 @@ def test_nothing_half_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     broken.states[0, 0, 0] = torch.inf
     with pytest.raises(FileError, match=r"states has values that are not numbers"):
         save_dark(broken, path)
+
+
+def test_finds_of_several_concepts_stay_with_theirs(tmp_path) -> None:
+    """From Dark Miner through a file into another request, whatever the order of its lines."""
+    header = replace(HEADER, spec=ConceptSpec.parse("cat, kitty\ncar"))
+    scores = (0.5, math.nan, math.nan)
+    mined = DarkEmbeddings(header, torch.randn(3, 6, 12), scores, owners=(1, 0, 1))
+    read = load_dark(save_dark(mined, tmp_path / "d.safetensors"))
+    assert read.owners == (1, 0, 1) and read.scores[0] == 0.5 and all(map(math.isnan, read.scores[1:]))
+    assert read.owners_in(ConceptSpec.parse("Car\nboat\nKitty")) == (0, 2, 0)
+    assert read.owners_in(ConceptSpec.parse("boat")) == (0, 0, 0), "one concept has them all"
+    with pytest.raises(ConceptError, match=r"dark: .* bring 'car' back, and no line of concept has that word"):
+        read.owners_in(ConceptSpec.parse("cat\nboat"))
+    assert "3 dark embeddings for car (2), cat (1)" in read.summary() and "2: nobody looked (cat)" in read.summary()
+    for owners in ((0, 1), (0, 1, 2), (0, 1, -1)):
+        with pytest.raises(ValueError, match="owners"):
+            replace(mined, owners=owners)

@@ -293,7 +293,8 @@ def test_saved_and_read(pairs: ConceptPairs, tmp_path) -> None:
     assert torch.equal(read.unsafe, pairs.unsafe) and torch.equal(read.safe, pairs.safe)
     assert (read.scenes, read.shown, read.family) == (SCENES, (1, 0, 1), FAMILY) and read.scene(2) == SCENES[1]
     assert "3 of 3 pairs made" in read.note
-    assert "3 pairs: 'a cat, sleeping' -> 'a dog, sleeping' / 'a house'" in read.summary()
+    lines = read.summary().splitlines()
+    assert lines[0] == "3 pairs of 2 scenes" and "'a cat, sleeping' -> 'a dog, sleeping'" in lines[1]
     assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
 
 
@@ -344,3 +345,20 @@ def test_files_that_are_refused(pairs: ConceptPairs, tmp_path, damage, sentence:
     damage(path)
     with pytest.raises(FileError, match=sentence):
         load_pairs(path)
+
+
+def test_scenes_of_several_concepts_are_each_judged_by_their_own() -> None:
+    """The judge of the first would leave out every pair of the second."""
+    draw, edit, look, _ = scripted({0: ("y", "n"), 1: ("n", "n"), 2: ("y", "n"), 3: ("n", "n")})
+
+    def other(latents: torch.Tensor) -> torch.Tensor:
+        return 1 - look(latents)
+
+    unsafe, _, tally = pair_up(4, draw, edit, [look, look], threshold=0.5, max_redraws=0, scenes=2)
+    assert tally.numbers == (0, 2) and len(unsafe) == 2
+    _, _, tally = pair_up(4, draw, edit, [look, other], threshold=0.5, max_redraws=0, scenes=2)
+    assert tally.unseen == () and tally.stubborn == (1, 3), "what isn't seen is seen by the other, before and after"
+    nothing = ConceptPairs(
+        torch.zeros(2, 4, 4, 4), torch.zeros(2, 4, 4, 4), (("a", "b"), ("c", "d")), FAMILY, "", (1, 1)
+    )
+    assert nothing.summary().splitlines()[:3] == ["2 pairs of 2 scenes", "  none: 'a' -> 'b'", "  2: 'c' -> 'd'"]

@@ -349,9 +349,9 @@ def test_whether_a_method_asks_a_judge_is_declared(method: MethodSpec, make) -> 
         asked.append(len(latents))
         return torch.ones(len(latents))
 
-    run(make(method), method, look=look)
+    run(make(method), method, looks=(look,))
     assert bool(asked) is method.asks_judge
-    assert ("judge" in method.ignores(SPEC, Aids(look=look))) is (not method.asks_judge)
+    assert ("judge" in method.ignores(SPEC, Aids(looks=(look,)))) is (not method.asks_judge)
 
 
 @each_trained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -258,23 +259,23 @@ def test_dark_miner_runs_until_nothing_is_found(tiny) -> None:
         def look(latents: Tensor) -> Tensor:
             return torch.full((len(latents),), next(left))
 
-        chosen = Aids(pictures=latents, look=look, **aids)
+        chosen = Aids(pictures=latents, looks=(look,), **aids)
         return dark_miner.mine_and_erase(tiny, SPEC, dark_miner.Settings(**SMALL, seal=False), quiet, chosen)
 
     latents = torch.randn(3, 4, 4, 4)
     done = mined(0.9, 0.1)
-    assert done.exhausted and done.scores == pytest.approx((0.9, 0.1))
+    assert done.exhausted == (True,) and done.scores == (pytest.approx((0.9, 0.1)),)
     assert done.pool is not None and done.pool.states.shape == (2, 6, 16)
     assert done.pool.scores == pytest.approx((0.9, 0.9)) and done.pool.header.settings["scored by"] == "judge"
     assert all(d.rank == 2 and d.dense().any() for d in done.erasure.deltas.values())
     assert "erased: 2." in done.report() and "0.90, 0.10, so the search found nothing more" in done.report()
     out = mined(0.8, 0.9)
-    assert out.pool is not None and not out.exhausted and len(out.pool) == 4, "the rounds ended first"
+    assert out.pool is not None and out.exhausted == (False,) and len(out.pool) == 4, "the rounds ended first"
     assert "ways back are left" in out.report()
     assert out.pool.scores == pytest.approx((0.9, 0.9, 0.8, 0.8)), "the best come first"
     assert len({found.flatten()[20].item() for found in out.pool.states}) == 4, "each search is another one"
     none = mined(0.1)
-    assert none.exhausted and none.pool is None and "the words alone were enough" in none.report()
+    assert none.exhausted == (True,) and none.pool is None and "the words alone were enough" in none.report()
     again = mined(0.9, 0.1)
     assert all(torch.equal(d.dense(), again.erasure.deltas[n].dense()) for n, d in done.erasure.deltas.items())
     more = mined(0.1, dark=(torch.randn(6, 16),))
@@ -289,7 +290,7 @@ def test_dark_miner_runs_until_nothing_is_found(tiny) -> None:
 
 
 def test_of_several_concepts_each_has_its_round(tiny, monkeypatch) -> None:
-    """Its own pictures, which lead to its own replacement; what looks is asked about the first."""
+    """Its own pictures, which lead to its own replacement, its own judge, and its own part in what comes out."""
     spec = ConceptSpec.parse("bomb, grenade\nrose", "dog\ntulip")
     ways: list[list[dark_miner.Way]] = []
     mined_from: list[Tensor] = []
@@ -300,7 +301,7 @@ def test_of_several_concepts_each_has_its_round(tiny, monkeypatch) -> None:
     monkeypatch.setattr(dark_miner, "mine", lambda model, z, *x, **y: mined_from.append(z) or mine_(model, z, *x, **y))
     looked: list[int] = []
     given = torch.randn(3, 4, 4, 4)
-    aids = Aids(pictures=given, look=lambda z: looked.append(len(z)) or torch.full((len(z),), 0.9))
+    aids = Aids(pictures=given, looks=(lambda z: looked.append(len(z)) or torch.full((len(z),), 0.9),))
     settings = dark_miner.Settings(**{**SMALL, "rounds": 2, "pictures": 2})
     out = dark_miner.mine_and_erase(tiny, spec, settings, quiet, aids)
     dog, tulip = (tiny.conditions([word])[0].context for word in ("dog", "tulip"))
@@ -317,10 +318,20 @@ def test_of_several_concepts_each_has_its_round(tiny, monkeypatch) -> None:
         torch.equal(w.concept.anchor.context, tulip) for w in ways[-1] if not torch.equal(w.concept.anchor.context, dog)
     )
     assert torch.equal(mined_from[0], given) and torch.equal(mined_from[2], given) and len(mined_from[1]) == 2
-    assert len(out.scores) == 2 == len(looked), "the second concept's round is nobody's to judge"
+    assert [len(scores) for scores in out.scores] == [2, 0] and len(looked) == 2, "the second has no judge"
+    assert out.pool is not None and out.pool.owners == (0, 0, 0, 0, 1, 1, 1, 1)
+    assert all(math.isnan(score) == bool(owner) for score, owner in zip(out.pool.scores, out.pool.owners, strict=True))
+    assert out.report().splitlines()[1:] == [
+        "- bomb: The best find of each round scored 0.90, 0.90, but the rounds ended: ways back are left.",
+        "- rose: no judge looked, so every round was made.",
+    ]
+    assert (
+        "8 dark embeddings for bomb (4), rose (4)" in out.pool.summary()
+        and "5: nobody looked (rose)" in out.pool.summary()
+    )
 
 
-def test_the_first_concept_may_be_done_before_the_others(tiny, tmp_path, monkeypatch) -> None:
+def test_a_concept_may_be_done_before_the_others(tiny, tmp_path, monkeypatch) -> None:
     """Its rounds end when nothing is found any more, and those of the others go on, cut off or not."""
     spec = ConceptSpec.parse("bomb, grenade\nrose", "dog\ntulip")
     pools: list[list[bool]] = []
@@ -335,7 +346,7 @@ def test_the_first_concept_may_be_done_before_the_others(tiny, tmp_path, monkeyp
     settings = dark_miner.Settings(**{**SMALL, "rounds": 3, "pictures": 2})
 
     def mined(progress=quiet, **aids) -> dark_miner.Mined:
-        chosen = Aids(look=lambda z: torch.full((len(z),), 0.1), **aids)
+        chosen = Aids(looks=(lambda z: torch.full((len(z),), 0.1),), **aids)
         return dark_miner.mine_and_erase(tiny, spec, settings, progress, chosen)
 
     class Stop(Exception):
@@ -349,7 +360,8 @@ def test_the_first_concept_may_be_done_before_the_others(tiny, tmp_path, monkeyp
     whole = mined()
     words = [True, True, False]
     assert pools == [words, [*words, *[False] * 2], [*words, *[False] * 4], [*words, *[False] * 6]]
-    assert whole.exhausted and whole.scores == pytest.approx((0.1,)) and whole.found == 6
+    assert whole.exhausted == (True, False) and whole.scores == (pytest.approx((0.1,)), ()) and whole.found == 6
+    assert "- bomb: nothing was found, the best scored 0.10: the words alone were enough." in whole.report()
     with pytest.raises(Stop):
         mined(stopping, checkpoint=Checkpoint(tmp_path / "state.safetensors", seconds=0.0))
     pools.clear()
@@ -382,7 +394,7 @@ def test_dark_miner_searches_words_where_an_encoder_reads_them(tiny) -> None:
 
 
 def test_dark_miner_ends_by_solving_for_the_words_on_what_training_left(tiny64, monkeypatch) -> None:
-    aids = Aids(pictures=torch.randn(3, 4, 4, 4, dtype=torch.float64), look=lambda z: torch.full((len(z),), 0.1))
+    aids = Aids(pictures=torch.randn(3, 4, 4, 4, dtype=torch.float64), looks=(lambda z: torch.full((len(z),), 0.1),))
     trained, whole = (
         dark_miner.mine_and_erase(tiny64, SPEC, dark_miner.Settings(**SMALL, seal=seal), quiet, aids).erasure
         for seal in (False, True)

@@ -20,6 +20,8 @@ from erasure_core.operators.trainable import Cond, TrainableModel, Weights
 
 pytestmark = pytest.mark.core
 SPEC = ConceptSpec.parse("cat, red apple\nbomb", "pear\nriver")
+IN_TURN = ["cat", "bomb", "red apple", "bomb"]
+"""Each concept is met as often, one with fewer words more often by each."""
 ALONE = replace(SPEC, erase=SPEC.erase[:1])
 TEXTS = ("", "cat", "red apple", "bomb", "cat, red apple, bomb", "pear", "river", "orchard")
 
@@ -203,6 +205,20 @@ def test_spm_warms_up_and_restarts_three_times(tiny, monkeypatch, iterations: in
 # Which word a picture is learned with
 
 
+def test_every_concept_is_met_as_often_however_many_words_it_has(tiny) -> None:
+    """Or a line without synonyms stays, beside lines that have many, or embeddings."""
+    spec = ConceptSpec.parse("cat\nred apple, apple, fruit, orchard\nbomb", "\npear\nriver")
+    states = torch.randn(2, 6, 16)
+    prompts = _training.Prompts(tiny, spec, [(states[0], 2), (states[1], 2)])
+    own = {word: n for n, concept in enumerate(prompts.concepts) for word, _ in concept}
+    assert len(own) == 8 and [len(concept) for concept in prompts.concepts] == [1, 4, 3]
+    met = [own[word] for word, _ in prompts.pairs]
+    assert met == [0, 1, 2] * 4 and {word for word, _ in prompts.pairs} == set(own)
+    assert {(own[word], to) for word, to in prompts.pairs} == {(0, ""), (1, "pear"), (2, "river")}
+    for found, concept in zip(states, prompts.pairs[5::3], strict=False):
+        assert torch.equal(prompts[concept[0]].context[0], found)
+
+
 def coloured(count: int) -> Tensor:
     """Pictures whose number can be read through noise at any time."""
     return 100 * torch.arange(1, count + 1).view(-1, 1, 1, 1).expand(-1, 4, 4, 4).float()
@@ -227,7 +243,7 @@ def test_forget_me_not_steers_each_picture_from_its_own_word(tiny, monkeypatch, 
     instead(monkeypatch, lambda trainer: trainer.phases[0].loss(0, generator_for(0, "look", 0)))
     aids = Aids(pictures=coloured(6)) if given else Aids()
     forget_me_not.run(tiny, SPEC, forget_me_not.Settings(batch=40), quiet, aids)
-    words = ["cat", "red apple"] if given else ["cat", "red apple", "bomb"]
+    words = ["cat", "red apple"] if given else IN_TURN
     expected = [words[i % len(words)] for i in numbers(tiny, seen[0])]
     assert set(expected) == set(words) and named(tiny, seen[0].cond.context) == expected
     places = [columns.nonzero().flatten().tolist() for columns in marks[0]]
@@ -241,9 +257,9 @@ def test_ablation_learns_each_picture_with_its_own_word_and_anchor(tiny, monkeyp
     concept_ablation.run(tiny, SPEC, settings, quiet, Aids(), anchors=coloured(6))
     student, anchor = seen
     shown = numbers(tiny, student)
-    assert student.weights is anchor.weights is Weights.STUDENT and {i % 3 for i in shown} == {0, 1, 2}
-    assert named(tiny, student.cond.context) == [("cat", "red apple", "bomb")[i % 3] for i in shown]
-    assert named(tiny, anchor.cond.context) == [("pear", "pear", "river")[i % 3] for i in shown]
+    assert student.weights is anchor.weights is Weights.STUDENT and {i % 4 for i in shown} == {0, 1, 2, 3}
+    assert named(tiny, student.cond.context) == [IN_TURN[i % 4] for i in shown]
+    assert named(tiny, anchor.cond.context) == [("pear", "river", "pear", "river")[i % 4] for i in shown]
 
 
 VOCABULARY_OF_EAP = ("stone", "house", "sky", "tree", "boat", "lamp")
@@ -291,5 +307,5 @@ def test_suppress_looks_at_every_word_and_every_kept_word(tiny, monkeypatch) -> 
         spec = replace(ConceptSpec.parse("cat, red apple\nbomb"), keep=keep)
         suppress.suppress(tiny, spec, suppress.Settings(pictures=1, kept_pictures=2), quiet, Aids())
     erased, kept = ([s.cond.context[0] for s in scenes if (s.to is None) is held] for held in (False, True))
-    assert sorted(named(tiny, torch.stack(erased))) == ["bomb", "cat", "red apple"]
+    assert sorted(named(tiny, torch.stack(erased))) == sorted(IN_TURN)
     assert sorted(named(tiny, torch.stack(kept), keep)) == sorted(keep)
