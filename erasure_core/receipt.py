@@ -256,7 +256,10 @@ class Receipt:
                     _mean(c.clip_score_before for c in counted), _mean(c.clip_score_after for c in counted)
                 )
                 moved = sum(c.moved for c in counted) / len(counted)
-                lines.append(f"  {group}, all {len(counted)}: {seen}{score}pixels moved by {moved:.3f}")
+                lines.append(f"  {group}, these {len(counted)} together: {seen}{score}pixels moved by {moved:.3f}")
+        drawn = {c.word for c in self.words}
+        if missing := [c.name for c in self.spec.erase if drawn.isdisjoint(c.words)]:
+            lines.append(f"  not drawn, so nothing is said about {_names(missing)}")
         if not self.kept:
             lines.append("  no kept word was looked at")
         if (best := self.after_corrected) is not None:

@@ -36,7 +36,8 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
 
 
 def erased_words(spec: ConceptSpec, count: int) -> list[tuple[str, tuple[str, ...]]]:
-    """(word, all words of its concept): names before aliases, each kind spread evenly."""
+    """(word, all words of its concept): names before aliases, each kind spread evenly; 0: all names."""
+    count = count or len(spec.erase)
     names = [(c.name, c.words) for c in spec.erase]
     aliases = [(w, c.words) for c in spec.erase for w in c.words[1:]]
     chosen = spread(names, count)
@@ -51,7 +52,7 @@ class Measuring:
         copies: how many rounded copies of the erased model will be drawn with.
 
     Raises:
-        ValueError: the judge knows none of a concept's words.
+        ValueError: the judge knows no word of any concept that is drawn.
     """
 
     def __init__(
@@ -63,16 +64,20 @@ class Measuring:
         self.words, self.kept = [word for word, _ in words], list(kept)
         self._asked: dict[str, str] = {}
         if judge is not None:
+            # Words that it doesn't know are compared without counting, but it must know one that is erased.
             for word in kept:
-                with suppress(ValueError):  # those that it doesn't know are compared without counting
+                with suppress(ValueError):
                     self._asked[word] = word_for(judge, [word])
+            refused: ValueError | None = None
             for word, concept in words:
                 try:
                     self._asked[word] = word_for(judge, concept)
                 except ValueError as error:
-                    raise ValueError(
-                        f"{error}. Connect another judge, or none: the receipt then compares pictures without counting"
-                    ) from None
+                    refused = error
+            if refused is not None and self._asked.keys().isdisjoint(self.words):
+                raise ValueError(
+                    f"{refused}. Connect another judge, or none: the receipt then compares pictures without counting"
+                )
         self._pictures: dict[tuple[str, str], Tensor] = {}
         self._rates: dict[tuple[str, str], Rate | None] = {}
         self._negative = encode(clip, "")
@@ -142,7 +147,7 @@ class Measuring:
         one, two = (self._pictures[word, column] for column in _COLUMNS)
         alarms = None
         if kept and self._judge is not None:
-            erased = dict.fromkeys(self._asked[w] for w in self.words)
+            erased = dict.fromkeys(self._asked[w] for w in self.words if w in self._asked)
             alarms = pooled(r for r in (self._rate(one, asked) for asked in erased) if r is not None)
         return Counted(
             word, self._asked.get(word, ""), self._rates[word, "before"], self._rates[word, "after"],

@@ -124,7 +124,7 @@ class LearnSafePromptMemory(io.ComfyNode):
                     min=0,
                     max=100000,
                     step=10,
-                    tooltip="Training steps. More suppress (or hide) more firmly and take longer. "
+                    tooltip="Training steps for each concept. More suppress (or hide) more firmly and take longer. "
                     + _NEEDS.format(SuppressSettings.iterations, kpop.Settings.iterations)
                     + " Key on EmojiCanvas: 100.",
                 ),

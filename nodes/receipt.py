@@ -74,10 +74,11 @@ class ErasureReceipt(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "erased_words",
-                    default=2,
-                    min=1,
+                    default=0,
+                    min=0,
                     max=100,
-                    tooltip="How many of the erased words are drawn: names of concepts first, then other words for them.",
+                    tooltip="How many of the erased words are drawn: names of concepts first, then other words for them. "
+                    "0: the name of each concept. Of fewer, the receipt says which were not drawn.",
                 ),
                 io.Int.Input(
                     "kept_words",

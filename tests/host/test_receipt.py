@@ -336,6 +336,18 @@ def test_a_judge_that_does_not_know_the_concept(server: ComfyServer) -> None:
         server.run(g.api)
 
 
+def test_every_concept_is_measured_or_named(server: ComfyServer) -> None:
+    """The judge counts those that it knows."""
+    g = Graph()
+    erasure = erased(g, "bomb\nzeppelin\nrose", "house")
+    every, one = (g.show(receipt(g, erasure, pictures=1, erased_words=n)[REPORT]) for n in (0, 1))
+    run = server.run(g.api)
+    said = shown(run, every)
+    assert "suppressed bomb: seen in" in said and "suppressed zeppelin: pixels moved" in said
+    assert "suppressed, these 3 together: seen in" in said and "not drawn" not in said
+    assert "not drawn, so nothing is said about zeppelin, rose" in shown(run, one)
+
+
 def test_cancel(server: ComfyServer) -> None:
     g, stem = Graph(), name()
     made = receipt(g, erased(g), pictures=8, steps=60)

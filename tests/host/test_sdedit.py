@@ -130,6 +130,17 @@ def test_the_judge_is_heard(server: ComfyServer) -> None:
     assert "does not see the concept in the unsafe picture after 1 redraws: 2 (pair 1, 2)" in refusal(server, g)
 
 
+def test_scenes_of_two_concepts_are_judged_for_their_own(server: ComfyServer) -> None:
+    """Asked for the first one's word alone, the judge would leave out every pair of the other."""
+    g = Graph()
+    demo = g.add("ErasureLoadDemo")
+    inputs: dict[str, Any] = {"unsafe_prompt": "a cat\na house", "safe_prompt": "a house\na cat", "strength": 1.0}
+    inputs |= {"count": 4, "seed": 81, "steps": 12, "judge": demo[3], "max_redraws": 3, "concept": "cat\nhouse"}
+    saving(g, pair(g, demo, **inputs), "two-concepts")
+    server.run(g.api)
+    assert set(saved(server, "two-concepts").shown) == {0, 1}
+
+
 def test_the_demos_judge(server: ComfyServer) -> None:
     """Each pair that comes out is judged rightly both ways, as the judge itself says afterwards."""
     g = Graph()
@@ -176,6 +187,7 @@ def test_size(server: ComfyServer) -> None:
         ({"safe_prompt": "a dog " * 500}, "safe_prompt: 3000 characters, at most 2000 fit"),
         ({"count": 0}, "count: 0 pairs; 1 to 1024 can be made at once"),
         ({"count": 5000}, "count: 5000 pairs; 1 to 1024 can be made at once"),
+        ({"safe_prompt": "a dog\na house\na rose"}, "count: 2 pairs can't show 3 scenes. Make 3 or more"),
         ({"strength": 1.5}, "strength: 1.5 must lie between 0 and 1"),
     ],
 )
@@ -196,6 +208,7 @@ def test_a_judge_needs_a_word_that_it_knows(server: ComfyServer) -> None:
     for concept, sentence in (
         ("", "concept: write what the judge should look for"),
         ("zebra", "does not know 'zebra'"),
+        ("cat\ndog", "concept: 2 lines for 1 scenes. Write one for all of them, or one for each"),
     ):
         g = Graph()
         demo = g.add("ErasureLoadDemo")

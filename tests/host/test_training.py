@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,44 @@ def test_a_judge_that_knows_no_word_is_refused_only_where_it_is_asked(server: Co
     assert "makes no use of: judge." in shown(server.run(g.api), said)
     g.show(g.erase(demo[0], demo[1], "zebra, okapi", method=small("dark_miner"), vae=demo[2], judge=demo[3])[2])
     with pytest.raises(ExecutionFailed, match=r"emojicanvas-judge knows none of 'zebra', 'okapi'. It knows: cat"):
+        server.run(g.api)
+
+
+def test_several_concepts_in_the_shell(server: ComfyServer) -> None:
+    """Room is asked for as much as is trained and searched, and the pictures show each of them in turn."""
+    g = Graph()
+    probe = g.add("ProbeShell")
+    found = json.loads(shown(server.run(g.api), probe))
+    demands = {name: (one, three) for name, (one, three) in found["demands"].items()}
+    for name, (one, three) in demands.items():
+        assert three[0] == one[0] * (3 if name in ("spm", "cpe") else 1), name
+        assert three[1] == (9 if name == "adversarial" and one[1] < 9 else one[1]), name
+    cat, bomb, rose, house = (float(len(word)) for word in ("cat", "bomb", "rose", "house"))
+    assert found["shown"] == [[cat, house], [bomb, house], [rose, house], [cat, house]]
+    assert found["named"] == ["cat", "house"]
+
+
+def test_each_concept_has_its_judge(server: ComfyServer) -> None:
+    """Those that it knows end when it sees nothing; the others make all their rounds."""
+    g = Graph()
+    demo = g.add("ErasureLoadDemo")
+    method = small("dark_miner", rounds=1)
+    said = g.show(g.erase(demo[0], demo[1], "zebra\ncat", method=method, vae=demo[2], judge=demo[3])[2])
+    report = shown(server.run(g.api), said)
+    assert "- zebra: no judge looked, so every round was made." in report and "- cat: " in report
+    assert "no judge looked" not in report.split("- cat: ")[1]
+
+
+def test_embeddings_find_their_concept_among_several(server: ComfyServer) -> None:
+    g = Graph()
+    demo = g.add("ErasureLoadDemo")
+    dark = g.erase(demo[0], demo[1], "bomb", method=small("dark_miner", rounds=1))[3]
+    g.show(g.erase(demo[0], demo[1], "cat\nBomb", dark=dark)[2])
+    server.run(g.api)
+    g.show(g.erase(demo[0], demo[1], "cat\nrose", dark=dark)[2])
+    with pytest.raises(
+        ExecutionFailed, match=r"dark: these embeddings bring 'bomb' back, and no line of concept has that"
+    ):
         server.run(g.api)
 
 

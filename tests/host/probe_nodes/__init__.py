@@ -298,6 +298,36 @@ class FixedJudge(Probe):
         return (_Verdict(says),)
 
 
+class Shell(Probe):
+    """For several concepts: what a training is said to hold, and whom its pictures show."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+
+    def run(self):
+        core, training = pack("erasure_core"), pack("nodes.training")
+        demands = {}
+        for name, method in core.all_methods().items():
+            settings = method.settings(**({"population": 8} if name in ("adversarial", "dark_miner") else {}))
+            made = [training.demand_of(settings, concepts=n, for_each=method.for_each) for n in (1, 3)]
+            demands[name] = [(getattr(d.what, "rank", 0), d.pictures) for d in made]
+        spec = core.ConceptSpec.parse("cat\nbomb\nrose", "", "house, tree")
+        watcher, shown = training.watcher_of(spec, lambda z: torch.zeros(len(z), 8, 8, 3)), []
+        watcher.encode(lambda texts: [core.operators.trainable.Cond(torch.full((1, 1, 1), len(t))) for t in texts])
+
+        class Model:
+            closed = False
+            make_room = staticmethod(lambda: None)
+
+            def denoise_until(self, cond, null, **_):
+                shown.append(cond.context.flatten().tolist())
+                return cond.context
+
+        watcher._model = Model()
+        for _ in range(4):
+            watcher._draw()
+        return answer({"demands": demands, "shown": shown, "named": watcher._in_turn(watcher._prompts)})
+
+
 class Memory(Probe):
     """Resident bytes of the server."""
 
@@ -359,6 +389,7 @@ NODES = (
     Conditions,
     FixedJudge,
     Memory,
+    Shell,
     TinyClip,
     Tower,
 )
