@@ -242,7 +242,7 @@ class EraseConcept(io.ComfyNode):
         chosen = all_methods()[name]
         wanted = settings_from(chosen, settings)
         demand = demand_of(
-            wanted, chosen.predictions, precise=chosen.precise, concepts=len(spec.erase), for_each=chosen.for_each
+            wanted, chosen.predictions, precise=chosen.precise, ranks=len(spec.erase) if chosen.rank_each else 1
         )
         demand = replace(demand, relief=_RELIEF)
         decode = decoder(model, vae)

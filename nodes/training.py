@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import comfy.utils
@@ -47,21 +47,15 @@ def decoder(model, vae=None) -> Decode:
     return by_colour if vae is None else by_vae
 
 
-def demand_of(
-    settings: Any, predictions: int = 3, *, precise: bool = False, concepts: int = 1, for_each: Collection[str] = ()
-) -> Demand:
-    """What a method with these settings holds; see ``MethodSpec.predictions``, ``precise`` and ``for_each``. Random prompts
-    that are held count too, and embeddings that are searched side by side."""
+def demand_of(settings: Any, predictions: int = 3, *, precise: bool = False, ranks: int = 1) -> Demand:
+    """What a method with these settings holds, ``ranks`` times its rank; see ``MethodSpec.predictions`` and ``precise``. Random
+    prompts that are held count too, and embeddings that are searched side by side."""
     layers, rank = getattr(settings, "layers", Layers.ALL), getattr(settings, "rank", 0)
     at_once = getattr(settings, "batch", 1) * (predictions + getattr(settings, "anchors", 0))
-    searched = getattr(settings, "population", 0)
-    if "population" in for_each:
-        searched = -(-searched // concepts) * concepts
-    ranks = rank * concepts if "rank" in for_each else rank
     return Demand(
-        LoRA(layers, ranks) if rank else FullWeights(layers),
+        LoRA(layers, ranks * rank) if rank else FullWeights(layers),
         copies=int(getattr(settings, "average", None) is not None),
-        pictures=max(at_once, searched),
+        pictures=max(at_once, getattr(settings, "population", 0)),
         precise=precise,
     )
 

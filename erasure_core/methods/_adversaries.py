@@ -19,23 +19,25 @@ _CURRENT, _FORMER = 0.55, 0.25
 
 
 class Adversaries:
-    """``population`` embeddings [N, L - 1, D], or as many more as each concept needs to have the same number, and a store
+    """``population`` embeddings [L - 1, D], N with as many more as each concept needs to have the same number, and a store
     [_STORE N, L - 1, D] of former ones.
 
-    Embedding n works for concept n mod the number of concepts. One retires every ``life / N`` steps, in turn, so what happens
-    at a step follows from its number alone, and a training that was cut off goes on as it would have.
+    Embedding n works for concept n mod the number of concepts. A step attacks with all of them, or with ``batch`` in turn where
+    they are more. Each retires after ``life`` attacks of its own, one at a time and in turn, so what happens at a step follows
+    from its number alone, and a training that was cut off goes on as it would have.
     """
 
     def __init__(
-        self, concepts: Sequence[Wanted], null: Cond, *, population: int, life: int, seed: int, like: Tensor
+        self, concepts: Sequence[Wanted], null: Cond, *, population: int, life: int, batch: int, seed: int, like: Tensor
     ) -> None:
         self.concepts, self._null, self._free = concepts, null.on(like.device, like.dtype), free(null)
         self.count = len(concepts) * -(-population // len(concepts))
-        self._every = max(1, life // self.count)
+        self._batch, self._every = batch, max(1, life // min(batch, self.count))
         generator = generator_for(seed, "adversaries", -1)
         starts = [self._start(n, generator).to(like) for n in range(self.count)]
-        self.now = torch.stack(starts).requires_grad_()
-        self.former = self.now.detach().repeat(_STORE, 1, 1).requires_grad_()
+        self.now = [start.requires_grad_() for start in starts]
+        """Leaves of their own: one that doesn't attack has no gradient, and its optimiser waits."""
+        self.former = torch.stack(starts).detach().repeat(_STORE, 1, 1).requires_grad_()
         """Slots that nobody has retired to hold the starts."""
         self.unit = self._free.unit
 
@@ -64,11 +66,12 @@ class Adversaries:
             return
         number = turn % self.count
         self.former[turn % len(self.former)].copy_(self.now[number])
-        self.now[number].copy_(self._start(number, generator).to(self.now))
+        self.now[number].copy_(self._start(number, generator))
 
-    def places(self, batch: int) -> list[int]:
-        """Whom each picture of a step is for: all as often, or nearly; at least one each."""
-        return sorted(k % self.count for k in range(max(batch, self.count)))
+    def places(self, i: int) -> list[int]:
+        """Whom each picture of step ``i`` is for: all as often, or nearly; where they are more than pictures, these in turn."""
+        first = i * self._batch if self._batch < self.count else 0
+        return sorted((first + k) % self.count for k in range(self._batch))
 
     def draw(self, n: int, i: int, generator: torch.Generator) -> list[tuple[Wanted, Cond]]:
         """``n`` conditionings to erase at step ``i``, each with its concept."""
@@ -77,7 +80,7 @@ class Adversaries:
         for kind in torch.rand(n, generator=generator).tolist():
             if kind < _CURRENT or (kind < _CURRENT + _FORMER and not stored):
                 number = one_of(self.count, generator)
-                drawn.append((self.concept(number), self.read(self.now[number : number + 1].detach())))
+                drawn.append((self.concept(number), self.read(self.now[number].detach()[None])))
             elif kind < _CURRENT + _FORMER:
                 # turn 1 went to slot 1: of a store that isn't full, slots 1 to ``stored`` are taken
                 number = (1 + one_of(stored, generator)) % len(self.former)

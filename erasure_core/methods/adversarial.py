@@ -84,13 +84,13 @@ class Settings:
     population: int = setting(
         8,
         "Embeddings that search for a way back, side by side, all the time. They share the pictures of a step: of fewer, "
-        "each finds its way sooner.",
+        "each finds its way sooner. Of several concepts each has at least one.",
         low=1,
         high=64,
         step=1,
     )
     life: int = setting(
-        160, "Steps until such an embedding starts anew elsewhere. A longer life finds better hidden ways.",
+        160, "Steps of its own until such an embedding starts anew elsewhere. A longer life finds better hidden ways.",
         low=1, high=100000, step=10,
     )  # fmt: skip
     attack_rate: float = setting(
@@ -149,11 +149,11 @@ def relative(prediction: Tensor, target: Tensor, original: Mapping[str, Tensor])
 
 
 def attack_loss(
-    model: TrainableModel, adversaries: Adversaries, null: Cond, settings: Settings, generator: torch.Generator
+    model: TrainableModel, adversaries: Adversaries, null: Cond, settings: Settings, i: int, generator: torch.Generator
 ) -> Tensor:
-    """How far each adversary is from the original network's prediction for the concept's words: the sum over the population
-    of means over its pictures and their elements, so that one's gradient does not shrink with their number."""
-    members = adversaries.places(settings.batch)
+    """How far each adversary is from the original network's prediction for the concept's words: the sum over those that attack
+    at step ``i`` of means over their pictures and elements, so that one's gradient does not shrink with their number."""
+    members = adversaries.places(i)
     owners, n = [adversaries.concept(k) for k in members], len(members)
     parts = torch.randperm(n, generator=generator)  # or one and the same always had the cleanest latents
     t = times(model, settings, (parts + torch.rand(n, generator=generator)) / n)
@@ -161,7 +161,7 @@ def attack_loss(
     conds = {ERASE: Cond.cat([c.word(generator) for c in owners]), NULL: null}
     original = predictions_of(model, z, t, conds, conds, Weights.FROZEN, grad=False)
     reads = adversaries.read(torch.stack([adversaries.now[k] for k in members]))
-    return adversaries.count * relative(model.predict(z, t, reads), original[ERASE], original)
+    return len(set(members)) * relative(model.predict(z, t, reads), original[ERASE], original)
 
 
 def erase_loss(
@@ -215,13 +215,13 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
         null = prompts.null.on(model.device, model.dtype)
         others = draw_pictures(model, words, null, _OTHERS, settings, wait) if words else torch.zeros(0)
         adversaries = Adversaries(
-            concepts, prompts.null, population=settings.population, life=settings.life, seed=settings.seed,
-            like=concepts[0].pictures,
+            concepts, prompts.null, population=settings.population, life=settings.life, batch=settings.batch,
+            seed=settings.seed, like=concepts[0].pictures,
         )  # fmt: skip
 
         def attack(i: int, generator: torch.Generator) -> dict[str, Tensor]:
             adversaries.retire(i, generator)
-            return {"attack": attack_loss(model, adversaries, null, settings, generator)}
+            return {"attack": attack_loss(model, adversaries, null, settings, i, generator)}
 
         def erase(i: int, generator: torch.Generator) -> dict[str, Tensor]:
             losses = {"erase": erase_loss(model, adversaries, null, settings, i, generator)}
@@ -233,7 +233,7 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
         # The store gets no gradient; it is a parameter so that a checkpoint holds it.
         rate = cosine(steps, warmup=min(20, steps // 10))
         phases = [
-            Phase("adversaries", [adversaries.now, adversaries.former], attack,
+            Phase("adversaries", [*adversaries.now, adversaries.former], attack,
                 Optimiser(settings.attack_rate * adversaries.unit)),
             Phase("weights", parameters, erase, Optimiser(settings.learning_rate), rate),
         ]  # fmt: skip
@@ -251,5 +251,4 @@ SPEC = MethodSpec(
     settings=Settings,
     run=run,
     trains=True,
-    for_each=("population",),
 )

@@ -207,5 +207,5 @@ SPEC = MethodSpec(
     run=run,
     trains=True,
     predictions=0,
-    for_each=("rank",),
+    rank_each=True,
 )

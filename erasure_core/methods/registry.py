@@ -92,8 +92,8 @@ class MethodSpec:
     """What of a request it doesn't look at, by the names of inputs: replace_with, keep, keep_everyday, dark."""
     predictions: int = 3
     """For the memory estimate: predictions with gradient that a training step holds at most, for each picture of its batch."""
-    for_each: tuple[str, ...] = ()
-    """Likewise: the settings, of rank and population, that hold for each of several concepts."""
+    rank_each: bool = False
+    """Likewise: whether the rank is that of each concept."""
     precise: bool = False
     """Likewise: whether it may call :meth:`TrainableModel.precise`, which takes the memory of float32."""
 

@@ -131,5 +131,5 @@ SPEC = MethodSpec(
     settings=Settings,
     run=run,
     trains=True,
-    for_each=("rank",),
+    rank_each=True,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -61,9 +61,9 @@ def passes(model: TrainableModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple
     return seen
 
 
-def population(null: Cond, concepts: list[Wanted], population: int, life: int = 160) -> Adversaries:
+def population(null: Cond, concepts: list[Wanted], population: int, life: int = 160, batch: int = 8) -> Adversaries:
     like = torch.zeros(1, dtype=torch.float64)
-    return Adversaries(concepts, null, population=population, life=life, seed=0, like=like)
+    return Adversaries(concepts, null, population=population, life=life, batch=batch, seed=0, like=like)
 
 
 def shares(prediction: Tensor, target: Tensor, signal: Tensor) -> Tensor:
@@ -78,9 +78,9 @@ def test_each_embedding_is_drawn_to_what_the_original_sees_in_its_own_concept(
     tiny64, model, passes, null, each: int
 ) -> None:
     concepts = [concept(0), concept(10)]
-    adversaries = population(null, concepts, population=4)
+    adversaries = population(null, concepts, population=4, batch=4 * each)
     settings = Settings(least_noise=0.5, batch=4 * each)
-    loss = adversarial.attack_loss(model, adversaries, null, settings, torch.Generator().manual_seed(3))
+    loss = adversarial.attack_loss(model, adversaries, null, settings, 0, torch.Generator().manual_seed(3))
     (frozen, _, _, both, target), (student, z, t, reads, _) = passes
     words, empty = both.split(4 * each)
     assert (frozen, student) == ("frozen", "student") and torch.equal(empty, null.context.expand(4 * each, -1, -1))
@@ -101,8 +101,8 @@ def test_each_embedding_is_drawn_to_what_the_original_sees_in_its_own_concept(
     plain = [tiny64.unet(z, t, states) for states in (words, empty)]
     assert torch.allclose(target, torch.cat(plain))
     assert torch.allclose(loss, 4 * shares(model.predict(z, t, Cond(reads)), plain[0], plain[0] - plain[1]))
-    slope = torch.autograd.grad(loss, [adversaries.now, adversaries.former], allow_unused=True)
-    assert slope[0] is not None and slope[1] is None, "former ones are not searched on"
+    slope = torch.autograd.grad(loss, [*adversaries.now, adversaries.former], allow_unused=True)
+    assert all(x is not None for x in slope[:4]) and slope[4] is None, "former ones are not searched on"
 
 
 def test_what_is_erased_goes_to_its_own_replacement_or_beyond(tiny64, model, passes, null) -> None:
@@ -114,11 +114,13 @@ def test_what_is_erased_goes_to_its_own_replacement_or_beyond(tiny64, model, pas
     plain = [tiny64.unet(z, t, states) for states in (to, word, empty)]
     assert torch.allclose(loss, shares(student, plain[0] - 0.7 * (plain[1] - plain[2]), plain[1] - plain[2]))
     assert t.min() >= 400 and t.max() > 850
-    assert torch.autograd.grad(loss, [adversaries.now], allow_unused=True) == (None,), "embeddings are only read here"
+    assert torch.autograd.grad(loss, adversaries.now, allow_unused=True) == (None, None), (
+        "embeddings are only read here"
+    )
     for k in range(16):
         (n,) = [n for n, c in enumerate(concepts) if torch.equal(c.anchor.context[0], to[k])]
         words = [w.context[0] for w in concepts[n].words]
-        searching = adversaries.read(adversaries.now[n : n + 1].detach()).context[0]
+        searching = adversaries.read(adversaries.now[n].detach()[None]).context[0]
         assert any(torch.equal(word[k], x) for x in words) and torch.equal(empty[k], null.context[0])
         assert any(torch.equal(reads[k], x) for x in [*words, searching])
 
@@ -148,9 +150,9 @@ def test_kept_words_are_held_at_pictures_of_their_own(model, passes, null, monke
 
 def test_one_at_a_time_retires_to_the_store_and_starts_anew(null) -> None:
     adversaries = population(null, [concept(0), concept(10)], population=4, life=8)
-    before = adversaries.now.detach().clone()
+    before = torch.stack(adversaries.now).detach().clone()
     for i in range(2 * 16 + 1):
-        was = adversaries.now.detach().clone()
+        was = torch.stack(adversaries.now).detach().clone()
         adversaries.retire(i, torch.Generator().manual_seed(i))
         changed = [k for k in range(4) if not torch.equal(adversaries.now[k], was[k])]
         turn = i // 2
@@ -164,7 +166,8 @@ def test_one_at_a_time_retires_to_the_store_and_starts_anew(null) -> None:
 def test_only_what_has_retired_is_taken_from_the_store(null) -> None:
     adversaries = population(null, [concept(0)], population=2, life=2)
     with torch.no_grad():
-        adversaries.now.fill_(1)
+        for embedding in adversaries.now:
+            embedding.fill_(1)
         adversaries.former.copy_(torch.arange(8, dtype=torch.float64)[:, None, None] + 10)
 
     def kinds(i: int) -> list[float]:
@@ -183,13 +186,41 @@ def test_only_what_has_retired_is_taken_from_the_store(null) -> None:
 def test_every_concept_has_as_many_embeddings_and_nearly_as_many_pictures(
     null, concepts: int, members: int, batch: int
 ) -> None:
-    adversaries = population(null, [concept(10 * k) for k in range(concepts)], population=4)
+    adversaries = population(null, [concept(10 * k) for k in range(concepts)], population=4, batch=batch)
     assert adversaries.count == members
     owners = [[c is adversaries.concept(k) for c in adversaries.concepts].index(True) for k in range(members)]
     assert sorted(owners) == sorted(list(range(concepts)) * (members // concepts))
-    places = adversaries.places(batch)
-    assert len(places) == max(batch, members) and set(places) == set(range(members)) and places == sorted(places)
-    assert max(map(places.count, places)) - min(map(places.count, places)) <= 1
+    steps = [adversaries.places(i) for i in range(members)]
+    assert all(len(places) == batch and places == sorted(places) for places in steps)
+    assert all(len(set(places)) == min(batch, members) for places in steps), "as many of them as there are pictures"
+    met = [sum(places.count(k) for places in steps) for k in range(members)]
+    assert met == [batch] * members if batch < members else max(met) - min(met) <= members
+
+
+def test_whoever_waits_neither_moves_nor_ages(null) -> None:
+    """Of six that share two pictures, each step moves two, and one retires once it has attacked ``life`` times."""
+    adversaries = population(null, [concept(10 * k) for k in range(3)], population=6, life=4, batch=2)
+    optimiser, attacks, lives = torch.optim.Adam(adversaries.now, 0.1), [0] * 6, []
+
+    def changed(act: Callable[[], object]) -> list[int]:
+        was = torch.stack(adversaries.now).detach()
+        act()
+        return [k for k in range(6) if not torch.equal(adversaries.now[k], was[k])]
+
+    def attack(members: list[int]) -> None:
+        optimiser.zero_grad()
+        torch.stack([adversaries.now[k] for k in members]).square().sum().backward()
+        optimiser.step()
+
+    for i in range(36):
+        for k in changed(lambda i=i: adversaries.retire(i, torch.Generator().manual_seed(i))):
+            lives.append(attacks[k])
+            attacks[k] = 0
+        members = adversaries.places(i)
+        assert changed(lambda members=members: attack(members)) == members and len(members) == 2
+        for k in members:
+            attacks[k] += 1
+    assert lives[6:] == [4] * (len(lives) - 6) and len(lives) == 17
 
 
 def test_against_weights_that_stand_still_embeddings_find_the_way(tiny64, null) -> None:
@@ -200,13 +231,15 @@ def test_against_weights_that_stand_still_embeddings_find_the_way(tiny64, null) 
         model.train(FullWeights())
 
         def loss(seed: int) -> Tensor:
-            return adversarial.attack_loss(model, adversaries, null, Settings(), torch.Generator().manual_seed(seed))
+            return adversarial.attack_loss(
+                model, adversaries, null, Settings(), seed, torch.Generator().manual_seed(seed)
+            )
 
         def distance() -> float:
             """At times and noises that no step has seen."""
             return sum(float(loss(1000 + i).detach()) for i in range(10))
 
-        before, optimiser = distance(), torch.optim.Adam([adversaries.now], 0.05)
+        before, optimiser = distance(), torch.optim.Adam(adversaries.now, 0.05)
         for i in range(120):
             optimiser.zero_grad()
             loss(i).backward()

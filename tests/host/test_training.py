@@ -259,14 +259,14 @@ def test_a_judge_that_knows_no_word_is_refused_only_where_it_is_asked(server: Co
 
 
 def test_several_concepts_in_the_shell(server: ComfyServer) -> None:
-    """Room is asked for as much as is trained and searched, and the pictures show each of them in turn."""
+    """Room is asked for as much as is trained, and the pictures show each of them in turn."""
     g = Graph()
     probe = g.add("ProbeShell")
     found = json.loads(shown(server.run(g.api), probe))
     demands = {name: (one, three) for name, (one, three) in found["demands"].items()}
     for name, (one, three) in demands.items():
         assert three[0] == one[0] * (3 if name in ("spm", "cpe") else 1), name
-        assert three[1] == (9 if name == "adversarial" and one[1] < 9 else one[1]), name
+        assert three[1] == one[1] > 0, name
     cat, bomb, rose, house = (float(len(word)) for word in ("cat", "bomb", "rose", "house"))
     assert found["shown"] == [[cat, house], [bomb, house], [rose, house], [cat, house]]
     assert found["named"] == ["cat", "house"]
