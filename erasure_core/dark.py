@@ -65,28 +65,28 @@ class DarkEmbeddings:
 
     @property
     def concept(self) -> str:
-        """The first word for what they bring back."""
-        return self.header.spec.erase[0].name
+        """The first word for what they bring back; of several concepts, of each."""
+        return ", ".join(dict.fromkeys(self.header.spec.erase[n].name for n in self.owners or (0,)))
 
-    def owners_in(self, spec: ConceptSpec) -> tuple[int, ...]:
-        """For each embedding the number of its concept in another request. Where that is one concept, it has them all.
+    def for_request(self, spec: ConceptSpec) -> tuple[list[Tensor], tuple[int, ...]]:
+        """What of it another request erases: states, and for each the number of its concept there. One concept alone takes what
+        has one of its words, or all where nothing has: the user says that they belong together.
 
         Raises:
             ConceptError: of several concepts none has a word for what an embedding brings back.
         """
+        owners = [self.header.spec.erase[n] for n in self.owners or (0,) * len(self)]
+        numbers = [spec.number_of(concept.words) for concept in owners]
         if len(spec.erase) == 1:
-            return (0,) * len(self)
-        numbers = []
-        for owner in self.owners or (0,) * len(self):
-            words = self.header.spec.erase[owner].words
-            number = spec.number_of(words)
+            own = [i for i, number in enumerate(numbers) if number is not None] or range(len(self))
+            return [self.states[i].clone() for i in own], (0,) * len(own)
+        for concept, number in zip(owners, numbers, strict=True):
             if number is None:
                 raise ConceptError(
-                    f"dark: these embeddings bring {words[0]!r} back, and no line of concept has that word. Add it to the line "
-                    "that it belongs to, or erase it on its own"
+                    f"dark: these embeddings bring {concept.name!r} back, and no line of concept has that word. Add it to the "
+                    "line that it belongs to, or erase it on its own"
                 )
-            numbers.append(number)
-        return tuple(numbers)
+        return [x.clone() for x in self.states], tuple(n for n in numbers if n is not None)
 
     def check_fits(self, family: Family) -> None:
         """Raise where they were mined in another kind of model.
@@ -127,8 +127,8 @@ def save_dark(dark: DarkEmbeddings, path: str | os.PathLike[str]) -> Path:
     """
     contents = {"states": dark.states, "scores": torch.tensor(dark.scores)}
     contents |= {f"words.{tower}": x for tower, x in dark.words.items()}
-    _check_numbers({name: x for name, x in contents.items() if name != "scores"})
-    contents["scores"] = contents["scores"].nan_to_num(nan=_NOBODY)
+    contents["scores"] = torch.tensor([_NOBODY if math.isnan(x) else x for x in dark.scores])
+    _check_numbers(contents)
     if any(dark.owners):
         contents["owners"] = torch.tensor(dark.owners)
     metadata = {

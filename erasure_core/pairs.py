@@ -188,6 +188,8 @@ def pair_up(
     """
 
     looks = [] if look is None else [look] if callable(look) else list(look)
+    if len(looks) not in (0, 1, scenes):
+        raise ValueError(f"look: {len(looks)} judges for {scenes} scenes")
 
     def seen(draws: Sequence[Draw], latents: Tensor) -> list[bool] | None:
         if not looks:

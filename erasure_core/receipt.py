@@ -251,7 +251,7 @@ class Receipt:
                 score = _clip_score(c.clip_score_before, c.clip_score_after)
                 lines.append(f"  {group} {c.word}: {seen}{score}pixels moved by {c.moved:.3f}")
             if len(counted) > 1:
-                seen = f"seen in {before} before, {after} after; " if before.n else ""
+                seen = f"seen in {before} before, {after} after{_of(counted)}; " if before.n else ""
                 score = _clip_score(
                     _mean(c.clip_score_before for c in counted), _mean(c.clip_score_after for c in counted)
                 )
@@ -293,6 +293,12 @@ def _budget(a: AttackRecord) -> str:
 
 def _clip_score(before: float | None, after: float | None) -> str:
     return "" if before is None or after is None else f"CLIP score {before:.1f} before, {after:.1f} after; "
+
+
+def _of(counted: Sequence[Counted]) -> str:
+    """Where the judge didn't know all words: of how many it speaks."""
+    known = sum(c.before is not None for c in counted)
+    return "" if known == len(counted) else f" (of the {known} that the judge knows)"
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

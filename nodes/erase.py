@@ -56,8 +56,11 @@ def aids_of(
     Raises:
         ValueError: something was made with another kind of model, or the judge lacks a vae or knows no word of the concept.
     """
+    states: Sequence[torch.Tensor] = () if dark is None else dark.states.clone().unbind(0)
+    owners: tuple[int, ...] = ()
     if dark is not None and "dark" not in chosen.unread:
         dark.check_fits(port.family)
+        states, owners = dark.for_request(spec)
     if pairs is not None and chosen.needs_pairs:
         pairs.check_fits(port.family)
         if pairs.unsafe.shape[1] != port.latent_shape[0]:
@@ -69,14 +72,14 @@ def aids_of(
     if judge is not None:
         if chosen.asks_judge and vae is None:
             raise ValueError("vae: the judge looks at pictures. Connect the VAE as well")
-        known = [_known(judge, concept.words) for concept in spec.erase]
+        known = [_known(judge, concept.words) if chosen.asks_judge else None for concept in spec.erase]
         if chosen.asks_judge and not any(known):
             word_for(judge, [word for concept in spec.erase for word in concept.words])  # says why not
         looks = tuple(word and _look_for(judge, word, decode, watcher) for word in known)
 
     return Aids(
-        dark=() if dark is None else tuple(dark.states.clone().unbind(0)),
-        owners=() if dark is None or "dark" in chosen.unread else dark.owners_in(spec),
+        dark=tuple(states),
+        owners=owners,
         pairs=None if pairs is None else replace(pairs, unsafe=pairs.unsafe.clone(), safe=pairs.safe.clone()),
         looks=looks,
         watch=watcher.watch,

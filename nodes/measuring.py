@@ -81,7 +81,9 @@ class Measuring:
         self._pictures: dict[tuple[str, str], Tensor] = {}
         self._rates: dict[tuple[str, str], Rate | None] = {}
         self._negative = encode(clip, "")
-        batches = (len(self.words) + len(self.kept)) * len(_COLUMNS) + len(self.words) * copies
+        batches = (len(self.words) + len(self.kept)) * len(_COLUMNS) + len(
+            self._asked.keys() & set(self.words)
+        ) * copies
         self._bar, self._all, self._done = comfy.utils.ProgressBar(1), max(1, batches), 0
 
     def before(self, model) -> None:
@@ -96,7 +98,7 @@ class Measuring:
 
     def seen_with(self, model) -> Rate | None:
         """Pictures of the erased words by another model that show them; None without a judge."""
-        found = [self._rate(self._draw(model, word), self._asked.get(word, "")) for word in self.words]
+        found = [self._rate(self._draw(model, word), self._asked[word]) for word in self.words if word in self._asked]
         return pooled(r for r in found if r is not None) if self._judge is not None else None
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from ..schedule import progress_of_steps_done
 from ..version import __version__
 from .registry import Aids, Progress, setting
 
+_T = TypeVar("_T")
 ERASE, TO, NULL, KEEP = "erase", "to", "null", "keep"
 """Keys of a step's prompts: the concept, its replacement (the empty prompt where there is none), "", a kept word."""
 
@@ -64,15 +65,21 @@ _EVERYDAY = 60
 """Everyday words that a training holds, of all kinds: more would each be met too seldom."""
 
 
-class Counted(Protocol):
+class Iterated(Protocol):
     @property
     def iterations(self) -> int: ...
 
 
-def steps_of(settings: Counted, spec: ConceptSpec) -> int:
+def steps_of(settings: Iterated, spec: ConceptSpec) -> int:
     """Training steps of all concepts together. Each has its own, for a step serves few of the words: five concepts in the steps
     of one are met so seldom that hardly any goes."""
     return settings.iterations * len(spec.erase)
+
+
+def in_turn(each: Sequence[Sequence[_T]]) -> list[_T]:
+    """What each concept has, one concept after the other. One with less than another has it more often, so that none is met
+    less."""
+    return [own[k % len(own)] for k in range(max(map(len, each))) for own in each]
 
 
 class Prompts:
@@ -93,16 +100,14 @@ class Prompts:
             name = f"\0dark {number}"  # no word that anybody can type
             self._conds[name] = self.null.with_context(states[None].to(self.null.context))
             self.concepts[owner].append((name, spec.erase[owner].to))
-        most = max(map(len, self.concepts))
-        self.pairs = [concept[k % len(concept)] for k in range(most) for concept in self.concepts]
-        """Concept by concept in turn. One with fewer words than another has them more often, so that none is met less."""
+        self.pairs = in_turn(self.concepts)
 
     def __getitem__(self, text: str) -> Cond:
         return self._conds[text]
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Cond]:
-        """The prompts of one step: ``n`` pairs (no word twice before every other one was taken; of more words than ``n``
-        each step draws anew), and as many kept words, if any."""
+        """The prompts of one step: ``n`` pairs (none twice before every other one was taken; of more than ``n`` each step draws
+        anew), and as many kept words, if any."""
         chosen = [self.pairs[i] for i in _spread(len(self.pairs), n, generator)]
         conds = {
             ERASE: Cond.cat([self[word] for word, _ in chosen]),

@@ -83,7 +83,7 @@ class Settings:
     learning_rate: float = setting(2e-4, RATE, low=1e-8, high=1.0, step=1e-5)
     population: int = setting(
         8,
-        "Embeddings that search for a way back, side by side, all the time. They share the pictures of a step: of fewer, "
+        "Embeddings that search for a way back, side by side. They share the pictures of a step, or take turns: of fewer, "
         "each finds its way sooner. Of several concepts each has at least one.",
         low=1,
         high=64,

@@ -169,10 +169,10 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
 
         done = 0
 
-        def go_on(phase: Phase, steps: int) -> None:
+        def go_on(phase: Phase, count: int) -> None:
             nonlocal done
-            Trainer(model, [phase], steps, seed=settings.seed).run(lambda i, _: progress(done + i, total), aids.watch)
-            done += steps
+            Trainer(model, [phase], count, seed=settings.seed).run(lambda i, _: progress(done + i, total), aids.watch)
+            done += count
 
         keep = kept(aids, port, model, spec, "cpe", settings)
         first = 0

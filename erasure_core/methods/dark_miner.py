@@ -41,7 +41,7 @@ from ..operators.train_loop import Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from ..port import ModelPort, Site
 from . import rece
-from ._training import KEEP, NULL, RANK, RATE, Prompts, Wanted, erasure_of, kept, steps_of, wanted
+from ._training import KEEP, NULL, RANK, RATE, Prompts, Wanted, erasure_of, in_turn, kept, steps_of, wanted
 from .registry import Aids, Look, MethodSpec, Progress, setting
 
 ANCHOR, DARK = "anchor", "dark"
@@ -129,11 +129,11 @@ class Mined:
             return "no judge looked, so every round was made."
         if self.exhausted[concept] and len(self.scores[concept]) == 1:
             return f"nothing was found, the best scored {best}: the words alone were enough."
-        end = (
-            "so the search found nothing more"
-            if self.exhausted[concept]
-            else "but the rounds ended: ways back are left"
-        )
+        end = "but the rounds ended: ways back are left"
+        if self.exhausted[concept]:
+            end = "so the search found nothing more"
+            if len(self.scores) > 1:
+                end += "; what later rounds, for the others, changed was not looked at"
         return f"The best find of each round scored {best}, {end}."
 
 
@@ -143,7 +143,10 @@ def scores_of(model: TrainableModel, finds: list[Cond], null: Cond, look: Look, 
         Cond.cat([cond.expand(settings.looks) for cond in finds]), null, guidance=settings.guidance, progress=1.0,
         steps=settings.sample_steps, generator=torch.Generator().manual_seed(settings.seed),
     )  # fmt: skip
-    return look(z).view(len(finds), settings.looks).mean(1).tolist()
+    scores = look(z).view(len(finds), settings.looks).mean(1).tolist()
+    if not all(map(math.isfinite, scores)):
+        raise ValueError("judge: it gave a score that is not a number. See what it makes of a picture, or leave it out")
+    return scores
 
 
 def variable_of(prompts: Prompts, aids: Aids, settings: Settings) -> Variable:
@@ -171,17 +174,20 @@ def circumvent(
     model: TrainableModel, pool: list[Way], prompts: Prompts, settings: Settings, number: int
 ) -> Phase:  # fmt: skip
     """The training of one round: every way of the pool to its concept's anchor, the kept prompts unchanged."""
-    fresh = min(settings.population, len(pool)) if number else len(pool)
+    owned: dict[int, list[int]] = {}
+    for i, way in enumerate(pool):
+        owned.setdefault(id(way.concept), []).append(i)
+    every = torch.tensor(in_turn(list(owned.values())))
+    recent = torch.arange(max(0, len(pool) - settings.population), len(pool)) if number else every
     terms = [TargetTerm("erase", DARK, {ANCHOR: 1.0})]
     if settings.keep_weight:
         terms.append(keep_term(NULL, settings.keep_weight))
         terms += [keep_term(KEEP, settings.keep_weight)] if prompts.keep else []
 
     def loss(_: int, generator: torch.Generator) -> dict[str, Tensor]:
-        chosen = torch.randint(0, len(pool), (settings.batch,), generator=generator)
-        newest = torch.randint(len(pool) - fresh, len(pool), (settings.batch,), generator=generator)
-        chosen = torch.where(torch.arange(settings.batch) < (settings.batch + 1) // 2, newest, chosen).tolist()
-        ways = [pool[i] for i in chosen]
+        some, new = (x[torch.randint(0, len(x), (settings.batch,), generator=generator)] for x in (every, recent))
+        half = torch.arange(settings.batch) < (settings.batch + 1) // 2
+        ways = [pool[i] for i in torch.where(half, new, some).tolist()]
         conds = {
             **prompts.draw(settings.batch, generator),
             DARK: Cond.cat([way.cond for way in ways]),
@@ -230,11 +236,9 @@ def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, p
 
         def circumvent_all(number: int) -> None:
             phase = circumvent(model, pool, prompts, settings, number)
-            steps = (
-                settings.iterations if number else steps_of(settings, spec)
-            )  # a find is of one concept, the words of all
+            # A find is of one concept, the words are of all.
+            steps = settings.iterations if number else steps_of(settings, spec)
             Trainer(model, [phase], steps, seed=settings.seed).run(within(number), aids.watch)
-
             if keep is not None:
                 mined = [c.context[0].cpu() for c in found]
                 owned = [(owner, score) for owner, each in enumerate(scores) for score in each]

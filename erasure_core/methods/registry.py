@@ -55,8 +55,8 @@ class Aids:
     """Told at the end what a method that mines has found, and how that went."""
 
     def __post_init__(self) -> None:
-        if self.owners and len(self.owners) != len(self.dark):
-            raise ValueError(f"dark: {len(self.owners)} owners for {len(self.dark)} embeddings")
+        if self.owners and (len(self.owners) != len(self.dark) or min(self.owners) < 0):
+            raise ValueError(f"owners: {self.owners} for {len(self.dark)} embeddings don't match up")
 
     @property
     def owned(self) -> list[tuple[Tensor, int]]:

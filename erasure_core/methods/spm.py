@@ -112,13 +112,13 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
         anchors = sample_anchors(moved(conds[ERASE].context[:1], z.device, z.dtype), settings.anchors, generator)
         return {"anchors": settings.anchor_weight * anchoring_loss(model, z, t, anchors, conds[ERASE])}
 
-    steps = steps_of(settings, spec)
+    steps, n = steps_of(settings, spec), len(spec.erase)
     warmup = min(settings.warmup, steps // 6)  # of a short training: the paper's share, 500 of 3000 steps
     rate = cosine(steps, restarts=3, warmup=warmup)
     return train_regression(
         port, spec, settings, progress, aids, method="spm", terms=[target(settings.negative_guidance)], more=anchoring,
         optimiser=Kind.ADAMW, weight_decay=0.01, rate=rate,
-        what=LoRA(settings.layers, settings.rank * len(spec.erase), 1.0),
+        what=LoRA(settings.layers, settings.rank * n, float(n)),  # what n of one concept each add up to
     )  # fmt: skip
 
 

@@ -105,6 +105,24 @@ def test_each_embedding_is_drawn_to_what_the_original_sees_in_its_own_concept(
     assert all(x is not None for x in slope[:4]) and slope[4] is None, "former ones are not searched on"
 
 
+def test_more_embeddings_than_pictures_take_turns_in_the_loss(model, null) -> None:
+    adversaries = population(null, [concept(0), concept(10)], population=4, batch=2)
+    for i, turn in ((0, [0, 1]), (1, [2, 3]), (2, [0, 1])):
+        generator = torch.Generator().manual_seed(3)
+        loss = adversarial.attack_loss(model, adversaries, null, Settings(batch=2), i, generator)
+        slopes = torch.autograd.grad(loss, adversaries.now, allow_unused=True)
+        assert [k for k, slope in enumerate(slopes) if slope is not None] == turn
+    one, two = (population(null, [concept(0)], population=n, batch=2) for n in (1, 2))
+    losses = []
+    for adversaries in (one, two):
+        with torch.no_grad():
+            for embedding in adversaries.now:
+                embedding.copy_(one.now[0])
+        generator = torch.Generator().manual_seed(3)
+        losses.append(adversarial.attack_loss(model, adversaries, null, Settings(batch=2), 0, generator))
+    assert losses[1] > 1.2 * losses[0], "the sum over those that attack, not their mean"
+
+
 def test_what_is_erased_goes_to_its_own_replacement_or_beyond(tiny64, model, passes, null) -> None:
     concepts = [concept(0), concept(10)]
     adversaries, settings = population(null, concepts, population=2), Settings(negative_guidance=0.7, batch=16)

@@ -168,11 +168,17 @@ def test_finds_of_several_concepts_stay_with_theirs(tmp_path) -> None:
     mined = DarkEmbeddings(header, torch.randn(3, 6, 12), scores, owners=(1, 0, 1))
     read = load_dark(save_dark(mined, tmp_path / "d.safetensors"))
     assert read.owners == (1, 0, 1) and read.scores[0] == 0.5 and all(map(math.isnan, read.scores[1:]))
-    assert read.owners_in(ConceptSpec.parse("Car\nboat\nKitty")) == (0, 2, 0)
-    assert read.owners_in(ConceptSpec.parse("boat")) == (0, 0, 0), "one concept has them all"
+    states, owners = read.for_request(ConceptSpec.parse("Car\nboat\nKitty"))
+    assert owners == (0, 2, 0) and torch.equal(torch.stack(states), mined.states)
+    states, owners = read.for_request(ConceptSpec.parse("kitty, cat"))
+    assert owners == (0,) and torch.equal(states[0], mined.states[1]), "one concept has its own"
+    assert read.for_request(ConceptSpec.parse("boat"))[1] == (0, 0, 0), "or all, where none is its own by name"
     with pytest.raises(ConceptError, match=r"dark: .* bring 'car' back, and no line of concept has that word"):
-        read.owners_in(ConceptSpec.parse("cat\nboat"))
+        read.for_request(ConceptSpec.parse("cat\nboat"))
     assert "3 dark embeddings for car (2), cat (1)" in read.summary() and "2: nobody looked (cat)" in read.summary()
-    for owners in ((0, 1), (0, 1, 2), (0, 1, -1)):
+    assert read.concept == "car, cat" and replace(mined, owners=(1, 1, 1)).concept == "car"
+    for wrong in ((0, 1), (0, 1, 2), (0, 1, -1)):
         with pytest.raises(ValueError, match="owners"):
-            replace(mined, owners=owners)
+            replace(mined, owners=wrong)
+    with pytest.raises(FileError, match="scores has values that are not numbers"):
+        save_dark(replace(mined, scores=(0.5, math.inf, 0.1)), tmp_path / "e.safetensors")

@@ -248,6 +248,17 @@ def test_long_prompts_and_many_concepts(method: MethodSpec, make) -> None:
     assert finite(result)
 
 
+@pytest.mark.parametrize(("name", "ranks"), [("spm", 3), ("cpe", 3), ("leco", 1), ("adversarial", 1)])
+def test_whose_rank_is_each_concepts(name: str, ranks: int, make) -> None:
+    method = all_methods()[name]
+    assert method.rank_each is (ranks > 1)
+    one, three = (
+        run(make(method), method, {"rank": 2}, ConceptSpec.parse(text, "pear", "dog"))
+        for text in ("apple", "apple\ncat\nhouse")
+    )
+    assert max(d.rank for d in three.deltas.values()) == ranks * max(d.rank for d in one.deltas.values()) == 2 * ranks
+
+
 @each_trained
 def test_every_concept_has_its_own_steps(method: MethodSpec, make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five concepts in the steps of one are met so seldom that most of them stay."""

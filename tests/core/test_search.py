@@ -346,7 +346,8 @@ def test_a_concept_may_be_done_before_the_others(tiny, tmp_path, monkeypatch) ->
     settings = dark_miner.Settings(**{**SMALL, "rounds": 3, "pictures": 2})
 
     def mined(progress=quiet, **aids) -> dark_miner.Mined:
-        chosen = Aids(looks=(lambda z: torch.full((len(z),), 0.1),), **aids)
+        looks = [lambda z, p=p: torch.full((len(z),), p) for p in (0.1, 0.9)]
+        chosen = Aids(looks=tuple(looks), **aids)
         return dark_miner.mine_and_erase(tiny, spec, settings, progress, chosen)
 
     class Stop(Exception):
@@ -360,14 +361,45 @@ def test_a_concept_may_be_done_before_the_others(tiny, tmp_path, monkeypatch) ->
     whole = mined()
     words = [True, True, False]
     assert pools == [words, [*words, *[False] * 2], [*words, *[False] * 4], [*words, *[False] * 6]]
-    assert whole.exhausted == (True, False) and whole.scores == (pytest.approx((0.1,)), ()) and whole.found == 6
+    assert (
+        whole.exhausted == (True, False)
+        and whole.scores == (pytest.approx((0.1,)), pytest.approx((0.9, 0.9, 0.9)))
+        and whole.found == 6
+    )
     assert "- bomb: nothing was found, the best scored 0.10: the words alone were enough." in whole.report()
     with pytest.raises(Stop):
         mined(stopping, checkpoint=Checkpoint(tmp_path / "state.safetensors", seconds=0.0))
     pools.clear()
     rest = mined(checkpoint=Checkpoint(tmp_path / "state.safetensors", seconds=0.0))
     assert pools == [[*words, *[False] * 4], [*words, *[False] * 6]], "the rounds that were left"
+    assert rest.report() == whole.report() and rest.pool is not None and whole.pool is not None
+    assert (rest.pool.owners, rest.pool.scores) == (whole.pool.owners, whole.pool.scores) and set(
+        whole.pool.owners
+    ) == {1}
     assert all(torch.equal(d.dense(), rest.erasure.deltas[n].dense()) for n, d in whole.erasure.deltas.items())
+
+
+def test_ways_of_a_concept_with_few_are_trained_as_often(tiny, monkeypatch) -> None:
+    """Beside twelve embeddings of another."""
+    spec = ConceptSpec.parse("bomb\nrose", "dog\ntulip")
+    shown: list[Tensor] = []
+    monkeypatch.setattr(
+        dark_miner,
+        "regress",
+        lambda model, terms, z, t, conds: shown.append(conds["anchor"].context) or {"erase": z.sum() * 0},
+    )
+    phases = []
+    monkeypatch.setattr(dark_miner.Trainer, "run", lambda self, *_, **__: phases.append(self.phases[0]))
+    dark = tuple(torch.randn(6, 16) for _ in range(12))
+    settings = dark_miner.Settings(**{**SMALL, "rounds": 1, "batch": 40})
+    monkeypatch.setattr(dark_miner, "mine", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        dark_miner.mine_and_erase(tiny, spec, settings, quiet, Aids(dark=dark, owners=(1,) * 12))
+    for i in range(10):
+        phases[0].loss(i, torch.Generator().manual_seed(i))
+    dog = tiny.conditions(["dog"])[0].context[0]
+    mine_ = sum(torch.equal(x, dog) for x in torch.cat(shown))
+    assert mine_ == pytest.approx(200, abs=40)
 
 
 def test_dark_miner_searches_words_where_an_encoder_reads_them(tiny) -> None:
