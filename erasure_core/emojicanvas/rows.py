@@ -195,7 +195,8 @@ class Bench:
             aids = aids_for(method, port, erasing, self.studio.judge)
             began = time.perf_counter()
             made = erase(port, self.spec(erasing), method, settings, aids=aids)
-            cost = {"seconds": round(time.perf_counter() - began, 2), "busy": _busy()}
+            seconds = time.perf_counter() - began
+            cost = {"seconds": round(seconds, 2), "busy": _busy(seconds)}
             keep(path.with_suffix(".json"), cost)
             save(made, path)
         return load(path), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -219,9 +220,13 @@ class Bench:
         }
 
 
-def _busy() -> bool:
-    """Whether more threads ran in the last minute than this process has; never where the system can't tell."""
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > torch.get_num_threads() + 0.5
+def _busy(seconds: float) -> bool:
+    """Whether more threads ran than this process has, in the last minute or, of so many seconds, the last five or fifteen; never
+    where the system can't tell."""
+    if not hasattr(os, "getloadavg"):
+        return False
+    windows = zip((0, 300, 900), os.getloadavg(), strict=True)
+    return any(load > torch.get_num_threads() + 0.5 for window, load in windows if seconds >= window)
 
 
 def timed(rows: Iterable[Mapping[str, Any]]) -> tuple[bool, float | None]:

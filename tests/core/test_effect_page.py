@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from erasure_core.emojicanvas import rows
 from erasure_core.emojicanvas.effect import in_terms_of_papers, true_shares
 from erasure_core.emojicanvas.rows import MEASURES, timed
 from erasure_core.metrics.judge_error import JudgeError
@@ -61,7 +62,23 @@ def test_a_judge_that_errs_is_taken_out_of_every_share() -> None:
 
 
 def test_seconds_are_of_what_ran_alone() -> None:
-    rows = [{"seconds": 4.0}, {"seconds": 6.0, "busy": False}, {"seconds": 50.0, "busy": True}, {"seconds": None}]
-    assert timed(rows) == (True, 5.0)
-    assert timed(rows[2:]) == (False, 50.0)
-    assert timed(rows[3:]) == (True, None), "the base takes none"
+    made = [{"seconds": 4.0}, {"seconds": 6.0, "busy": False}, {"seconds": 50.0, "busy": True}, {"seconds": None}]
+    assert timed(made) == (True, 5.0)
+    assert timed(made[2:]) == (False, 50.0)
+    assert timed(made[3:]) == (True, None), "the base takes none"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "loads", "busy"),
+    [
+        (30, (1.2, 3.0, 3.0), False),
+        (30, (1.8, 0.1, 0.1), True),
+        (400, (1.0, 1.7, 0.5), True),
+        (400, (1.0, 1.2, 3.0), False),
+        (1000, (1.0, 1.2, 3.0), True),
+    ],
+)
+def test_work_beside_is_noticed_over_a_whole_training(monkeypatch, seconds: float, loads, busy: bool) -> None:
+    monkeypatch.setattr(rows.os, "getloadavg", lambda: loads)
+    monkeypatch.setattr(rows.torch, "get_num_threads", lambda: 1)
+    assert rows._busy(seconds) is busy
