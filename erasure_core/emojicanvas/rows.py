@@ -221,7 +221,7 @@ class Bench:
 
 
 def _busy(seconds: float) -> bool:
-    """Whether more threads ran than this process has, in the last minute or, of so many seconds, the last five or fifteen; never
+    """Whether more threads ran than this process has: in the last minute, of a longer run in the last five or fifteen too; never
     where the system can't tell."""
     if not hasattr(os, "getloadavg"):
         return False
