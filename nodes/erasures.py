@@ -43,8 +43,8 @@ class SaveErasure(io.ComfyNode):
             node_id="ErasureSave",
             display_name="Save Erasure",
             category=CATEGORY,
-            description="Writes the erasure as one file to share. In models/loras the stock Load LoRA node, A1111 and "
-            "Forge can use it too: whoever loads it needs nothing of this pack.",
+            description="Writes the erasure as one file to share. In the LoRA layout in models/loras the stock Load LoRA "
+            "node, A1111 and Forge can use it too: whoever loads it needs nothing of this pack.",
             is_output_node=True,
             inputs=[
                 Erasure.Input("erasure", tooltip="From Erase Concept or Merge Erasures."),
@@ -59,8 +59,8 @@ class SaveErasure(io.ComfyNode):
                     "layout",
                     options=list(_LAYOUTS),
                     default=next(iter(_LAYOUTS)),
-                    tooltip="LoRA suits nearly everything. diffusers: for load_lora_weights. Full delta: the plain change of "
-                    "each weight, large.",
+                    tooltip="LoRA suits nearly everything. diffusers: for load_lora_weights; Load LoRA and A1111 don't read "
+                    "this layout, Load Erasure does. Full delta: the plain change of each weight, large.",
                 ),
                 io.Combo.Input(
                     "precision",
@@ -122,6 +122,8 @@ class SaveErasure(io.ComfyNode):
         shown = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} KB"
         said = [f"saved models/{folder}/{file} ({shown})"]
         said.append("no receipt" if receipt is None else "with its receipt, inside and beside it")
+        if _LAYOUTS[layout] is Layout.DIFFUSERS:  # they patch nothing, and say so in the console only
+            said.append("Load LoRA and A1111 don't read this layout; Load Erasure and diffusers do")
         return io.NodeOutput(f"{folder}/{file}", ui=ui.PreviewText("\n".join(said)))
 
 

@@ -10,6 +10,9 @@ import torch
 
 from erasure_core import (
     ConceptSpec,
+    Delta,
+    Erasure,
+    Header,
     Layout,
     ModelPort,
     Prediction,
@@ -29,6 +32,11 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 SPEC = ConceptSpec.parse("red cat, kitty", "dog", "bird")
+XL_UNET = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 80,
+}
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +110,7 @@ def xl(tokenizer):
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
-        unet=unet(
-            48, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=80
-        ),
+        unet=unet(48, **XL_UNET),
     )
 
 
@@ -242,6 +248,25 @@ def test_the_saved_file_loads_as_a_lora_and_does_the_same(pipe, tmp_path: Path, 
     pipe.fuse_lora()
     for site in port.sites():
         assert torch.allclose(port.weight(site), edited[site.name], atol=1e-5), "so is a fused one, once"
+
+
+@pytest.mark.parametrize(("kind", "width"), [("pipe", 768), ("xl", 2048)])
+def test_the_lora_layout_is_read_too(request, kind: str, width: int, tmp_path: Path) -> None:
+    """The file that ComfyUI's Load LoRA reads: diffusers converts the names that SD 1.5 and SDXL have there.
+
+    Only where all changes have one rank: the alphas that it converts don't reach every layer.
+    """
+    pipe = request.getfixturevalue(kind)
+    pipe.unet = unet(width, **({} if kind == "pipe" else XL_UNET))
+    port = DiffusersPort(pipe)
+    assert port.family.name == ("sd15" if kind == "pipe" else "sdxl")
+    changes = {s.name: Delta(0.1 * torch.randn(s.d_out, 2), 0.1 * torch.randn(2, s.d_in)) for s in port.linears()}
+    made = Erasure(Header("uce", {}, SPEC, port.family, "", "1"), changes)
+    expected = {s.name: port.weight(s) + changes[s.name].dense() for s in port.linears()}
+    pipe.load_lora_weights(str(save(made, tmp_path / "x.safetensors")), adapter_name="erasure")
+    port = DiffusersPort(pipe)  # what it has loaded
+    for site in port.linears():
+        assert torch.allclose(port.weight(site), expected[site.name], atol=1e-5), site.name
 
 
 def test_the_replica_is_the_network_and_its_sites_have_the_checkpoints_names(pipe, tmp_path: Path) -> None:

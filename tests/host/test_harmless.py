@@ -181,9 +181,10 @@ def test_save_and_load(server: ComfyServer, layout: str, folder: str) -> None:
     g = Graph()
     model, clip, _ = g.demo()
     erased = g.erase(model, clip, "cat, kitty", replace_with="dog", keep="tiger")
-    g.save(erased[1], name, layout=layout, folder=folder)
+    saved = g.save(erased[1], name, layout=layout, folder=folder)
     direct, said = g.weights(erased[0]), g.show(erased[2])
     first = server.run(g.api)
+    assert ("Load LoRA and A1111 don't read this layout" in shown(first, saved)) == (layout == DIFFUSERS)
 
     assert f"{folder}/{name}.safetensors" in _choices(server), "listed without a restart"
     back = Graph()
