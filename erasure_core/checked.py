@@ -18,6 +18,10 @@ class FileError(ValueError):
     """A file can't be read or written as an erasure; the message names the file, the fault, and what to do."""
 
 
+class OtherKindError(FileError):
+    """A whole file, but not one of ours, or of another kind of ours."""
+
+
 class Checked:
     """Reads parsed JSON for one kind of text; ``where`` is the name that its errors begin with.
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import names
 from .artifact import Delta, Erasure, Header, digest
-from .checked import FileError
+from .checked import FileError, OtherKindError
 from .concept import clean
 from .header import Layout, header_json, parse_header
 from .port import Family
@@ -253,10 +253,10 @@ def header_text(metadata: Mapping[str, str] | None, key: str, path: Path, kind: 
     """The JSON under the metadata key of a kind of file.
 
     Raises:
-        FileError: another kind of file; ``kind`` is what it is not, and what to do with it.
+        OtherKindError: another kind of file; ``kind`` is what it is not, and what to do with it.
     """
     if not metadata or key not in metadata:
-        raise FileError(f"{path.name}: a safetensors file, but not {kind}")
+        raise OtherKindError(f"{path.name}: a safetensors file, but not {kind}")
     return metadata[key]
 
 

@@ -19,7 +19,7 @@ from ..erasure_core.receipt_file import parse_receipt, receipt_json
 from .modes import ordinary_tensors
 from .patching import apply_erasure, check_without
 from .port import ComfyPort
-from .saved import Saved
+from .saved import Saved, place
 from .types import CATEGORY, Erasure
 
 FOLDERS = ("loras", "erasure")
@@ -101,10 +101,10 @@ class SaveErasure(io.ComfyNode):
             with ordinary_tensors():
                 if _is_saved(erasure, root / file, _LAYOUTS[layout], _PRECISIONS[precision]):
                     return io.NodeOutput(
-                        f"{folder}/{file}", ui=ui.PreviewText(f"models/{folder}/{file} has this very erasure already")
+                        f"{folder}/{file}", ui=ui.PreviewText(f"{place(root / file)} has this very erasure already")
                     )
             raise FileError(
-                f"name: {there[0].name} is already in models/{folder}. Choose another name or switch overwrite on"
+                f"name: {there[0].name} is already in {place(root)}. Choose another name or switch overwrite on"
             )
         with ordinary_tensors():
             save(erasure, root / file, layout=_LAYOUTS[layout], dtype=_PRECISIONS[precision])
@@ -120,7 +120,7 @@ class SaveErasure(io.ComfyNode):
                 path.unlink(missing_ok=True)  # it would tell of the erasure that was overwritten
         size = (root / file).stat().st_size
         shown = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} KB"
-        said = [f"saved models/{folder}/{file} ({shown})"]
+        said = [f"saved {place(root / file)} ({shown})"]
         said.append("no receipt" if receipt is None else "with its receipt, inside and beside it")
         if _LAYOUTS[layout] is Layout.DIFFUSERS:  # they patch nothing, and say so in the console only
             said.append("Load LoRA and A1111 don't read this layout; Load Erasure and diffusers do")

@@ -23,7 +23,7 @@ from .modes import host_mode, ordinary_tensors
 from .patching import check_ungated
 from .port import ComfyPort, family_of
 from .replica import Demand, latent_shape
-from .saved import Saved
+from .saved import Saved, place
 from .towers import pseudo_words
 from .training import Watcher, decoder
 from .types import CATEGORY, Dark, Judge
@@ -242,14 +242,16 @@ class SaveDarkEmbeddings(io.ComfyNode):
         names = [f"{stem}-{i + 1}" for i in range(len(dark))] if dark.words else []
         targets = [root / f"{stem}.safetensors", *(embeddings / f"{n}.safetensors" for n in names)]
         if not overwrite and (there := [t for t in targets if t.exists()]):
-            raise FileError(f"name: {there[0].name} is already there. Choose another name or switch overwrite on")
+            raise FileError(
+                f"name: {there[0].name} is already in {place(there[0].parent)}. Choose another name or switch overwrite on"
+            )
         for folder in (root, embeddings):
             folder.mkdir(parents=True, exist_ok=True)
         with ordinary_tensors():
             save_dark(dark, targets[0])
             if names:
                 save_words(dark, embeddings, stem)
-        lines = [f"saved models/erasure/{stem}.safetensors", *(f"embedding:{n}" for n in names)]
+        lines = [f"saved {place(targets[0])}", *(f"embedding:{n}" for n in names)]
         return io.NodeOutput(f"erasure/{stem}.safetensors", ui=ui.PreviewText("\n".join(lines)))
 
 

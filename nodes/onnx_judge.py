@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from glob import escape
 from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..erasure_core import FileError
 from ..erasure_core.integrations.onnx_judge import (
     MAX_SIDE,
     OnnxJudge,
@@ -19,6 +21,7 @@ from ..erasure_core.integrations.onnx_judge import (
 )
 from .judges import threshold_widget
 from .modes import ordinary_tensors
+from .saved import LINKED, meant, portable
 from .types import CATEGORY, Judge
 
 FOLDER = "erasure_judges"
@@ -97,9 +100,12 @@ class JudgeONNX(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file, **_):
+        if file is None:
+            return LINKED
         path = resolve(file)
-        stats = [p.stat() for p in (path, path.with_suffix(".txt"), path.with_suffix(".json")) if p.is_file()]
-        return ":".join(f"{s.st_mtime_ns}:{s.st_size}" for s in stats)
+        weights = sorted(path.parent.glob(f"{escape(path.name)}*"))  # a large model has them beside it: x.onnx.data
+        read = (*weights, path.with_suffix(".txt"), path.with_suffix(".json"))
+        return ":".join(f"{p.name}:{p.stat().st_mtime_ns}:{p.stat().st_size}" for p in read if p.is_file())
 
     @classmethod
     def execute(cls, file, labels, groups, pixels, outputs, threshold, side) -> io.NodeOutput:
@@ -123,18 +129,26 @@ class JudgeONNX(io.ComfyNode):
 
 def judge_files() -> list[str]:
     """The .onnx files that ComfyUI lists in models/erasure_judges."""
-    return sorted(name for name in folder_paths.get_filename_list(FOLDER) if name.lower().endswith(".onnx"))
+    return sorted(_listed())
+
+
+def _listed() -> dict[str, str]:
+    """The name that ComfyUI has for each entry of the list."""
+    names = folder_paths.get_filename_list(FOLDER)
+    return {portable(name): name for name in names if name.lower().endswith(".onnx")}
 
 
 def resolve(file: str) -> Path:
-    """The path of a listed file; nothing else is reachable.
+    """The path of a listed file, or of what :func:`meant` takes for it; nothing else is reachable.
 
     Raises:
-        ValueError: it isn't listed.
+        FileError: it isn't listed, or could be several.
     """
-    path = folder_paths.get_full_path(FOLDER, file) if file in judge_files() else None
+    listed = _listed()
+    entry = meant(file, listed, lambda: listed)
+    path = None if entry is None else folder_paths.get_full_path(FOLDER, listed[entry])
     if path is None:
-        raise ValueError(
+        raise FileError(
             f"file: {file[:80]!r} is not in models/{FOLDER}. Put an .onnx file there and choose it from the list"
         )
     return Path(path)

@@ -12,7 +12,7 @@ from ..erasure_core import FileError
 from ..erasure_core.formats import check_file_name
 from ..erasure_core.pair_files import load_pairs, read_pairs_header, save_pairs
 from .modes import ordinary_tensors
-from .saved import Saved
+from .saved import Saved, place
 from .types import CATEGORY, Pairs
 
 FOLDER = "erasure_pairs"
@@ -52,11 +52,11 @@ class SavePairs(io.ComfyNode):
         root = Path(folder_paths.get_folder_paths(FOLDER)[0])
         root.mkdir(parents=True, exist_ok=True)
         if (root / file).exists() and not overwrite:
-            raise FileError(f"name: {file} is already in models/{FOLDER}. Choose another name or switch overwrite on")
+            raise FileError(f"name: {file} is already in {place(root)}. Choose another name or switch overwrite on")
         with ordinary_tensors():
             save_pairs(pairs, root / file)
         size = (root / file).stat().st_size
-        return io.NodeOutput(file, ui=ui.PreviewText(f"saved models/{FOLDER}/{file} ({size / 1e6:.1f} MB)"))
+        return io.NodeOutput(file, ui=ui.PreviewText(f"saved {place(root / file)} ({size / 1e6:.1f} MB)"))
 
 
 class LoadPairs(io.ComfyNode):

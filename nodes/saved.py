@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import folder_paths
 
 from ..erasure_core import FileError
+from ..erasure_core.checked import OtherKindError
+from ..erasure_core.formats import opened
+
+_SUFFIX = ".safetensors"
+LINKED = "linked"
+"""Fingerprint of a file whose name comes over a link: known only when the graph runs."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """One kind of file. Entries of lists are ``folder/file``, or the bare file where ``bare``."""
+    """One kind of file. Entries of lists are ``folder/file``, or the bare file where ``bare``; always with ``/``."""
 
     what: str
     """For "no ... saved yet"."""
@@ -22,7 +30,7 @@ class Saved:
     """What saves it."""
     folders: tuple[str, ...]
     read_header: Callable[[str], object]
-    """Reads no tensor; raises FileError where the file is of another kind."""
+    """Reads no tensor; raises OtherKindError where the file is of another kind, FileError where it can't be read."""
     bare: bool = False
 
     @property
@@ -34,38 +42,48 @@ class Saved:
     def places(self) -> str:
         return " or ".join(f"models/{folder}" for folder in self.folders)
 
-    def options(self) -> list[str]:
-        """The entries of all files of this kind, newest first."""
-        found: list[tuple[float, str]] = []
+    def _listed(self) -> dict[str, tuple[str, str]]:
+        """Folder and path of all entries, of whatever kind, as ComfyUI lists them: nothing else is reachable."""
+        found = {}
         for folder in self.folders:
             for name in folder_paths.get_filename_list(folder):
                 path = folder_paths.get_full_path(folder, name)
-                if path is None or not name.endswith(".safetensors"):
-                    continue
-                stat = os.stat(path)
-                if _is_of_kind(self.read_header, path, stat.st_mtime, stat.st_size):
-                    found.append((stat.st_mtime, name if self.bare else f"{folder}/{name}"))
-        return [entry for _, entry in sorted(found, reverse=True)] or [self.nothing]
+                if path is not None and name.lower().endswith(_SUFFIX):
+                    found[portable(name if self.bare else f"{folder}/{name}")] = folder, path
+        return found
+
+    def _of_kind(self) -> dict[str, float]:
+        """When each file of this kind was written, by its entry."""
+        found = {}
+        for entry, (folder, path) in self._listed().items():
+            stat = os.stat(path)
+            if _is_of_kind(self.read_header, path, folder != "loras", stat.st_mtime, stat.st_size):
+                found[entry] = stat.st_mtime
+        return found
+
+    def options(self) -> list[str]:
+        """The entries of all files of this kind, newest first."""
+        found = self._of_kind()
+        return sorted(found, key=lambda entry: (found[entry], entry), reverse=True) or [self.nothing]
 
     def path(self, file: str) -> str:
-        """Of an entry; only files that ComfyUI itself lists are reachable.
+        """Of an entry, or of what :func:`meant` takes for it; only files that ComfyUI itself lists are reachable.
 
         Raises:
-            FileError: it isn't one; says what to do.
+            FileError: it isn't one, or could be several; says what to do.
         """
         if file == self.nothing:
             raise FileError(
                 f"file: nothing is saved yet in {self.places}. Run {self.node}, then press R and choose the file from the list"
             )
-        folder, _, name = (self.folders[0], "", file) if self.bare else file.partition("/")
-        listed = folder in self.folders and name in folder_paths.get_filename_list(folder)
-        path = folder_paths.get_full_path(folder, name) if listed else None
-        if path is None:
+        listed = self._listed()
+        entry = meant(file, listed, self._of_kind)
+        if entry is None:
             raise FileError(
                 f"file: {file[:80]!r} is not in {self.places}. Put it there and press R, or choose another "
                 "from the list"
             )
-        return path
+        return listed[entry][1]
 
     def check(self, file: str | None) -> bool | str:
         """What a Load node's ``validate_inputs`` answers; None is linked: known only when the graph runs."""
@@ -76,17 +94,76 @@ class Saved:
             return str(error)
         return True
 
-    def stamp(self, file: str) -> str:
+    def stamp(self, file: str | None) -> str:
         """Another one after each writing: a Load node's ``fingerprint_inputs``."""
+        if file is None:
+            return LINKED
         stat = os.stat(self.path(file))
         return f"{stat.st_mtime_ns}:{stat.st_size}"
 
 
+def portable(name: str) -> str:
+    """As entries are written: a workflow from Windows finds its files elsewhere, and the other way round."""
+    return name.replace(os.sep, "/")
+
+
+def meant(file: str, listed: Iterable[str], of_kind: Callable[[], Iterable[str]]) -> str | None:
+    """The entry that a workflow from another machine means by ``file``; None: there is none.
+
+    That is ``file`` itself; else the same but for case, Unicode form and kind of slash; else the only file of its kind with
+    this name, whatever folder it lies in.
+
+    Raises:
+        FileError: several fit.
+    """
+    if file in listed:
+        return file
+    wanted = _plain(file)
+    found = [entry for entry in listed if _plain(entry) == wanted]
+    if not found and (name := _name(wanted)):
+        found = [entry for entry in of_kind() if _name(_plain(entry)) == name]
+    if len(found) > 1:
+        raise FileError(
+            f"file: {file[:80]!r} could be {' or '.join(sorted(found)[:5])}. Choose one of them from the list"
+        )
+    return found[0] if found else None
+
+
+def _plain(file: str) -> str:
+    return unicodedata.normalize("NFC", file.replace("\\", "/")).casefold()
+
+
+def _name(file: str) -> str:
+    return file.rpartition("/")[2]
+
+
+def place(path: str | Path) -> str:
+    """Where a file lies, for people: ``models/...``, or all of its path where extra_model_paths.yaml put it elsewhere."""
+    try:
+        return f"models/{Path(path).relative_to(folder_paths.models_dir).as_posix()}"
+    except ValueError:
+        return str(path)
+
+
 @lru_cache(maxsize=8192)
-def _is_of_kind(read_header: Callable[[str], object], path: str, modified: float, size: int) -> bool:
-    """Read once for each state of a file: there may be thousands of LoRAs."""
+def _is_of_kind(read_header: Callable[[str], object], path: str, ours: bool, modified: float, size: int) -> bool:
+    """Read once for each state of a file: there may be thousands of LoRAs. ``ours``: other programs write none there.
+
+    What is newer than this version or damaged counts too: loading it says what is wrong.
+    """
     try:
         read_header(path)
+    except OtherKindError:
+        return False
+    except (FileError, OSError):
+        return ours or _opens(path)
+    return True
+
+
+def _opens(path: str) -> bool:
+    """Whether it is a whole safetensors file, as thousands of LoRAs beside ours may not be."""
+    try:
+        with opened(Path(path)):
+            return True
     except (FileError, OSError):
         return False
-    return True

@@ -161,7 +161,7 @@ def test_onnx_file(server: ComfyServer) -> None:
     ("file", "widgets", "sentence"),
     [
         ("none.onnx", {}, "file: 'none.onnx' is not in models/erasure_judges"),
-        ("../rgb2.onnx", {}, "is not in models/erasure_judges"),
+        ("../outside.onnx", {}, "is not in models/erasure_judges"),
         ("rgb2.onnx", {"labels": "red"}, "labels: 1 names, but rgb2 has outputs of shape"),
         ("rgb2.onnx", {"labels": " \n"}, "labels: write what the outputs of rgb2.onnx mean"),
         ("rgb2.onnx", {"groups": "warm"}, "groups: 'warm' must read: name = label, label"),
@@ -174,7 +174,32 @@ def test_onnx_files_that_are_refused(server: ComfyServer, file: str, widgets: di
     pytest.importorskip("onnxruntime")
     folder = judges_folder(server)
     tiny_onnx.mean_colour(folder / "rgb2.onnx", (1, 3, 8, 8))
+    tiny_onnx.mean_colour(server.models / "outside.onnx", (1, 3, 8, 8))
     (folder / "broken.onnx").write_bytes(b"\x80\x04 not this")
     g = Graph()
     asked(g, onnx_judge(g, file, **widgets)[0], plain(g, "red"), "red")
     assert sentence in refusal(server, g)
+
+
+def test_onnx_files_of_other_machines_and_weights_beside_them(server: ComfyServer) -> None:
+    """A folder and slash of Windows; a linked name; and large models have their weights in a second file."""
+    pytest.importorskip("onnxruntime")
+    folder = judges_folder(server)
+    tiny_onnx.mean_colour(folder / "Far Away.onnx", (1, 3, 8, 8))
+
+    def graph(file) -> tuple[Graph, Node]:
+        g = Graph()
+        judge = onnx_judge(g, file)
+        g.show(judge[1])
+        return g, judge
+
+    server.run(graph("sub\\far away.onnx")[0].api)
+    again, judge = graph("sub\\far away.onnx")
+    assert judge in server.run(again.api).cached
+    (folder / "Far Away.onnx.data").write_bytes(b"weights")
+    again, judge = graph("sub\\far away.onnx")
+    assert judge in server.run(again.api).executed
+    linked = Graph()
+    linked.show(onnx_judge(linked, linked.add("ProbeChoice", value="Far Away.onnx")[0])[1])
+    server.run(linked.api)
+    assert "NoneType" not in server.log_tail()

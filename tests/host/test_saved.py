@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import struct
+import unicodedata
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from api_graphs import Graph
+from api_graphs import DIFFUSERS, Graph, shown
 from comfy_client import ExecutionFailed, PromptRejected
-from comfy_host import ComfyServer
+from comfy_host import PACK, ComfyServer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from erasure_core import ConceptSpec, Family, Header
+from erasure_core import ConceptSpec, Delta, Erasure, Family, Header, save
 from erasure_core.dark import DarkEmbeddings, save_dark
 from erasure_core.operators.memory import Mode, Placement, SavedMemory, save_memory
 from erasure_core.pair_files import save_pairs
@@ -84,3 +88,99 @@ def test_each_node_lists_its_own_kind_by_headers_alone(server: ComfyServer) -> N
     g.show(g.add("ErasureLoadPromptMemory", file="erasure/rows.safetensors")[1])
     with pytest.raises(ExecutionFailed, match="contains values that are not numbers"):
         server.run(g.api)
+
+
+def an_erasure(path: Path, word: str = "cat") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = Header("uce", {}, ConceptSpec.parse(word), FAMILY, "0" * 16, "1")
+    site = "input_blocks.4.1.transformer_blocks.0.attn2.to_k"
+    return save(Erasure(header, {site: Delta(torch.ones(8, 1), torch.ones(1, 128))}), path)
+
+
+def loaded(server: ComfyServer, file: Any) -> str:
+    """What Load Erasure says of a file, or why it doesn't load it."""
+    g = Graph()
+    node = g.show(g.add("ErasureLoad", file=file)[1])
+    try:
+        return shown(server.run(g.api), node)
+    except PromptRejected as refused:
+        return str(refused)
+    except ExecutionFailed as failed:
+        return failed.message
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "loras/Über mir/A b.safetensors",
+        "loras/Über mir\\A b.safetensors",
+        "loras\\Über mir\\A b.safetensors",
+        "loras/über MIR/a B.safetensors",
+        unicodedata.normalize("NFD", "loras/Über mir/A b.safetensors"),
+        "erasure/A b.safetensors",
+        "loras/A b.safetensors",
+        "loras/elsewhere\\a b.safetensors",
+        "A b.safetensors",
+    ],
+    ids=ascii,
+)
+def test_workflows_of_other_machines_find_their_files(server: ComfyServer, file: str) -> None:
+    """Saved on Windows, unpacked on a Mac, or put into another folder here."""
+    an_erasure(server.models / "loras" / "Über mir" / "A b.safetensors", "walrus")
+    assert loaded(server, file).startswith("suppressed: walrus")
+
+
+def test_the_nearest_name_is_meant_and_several_are_named(server: ComfyServer) -> None:
+    for folder, word in (("loras/one", "lion"), ("loras/two", "wolf"), ("erasure", "bear")):
+        an_erasure(server.models / folder / "same.safetensors", word)
+    save_file({"x": torch.ones(1)}, server.models / "loras" / "three.safetensors")
+    an_erasure(server.models / "erasure" / "three.safetensors", "seal")
+    assert loaded(server, "loras/two\\same.safetensors").startswith("suppressed: wolf")
+    assert loaded(server, "erasure/same.safetensors").startswith("suppressed: bear")
+    assert (
+        "file: 'loras/nine/same.safetensors' could be erasure/same.safetensors or loras/one/same.safetensors or "
+        "loras/two/same.safetensors. Choose one of them from the list"
+    ) in loaded(server, "loras/nine/same.safetensors")
+    assert loaded(server, "loras/sub/three.safetensors").startswith("suppressed: seal"), "the other one is a LoRA"
+
+
+def test_a_linked_name_has_a_fingerprint(server: ComfyServer) -> None:
+    an_erasure(server.models / "loras" / "linked.safetensors", "otter")
+    g = Graph()
+    said = g.show(g.add("ErasureLoad", file=g.add("ProbeChoice", value="loras/linked.safetensors")[0])[1])
+    assert shown(server.run(g.api), said).startswith("suppressed: otter")
+    assert "'NoneType' object has no attribute" not in server.log_tail()
+
+
+def test_endings_in_capitals_newer_and_broken_files_are_listed(server: ComfyServer) -> None:
+    loras, own = server.models / "loras", server.models / "erasure"
+    an_erasure(loras / "loud.SAFETENSORS")
+    newer = an_erasure(loras / "newer.safetensors")
+    with safe_open(newer, framework="pt") as f:
+        raw = json.loads(f.metadata()["erasure"])
+    save_file({"x": torch.ones(1)}, newer, {"erasure": json.dumps(raw | {"format": 9})})
+    whole = an_erasure(loras / "whole.safetensors").read_bytes()
+    for folder in (loras, own):
+        (folder / "short.safetensors").write_bytes(whole[:-20])
+    (loras / "foreign.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    files = listed(server, "ErasureLoad")
+    assert {"loras/loud.SAFETENSORS", "loras/newer.safetensors", "erasure/short.safetensors"} <= set(files)
+    assert not {"loras/foreign.safetensors", "loras/short.safetensors"} & set(files)
+    assert "format 9 is not 1. Update Concept Erasure" in loaded(server, "loras/newer.safetensors")
+    assert "short.safetensors: " in (said := loaded(server, "erasure/short.safetensors")) and "again" in said
+    assert "erasure/short.safetensors" in listed(server, "ErasureLoadPromptMemory"), "who knows what it was"
+
+
+def test_a_save_says_where_the_file_really_is(tmp_path: Path) -> None:
+    """extra_model_paths.yaml may put the first loras folder outside of models."""
+    config = tmp_path / "paths.yaml"
+    config.write_text(f"elsewhere:\n  base_path: {tmp_path}\n  is_default: true\n  loras: far\n")
+    with ComfyServer(args=["--whitelist-custom-nodes", PACK, "--extra-model-paths-config", str(config)]) as server:
+        texts = []
+        for folder in ("loras", "erasure"):
+            g = Graph()
+            model, clip, _ = g.demo()
+            saved = g.save(g.erase(model, clip, "cat")[1], "where", folder=folder, layout=DIFFUSERS)
+            texts.append(shown(server.run(g.api), saved))
+    assert f"saved {tmp_path / 'far' / 'where.safetensors'} (" in texts[0]
+    assert "saved models/erasure/where.safetensors (" in texts[1]

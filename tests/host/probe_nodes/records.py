@@ -43,4 +43,14 @@ class AttackRecord:
         return ((record,),)
 
 
-NODES = (AttackRecord,)
+class Choice:
+    """A text as what a widget with a list takes over a link."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "run", ("COMBO",)
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"value": ("STRING", {})}})
+
+    def run(self, value):
+        return (value,)
+
+
+NODES = (AttackRecord, Choice)
