@@ -92,6 +92,8 @@ class Erasure:
         if wrong:
             width = next((s.d_in for s in every if s.role is not Role.OTHER), None)
             model = f"a model with text width {width}" if width else "a model without text cross-attention"
+            if width == self.header.family.context_dim:
+                model += ", whose layers are others"
             raise WrongModelError(
                 f"erasure: it was made for {self.header.family}, but this is {model}: {len(wrong)} of "
                 f"{len(self.deltas)} weights do not fit, first {wrong[0]}. Erase the concept on this model instead"

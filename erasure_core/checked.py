@@ -13,6 +13,9 @@ MAX_FIELDS = 100
 MAX_TEXT = 1 << 16
 """Of a setting: a vocabulary of some thousand words."""
 
+OR_NEWER = ". The file is damaged, or newer: update Concept Erasure"
+"""Ends what is said of a value that a later version may know."""
+
 
 class FileError(ValueError):
     """A file can't be read or written as an erasure; the message names the file, the fault, and what to do."""

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from .artifact import Header
-from .checked import MAX_JSON_CHARACTERS, Checked, FileError
+from .checked import MAX_JSON_CHARACTERS, OR_NEWER, Checked, FileError
 from .concept import Concept, ConceptError, ConceptSpec
 from .port import Family
 
@@ -119,12 +119,12 @@ def parse_header(text: str) -> tuple[Header, list[str], Layout]:
     sites = [read.text(s, "site", 200) for s in read.entries(raw.get("sites"), "sites", MAX_SITES)]
     for site in sites:
         if not _SITE.match(site):
-            raise FileError(f"header: {site[:60]!r} is not the name of a UNet weight")
+            raise FileError(f"header: {site[:60]!r} is not the name of a UNet weight{OR_NEWER}")
     if len(set(sites)) != len(sites):
         raise FileError("header: sites are listed twice")
     layout_name = read.text(raw.get("layout", "lora"), "layout", 20)
     if layout_name not in list(Layout):
-        raise FileError(f"header: layout {layout_name!r} is unknown")
+        raise FileError(f"header: layout {layout_name!r} is unknown{OR_NEWER}")
     header = Header(
         read.text(raw.get("method"), "method"),
         settings,

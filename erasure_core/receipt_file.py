@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from .checked import Checked
+from .checked import OR_NEWER, Checked
 from .header import read_spec, spec_json
 from .metrics.rates import Rate
 from .metrics.rounding import ROUNDINGS, RoundingLoss
@@ -160,7 +160,7 @@ def _survival(value: Any) -> Survival:
     raw = _READ.fields(value, "survival")
     stored = _text(raw, "stored", 20)
     if stored not in ROUNDINGS:
-        raise _READ.wrong(f"stored: {stored!r} is none of {', '.join(ROUNDINGS)}")
+        raise _READ.wrong(f"stored: {stored!r} is none of {', '.join(ROUNDINGS)}{OR_NEWER}")
     loss = RoundingLoss(_number(raw, "worst"), _number(raw, "noise"), _number(raw, "left", -_MOST))
     return Survival(stored, loss, _rate_or_none(raw, "after"))
 

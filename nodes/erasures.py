@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 
 from ..erasure_core import Erasure as CoreErasure
 from ..erasure_core import FileError, Layout, load, merge, read_header, save
-from ..erasure_core.artifact import digest
+from ..erasure_core.artifact import digest, same_base
 from ..erasure_core.formats import check_file_name, read_receipt, receipt_of, write_bytes
 from ..erasure_core.methods._training import fingerprint
 from ..erasure_core.receipt_file import parse_receipt, receipt_json
@@ -152,6 +152,23 @@ def _tells_of(receipt: Path, digest: str) -> bool:
         return False
 
 
+def model_report(model, erasure: CoreErasure) -> str:
+    """Whether ``erasure`` was made for ``model``, in words. Apply Erasure refuses another family; here it is a note."""
+    try:
+        port = ComfyPort(model)
+        erasure.check_fits(list(port.linears()))
+        own = fingerprint(port)
+    except ValueError as error:
+        return f"WARNING: this model can't use it. {error}"
+    if same_base(erasure.header.base, own):
+        return "model: the one that it was made on, or a finetune of that one"
+    return (
+        "WARNING: this model is of the right family, but neither the one that the erasure was made on nor a finetune of that "
+        f"one (fingerprint {own}, the erasure's {erasure.header.base or 'unknown'}). It may suppress less here: try it, or "
+        "erase the concept on this model"
+    )
+
+
 def receipt_report(path: str, erasure: CoreErasure, model=None) -> str:
     """What the file's receipt says, or why it says nothing."""
     if erasure.receipt is None:
@@ -185,7 +202,8 @@ class LoadErasure(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The model that you will use it on: the report then says if its receipt was made on another one.",
+                    tooltip="The model that you will use it on: the report then says whether it fits, and if it or its receipt "
+                    "was made on another one.",
                 ),
             ],
             outputs=[
@@ -207,7 +225,8 @@ class LoadErasure(io.ComfyNode):
         path = SAVED.path(file)
         with ordinary_tensors():
             erasure = load(path)
-            report = f"{erasure.summary()}\n\n{receipt_report(path, erasure, model)}"
+            fits = "" if model is None else f"\n{model_report(model, erasure)}"
+            report = f"{erasure.summary()}{fits}\n\n{receipt_report(path, erasure, model)}"
         return io.NodeOutput(erasure, report, ui=ui.PreviewText(report))
 
 
@@ -239,9 +258,19 @@ class MergeErasures(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, erasure_1, erasure_2, erasure_3=None, erasure_4=None) -> io.NodeOutput:
-        given = [e for e in (erasure_1, erasure_2, erasure_3, erasure_4) if e is not None]
+        named = {
+            f"erasure_{n}": e for n, e in enumerate((erasure_1, erasure_2, erasure_3, erasure_4), 1) if e is not None
+        }
+        given = list(named.values())
         with ordinary_tensors():
             check_without(model, given)
             merged = merge(ComfyPort(model, clip), given)
             patched = apply_erasure(model, merged, 1.0)
-        return io.NodeOutput(patched, merged, merged.summary(), ui=ui.PreviewText(merged.summary()))
+        report = merged.summary()
+        first = merged.header.base
+        if others := [name for name, e in named.items() if not same_base(first, e.header.base)]:
+            report += (
+                f"\nWARNING: {', '.join(others)}: made on another base model than erasure_1, whose base ({first}) the merged "
+                "one names. What was made on another base may suppress less"
+            )
+        return io.NodeOutput(patched, merged, report, ui=ui.PreviewText(report))

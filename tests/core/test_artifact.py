@@ -53,6 +53,9 @@ def test_another_model_is_refused_with_both_named(made, other) -> None:
     assert "analytic (text width 48)" in message
     assert f"a model with text width {other.family.context_dim}" in message
     assert "Erase the concept on this model instead" in message
+    assert ("whose layers are others" in message) == (other.family.context_dim == 48), (
+        "the width alone says nothing then"
+    )
 
 
 def test_a_model_without_cross_attention_is_refused(made) -> None:
