@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import comfy.utils
@@ -12,7 +13,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..erasure_core import ConceptError, ConceptSpec, FileError
-from ..erasure_core.dark import load_dark, read_dark_header, save_dark, save_words
+from ..erasure_core.dark import DarkEmbeddings, load_dark, read_dark_header, save_dark, save_words
 from ..erasure_core.formats import check_file_name
 from ..erasure_core.metrics.judges import look_through, word_for
 from ..erasure_core.mining import Settings, mine
@@ -185,9 +186,34 @@ def latents_of(model, vae, family: str, images: Tensor) -> Tensor:
 
 def conditioning_of(clip, states: Tensor) -> list:
     """Text states [L, D] as CONDITIONING; everything but the states is the empty prompt's, the pooled output too."""
-    with host_mode():
-        (_, options), *_ = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    _, options = _empty_prompt(clip)
     return [[states[None].clone(), dict(options)]]
+
+
+def _empty_prompt(clip):
+    """Its text states [1, L, D], and what else its conditioning holds."""
+    with host_mode():
+        return clip.encode_from_tokens_scheduled(clip.tokenize(""))[0]
+
+
+def _check_clip(clip, dark: DarkEmbeddings) -> None:
+    """Raise where ``dark`` was mined in a model of another text width: in a sampler it would be a matter of shapes."""
+    width = _empty_prompt(clip)[0].shape[-1]
+    if width != dark.states.shape[-1]:
+        raise ValueError(
+            f"clip: its text width is {width}, and these dark embeddings were mined in {dark.header.family}. Connect the CLIP "
+            "of a model of that family, and use them there"
+        )
+
+
+def _check_word_name(stem: str) -> None:
+    """Raise where ComfyUI would not find ``embedding:`` with this name: a blank ends it, and brackets mean something else."""
+    if re.search(r"[\s(){}]", stem):
+        better = "-".join(re.findall(r"[^\s(){}-]+", stem)) or "dark"
+        raise FileError(
+            f"name: {stem!r} has blanks or brackets, and embedding:{stem}-1 can't be read in a prompt then. "
+            f"Take {better!r} instead"
+        )
 
 
 def _source(base_model, images, judge) -> str:
@@ -238,6 +264,8 @@ class SaveDarkEmbeddings(io.ComfyNode):
             raise ValueError("dark: nothing was found, so there is nothing to save. Only the method Dark Miner and Mine Dark "
                 "Embeddings find some; where a report says that the words alone were enough, all is well")  # fmt: skip
         stem = check_file_name(name)
+        if dark.words:
+            _check_word_name(stem)
         root, embeddings = (Path(folder_paths.get_folder_paths(x)[0]) for x in ("erasure", "embeddings"))
         names = [f"{stem}-{i + 1}" for i in range(len(dark))] if dark.words else []
         targets = [root / f"{stem}.safetensors", *(embeddings / f"{n}.safetensors" for n in names)]
@@ -292,5 +320,6 @@ class LoadDarkEmbeddings(io.ComfyNode):
     def execute(cls, clip, file) -> io.NodeOutput:
         with ordinary_tensors():
             dark = load_dark(SAVED.path(file))
+            _check_clip(clip, dark)
             conditioning = conditioning_of(clip, dark.states[0])
         return io.NodeOutput(dark, conditioning, dark.summary(), ui=ui.PreviewText(dark.summary()))

@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from erasure_core.dark import load_dark
+from erasure_core import ConceptSpec, Family, Header
+from erasure_core.dark import DarkEmbeddings, load_dark, save_dark
 
 FEW = {"form": "free", "words": 2, "count": 2, "steps": 6, "learning_rate": 0.02, "batch": 8, "looks": 2, "seed": 3}
 DARK, CONDITIONING, IMAGES, REPORT, SCORE = range(5)
@@ -234,4 +235,43 @@ def test_saving_what_was_not_found_is_refused(server: ComfyServer) -> None:
     model, clip, _ = g.demo()
     g.add("ErasureSaveDarkEmbeddings", dark=g.erase(model, clip, "tulip")[3], name="none", overwrite=False)
     with pytest.raises(ExecutionFailed, match=r"dark: nothing was found"):
+        server.run(g.api)
+
+
+def saved_dark(server: ComfyServer, name: str, width: int, words: bool) -> str:
+    """A set, as Load Dark Embeddings lists it."""
+    header = Header("mine", {}, ConceptSpec.parse("tulip"), Family("emojicanvas", width, 2, 3), "0" * 16, "1")
+    vectors = {"clip_l": torch.ones(1, 1, width)} if words else {}
+    save_dark(
+        DarkEmbeddings(header, torch.ones(1, 77, width), (0.5,), vectors),
+        server.models / "erasure" / f"{name}.safetensors",
+    )
+    return f"erasure/{name}.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "better"),
+    [("my tulips (2)", "my-tulips-2"), ("a {b}", "a-b"), ("( )", "dark")],
+)
+def test_words_need_a_name_that_prompts_can_hold(server: ComfyServer, name: str, better: str) -> None:
+    def graph(words: bool) -> Graph:
+        g = Graph()
+        file = saved_dark(server, f"held-{words}", 128, words)
+        dark = g.add("ErasureLoadDarkEmbeddings", clip=g.demo()[1], file=file)[0]
+        g.add("ErasureSaveDarkEmbeddings", dark=dark, name=name, overwrite=True)
+        return g
+
+    with pytest.raises(ExecutionFailed, match=f"name: .* has blanks or brackets.* Take '{better}' instead"):
+        server.run(graph(True).api)
+    assert not (server.models / "erasure" / f"{name}.safetensors").exists()
+    server.run(graph(False).api)
+
+
+def test_a_clip_of_another_width_is_refused(server: ComfyServer) -> None:
+    g = Graph()
+    read = g.add("ErasureLoadDarkEmbeddings", clip=g.demo()[1], file=saved_dark(server, "wide", 768, False))
+    g.show(read[2])
+    with pytest.raises(
+        ExecutionFailed, match=r"clip: its text width is 128, .* mined in emojicanvas \(text width 768\)"
+    ):
         server.run(g.api)
