@@ -50,6 +50,30 @@ def test_importing_it_loads_no_host() -> None:
     assert run.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    ("there", "version", "sentence"),
+    [
+        ([], (3, 10, 9), "needs Python 3.11 or newer, and this is Python 3.10. Install"),
+        (["folder_paths.py"], (3, 12, 0), "needs ComfyUI 0.3.75 or newer, and this one is older"),
+        (["folder_paths.py", "comfy_api/__init__.py"], (3, 12, 0), "needs ComfyUI 0.3.75 or newer, and this one is older"),
+        ([], (3, 12, 0), ""),
+    ],
+)  # fmt: skip
+def test_an_old_python_or_comfyui_is_a_sentence(
+    tmp_path: Path, there: list[str], version: tuple, sentence: str
+) -> None:
+    for name in there:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    code = f"import runpy, sys; sys.version_info = {version}; runpy.run_path({str(ROOT.parent / '__init__.py')!r})"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    last = run.stderr.strip().rpartition("\n")[2]
+    assert last.startswith("ImportError: ComfyUI Concept Erasure " + sentence) if sentence else not last
+
+
 def test_nothing_unpickles_or_evaluates() -> None:
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
