@@ -13,7 +13,7 @@ from comfy_api.latest import io, ui
 from ..erasure_core import Erasure as CoreErasure
 from ..erasure_core import FileError, Layout, load, merge, read_header, save
 from ..erasure_core.artifact import digest, same_base
-from ..erasure_core.formats import check_file_name, read_receipt, receipt_of, write_bytes
+from ..erasure_core.formats import check_file_name, opened, read_receipt, receipt_of, write_bytes
 from ..erasure_core.methods._training import fingerprint
 from ..erasure_core.receipt_file import parse_receipt, receipt_json
 from .modes import ordinary_tensors
@@ -97,17 +97,20 @@ class SaveErasure(io.ComfyNode):
         root = Path(folder_paths.get_folder_paths(folder)[0])
         root.mkdir(parents=True, exist_ok=True)
         written = [root / file, *_beside(root / file)]
-        if not overwrite and (there := [path for path in written if path.exists()]):
-            with ordinary_tensors():
-                if _is_saved(erasure, root / file, _LAYOUTS[layout], _PRECISIONS[precision]):
-                    return io.NodeOutput(
-                        f"{folder}/{file}", ui=ui.PreviewText(f"{place(root / file)} has this very erasure already")
-                    )
+        there = [path for path in written if path.exists()]
+        with ordinary_tensors():
+            saved = bool(there) and _is_saved(erasure, root / file, _LAYOUTS[layout], _PRECISIONS[precision])
+        if there and not overwrite:
+            if saved:
+                return io.NodeOutput(
+                    f"{folder}/{file}", ui=ui.PreviewText(f"{place(root / file)} has this very erasure already")
+                )
             raise FileError(
                 f"name: {there[0].name} is already in {place(root)}. Choose another name or switch overwrite on"
             )
         with ordinary_tensors():
-            save(erasure, root / file, layout=_LAYOUTS[layout], dtype=_PRECISIONS[precision])
+            if not saved:  # Windows refuses to replace a file that Load LoRA has open
+                save(erasure, root / file, layout=_LAYOUTS[layout], dtype=_PRECISIONS[precision])
             receipt = receipt_of(erasure, _LAYOUTS[layout], _PRECISIONS[precision])
         beside = _beside(root / file)
         told = (b"", b"") if receipt is None else (receipt_json(receipt, indent=1).encode(), receipt.sheet)
@@ -120,7 +123,9 @@ class SaveErasure(io.ComfyNode):
                 path.unlink(missing_ok=True)  # it would tell of the erasure that was overwritten
         size = (root / file).stat().st_size
         shown = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} KB"
-        said = [f"saved {place(root / file)} ({shown})"]
+        said = [
+            f"{place(root / file)} has this very erasure already" if saved else f"saved {place(root / file)} ({shown})"
+        ]
         said.append("no receipt" if receipt is None else "with its receipt, inside and beside it")
         if _LAYOUTS[layout] is Layout.DIFFUSERS:  # they patch nothing, and say so in the console only
             said.append("Load LoRA and A1111 don't read this layout; Load Erasure and diffusers do")
@@ -133,10 +138,16 @@ def _is_saved(erasure: CoreErasure, file: Path, layout: Layout, dtype: torch.dty
         again = Path(folder) / file.name
         try:
             save(erasure, again, layout=layout, dtype=dtype)
-            one, other = load(file), load(again)
+            return _contents(file) == _contents(again)
         except (FileError, OSError):
             return False
-    return (one.header, one.receipt, digest(one.deltas)) == (other.header, other.receipt, digest(other.deltas))
+
+
+def _contents(file: Path) -> tuple:
+    """All that two files of one erasure have in common: the names of the tensors tell the layout."""
+    erasure = load(file)
+    with opened(file) as f:
+        return erasure.header, erasure.receipt, digest(erasure.deltas), sorted(f.keys())
 
 
 def _beside(file: Path) -> tuple[Path, Path]:

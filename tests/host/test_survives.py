@@ -410,7 +410,7 @@ def test_save_stays_in_its_folder(server: ComfyServer, name: str) -> None:
     sentence = refusal(server, g)
     assert "name: " in sentence
     assert any(
-        s in sentence for s in ("must be a plain file name", "must have 1 to 150 characters", "is reserved by Windows")
+        s in sentence for s in ("must be a plain file name", "must have 1 to 150 bytes", "is reserved by Windows")
     )
     assert sorted(server.base.rglob("*.safetensors")) == before
 
@@ -485,7 +485,10 @@ def test_saving_the_same_again_is_no_error(server: ComfyServer) -> None:
     before = path.stat().st_mtime_ns
     server.run(graph(overwrite=False).api)
     assert path.stat().st_mtime_ns == before
-    assert "is already in models/loras" in refusal(server, graph(precision="half (float16)"))
+    server.run(graph(overwrite=True).api)
+    assert path.stat().st_mtime_ns == before, "who has it open could not be overwritten under"
+    for other in ({"precision": "half (float16)"}, {"layout": "diffusers"}):
+        assert "is already in models/loras" in refusal(server, graph(**other))
     assert path.stat().st_mtime_ns == before
 
 
