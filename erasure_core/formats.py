@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import names
 from .artifact import Delta, Erasure, Header, digest
-from .checked import FileError, OtherKindError
+from .checked import OR_NEWER, FileError, OtherKindError
 from .concept import clean
 from .header import Layout, header_json, parse_header
 from .port import Family
@@ -40,6 +40,18 @@ MAX_HEADER_BYTES = 8 << 20
 RECEIPT = "erasure_receipt"
 _KIND = "an erasure. If it is a LoRA, use the Load LoRA node"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ARCHITECTURES = {
+    "sd15": "stable-diffusion-v1",
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
+}
+"""The names that ModelSpec has for families; it has two for SD 2.x, by what the model predicts, which a header doesn't say."""
+_KOHYA = {
+    "sd15": {"ss_base_model_version": "sd_v1"},
+    "sd20": {"ss_base_model_version": "sd_v2", "ss_v2": "True"},
+    "sdxl": {"ss_base_model_version": "sdxl_base_v1-0"},
+}
+"""What kohya's trainer writes of families: A1111 and LoRA browsers sort by it."""
 _RESERVED = {"con", "prn", "aux", "nul", "conin$", "conout$", *(d + i for d in ("com", "lpt") for i in "123456789¹²³")}
 
 
@@ -53,7 +65,9 @@ def check_file_name(name: str) -> str:
     while stem.endswith(".safetensors"):
         stem = stem.removesuffix(".safetensors")
     if not stem or len(stem.encode(errors="replace")) > 150:
-        raise FileError(f"name: {name[:60]!r} must have 1 to 150 characters")
+        raise FileError(
+            f"name: {name[:60]!r} must have 1 to 150 bytes: a letter of a to z is one, an accented one two, a Chinese one three"
+        )
     if any(c in '/\\:*?"<>|' for c in stem) or clean(stem) != stem or stem.startswith(".") or stem.endswith((".", " ")):
         raise FileError(
             f"name: {name[:60]!r} must be a plain file name, without folders, drive letters, '..' or any of /\\:*?\"<>|"
@@ -114,9 +128,10 @@ def save(
         "erasure": header_json(erasure.header, [site for site, d in erasure.deltas.items() if d.rank], layout),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": f"Concept erasure: {words}"[:200],
-        "modelspec.architecture": f"{erasure.header.family.name}/lora",
+        "modelspec.architecture": f"{_ARCHITECTURES.get(erasure.header.family.name, erasure.header.family.name)}/lora",
         "modelspec.implementation": "ComfyUI Concept Erasure",
         "modelspec.description": erasure.summary()[:2000],
+        **_KOHYA.get(erasure.header.family.name, {}),
     }
     parse_header(metadata["erasure"])  # what can't be read back is not written
     if receipt is not None:
@@ -172,9 +187,14 @@ def _replaced(path: Path, fill: Callable[[Path], object]) -> Path:
         temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise FileError(
-            f"{path.name}: could not be written ({error}). Free some space or choose another folder"
-        ) from error
+        # The folder can be written to, the file in its place can't: Windows keeps what a program reads.
+        held = isinstance(error, PermissionError) and temporary.exists() and path.exists()
+        advice = (
+            "Another node, such as Load LoRA, or another program has it open: save under another name or restart ComfyUI"
+            if held
+            else "Free some space or choose another folder"
+        )
+        raise FileError(f"{path.name}: could not be written ({error}). {advice}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -315,7 +335,7 @@ def _read_delta(
     try:
         base = names.to_kohya(site, family) if layout is Layout.LORA else names.to_peft(site, family)
     except ValueError as error:
-        raise FileError(f"{file}: {error}") from None
+        raise FileError(f"{file}: {error}{OR_NEWER}") from None
     up_name, down_name = (
         (".lora_up.weight", ".lora_down.weight") if layout is Layout.LORA else (".lora_B.weight", ".lora_A.weight")
     )

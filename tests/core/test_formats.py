@@ -199,6 +199,39 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(file: Path, monkeypatch: p
     assert os.listdir(file.parent) == [file.name]
 
 
+def test_a_file_that_another_program_has_open(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows refuses to replace what is mapped into memory."""
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Access is denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(
+        FileError, match=r"Load LoRA, or another program has it open: save under another name or restart"
+    ):
+        save(erasure(), file)
+    with pytest.raises(FileError, match=r"Free some space or choose another folder"):
+        save(erasure(), file.with_name("new.safetensors"))
+    assert os.listdir(file.parent) == [file.name]
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "kohya"),
+    [
+        ("sd15", "stable-diffusion-v1/lora", {"ss_base_model_version": "sd_v1"}),
+        ("sd20", "sd20/lora", {"ss_base_model_version": "sd_v2", "ss_v2": "True"}),
+        ("sdxl", "stable-diffusion-xl-v1-base/lora", {"ss_base_model_version": "sdxl_base_v1-0"}),
+        ("sdxl-refiner", "stable-diffusion-xl-v1-refiner/lora", {}),
+        ("emojicanvas", "emojicanvas/lora", {}),
+    ],
+)
+def test_others_can_tell_the_family(tmp_path: Path, family: str, architecture: str, kohya: dict) -> None:
+    with safe_open(save(erasure(family), tmp_path / "x.safetensors"), framework="pt") as f:
+        said = f.metadata()
+    assert said["modelspec.architecture"] == architecture
+    assert {k: v for k, v in said.items() if k.startswith("ss_")} == kohya
+
+
 def test_a_missing_folder_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"could not be written"):
         save(erasure(), tmp_path / "no" / "x.safetensors")
@@ -413,8 +446,17 @@ def test_broken_deep_and_huge_json(text: str) -> None:
     ],
 )
 def test_sites_are_names_of_weights(site: str) -> None:
-    with pytest.raises(FileError, match=r"is not the name of a UNet weight|site must be text"):
+    with pytest.raises(FileError, match=r"a UNet weight. The file is damaged, or newer: update|site must be text"):
         parse_header(header(sites=[site]))
+
+
+def test_values_of_later_versions_are_said_to_be() -> None:
+    with pytest.raises(
+        FileError, match=r"layout 'x' is unknown. The file is damaged, or newer: update Concept Erasure"
+    ):
+        parse_header(header(layout="x"))
+    with pytest.raises(FileError, match=r"format 2 is not 1. Update Concept Erasure"):
+        parse_header(header(format=2))
 
 
 def test_sites_twice_and_too_many() -> None:
@@ -491,6 +533,12 @@ def test_plain_names_are_fine(name: str) -> None:
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(FileError, match=r"^name: "):
         check_file_name(name)
+
+
+def test_the_length_of_a_name_counts_bytes() -> None:
+    assert check_file_name("é" * 75)
+    with pytest.raises(FileError, match=r"must have 1 to 150 bytes"):
+        check_file_name("é" * 76)
 
 
 @given(

@@ -176,7 +176,7 @@ def test_a_field_that_is_missing_is_named(field: str) -> None:
         (changed(words=[{"word": "a", "asked": "", "before": {"hits": 3, "n": 2}, "after": None}]), "before.hits must be"),
         (changed(words=[{"word": "a", "asked": "", "before": {"hits": 0.5, "n": 2}}]), "before.hits must be"),
         (changed(words=[{"word": "a", "asked": "", "before": {"hits": 0, "n": -1}}]), "before.n must be"),
-        (changed(survival=[{"stored": "int2"}]), "stored: 'int2' is none of fp16"),
+        (changed(survival=[{"stored": "int2"}]), "stored: 'int2' is none of fp16, .*, or newer: update Concept Erasure"),
         (changed(erase=[{"words": ["cat", "cat"], "to": ""}]), "listed twice"),
     ],
 )  # fmt: skip
