@@ -26,7 +26,7 @@ from .patching import apply_erasure, check_ungated
 from .port import ComfyPort
 from .reading import apply_memory
 from .replica import Demand
-from .saved import Saved
+from .saved import Saved, place
 from .training import decoder, demand_of, watcher_of
 from .types import CATEGORY, Erasure, Memory
 
@@ -299,9 +299,9 @@ class SavePromptMemory(io.ComfyNode):
         root = Path(folder_paths.get_folder_paths("erasure")[0])
         root.mkdir(parents=True, exist_ok=True)
         if (root / file).exists() and not overwrite:
-            raise FileError(f"name: {file} is already in models/erasure. Choose another name or switch overwrite on")
+            raise FileError(f"name: {file} is already in {place(root)}. Choose another name or switch overwrite on")
         save_memory(memory, root / file)
-        shown = f"saved models/erasure/{file} ({(root / file).stat().st_size / 1e3:.0f} KB)"
+        shown = f"saved {place(root / file)} ({(root / file).stat().st_size / 1e3:.0f} KB)"
         return io.NodeOutput(f"erasure/{file}", ui=ui.PreviewText(shown))
 
 

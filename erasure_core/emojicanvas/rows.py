@@ -221,8 +221,8 @@ class Bench:
 
 
 def _busy(seconds: float) -> bool:
-    """Whether more threads ran than this process has: in the last minute, of a longer run in the last five or fifteen too; never
-    where the system can't tell."""
+    """Whether more threads ran than this process has: in the last minute, after a long run in the last five or fifteen too.
+    Never where the system can't tell."""
     if not hasattr(os, "getloadavg"):
         return False
     windows = zip((0, 300, 900), os.getloadavg(), strict=True)
