@@ -27,13 +27,15 @@ from ..operators.prefer import ROUNDED, draw_times, preference_losses, scaled_by
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer
 from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from ..pairs import ConceptPairs
-from ._training import RANK, STEPS, erasure_of, kept, steps_of
+from ._training import RANK, erasure_of, kept
 from .registry import Aids, MethodSpec, Progress, setting
 
 
 @dataclass(frozen=True)
 class Settings:
-    iterations: int = setting(1000, STEPS, low=1, high=100000, step=10)
+    iterations: int = setting(
+        1000, "Training steps, of all pairs together. More erase more firmly.", low=1, high=100000, step=10
+    )
     beta: float = setting(500.0, "How gently the pictures are unlearned: lower goes further and disturbs more.",
         low=1.0, high=10000.0, step=50.0)  # fmt: skip
     base_learning_rate: float = setting(
@@ -105,7 +107,7 @@ def run(
     conds = port.conditions(words)
     with port.trainable() as model:
         prompts = {word: c.on(model.device, model.dtype) for word, c in zip(words, conds, strict=True)}
-        Trainer(model, [phase(model, aids.pairs, prompts, settings)], steps_of(settings, spec), seed=settings.seed).run(
+        Trainer(model, [phase(model, aids.pairs, prompts, settings)], settings.iterations, seed=settings.seed).run(
             progress, aids.watch, checkpoint=kept(aids, port, model, spec, "duo", settings)
         )
         return erasure_of(port, spec, "duo", settings, model.deltas())
