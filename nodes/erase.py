@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 import numpy as np
@@ -13,6 +14,7 @@ from comfy_api.latest import io, ui
 
 from ..erasure_core import Aids, ConceptError, ConceptSpec, all_methods, erase
 from ..erasure_core.dark import DarkEmbeddings
+from ..erasure_core.emojicanvas.bench_settings import TESTBED
 from ..erasure_core.methods import MethodSpec, settings_from
 from ..erasure_core.methods.registry import Look
 from ..erasure_core.metrics.judges import word_for
@@ -103,6 +105,15 @@ def _look_for(judge, word: str, decode: Decode, watcher: Watcher) -> Look:
         return seen
 
     return look
+
+
+def note_for_demo(port: ComfyPort, chosen: MethodSpec, settings: Any) -> str:
+    """What the method takes on the demo model, where it runs there with its defaults, which are made for large ones."""
+    fits, usual = TESTBED.get(chosen.name, {}), chosen.settings()
+    if port.family.name != "emojicanvas" or not fits or any(getattr(settings, k) != getattr(usual, k) for k in fits):
+        return ""
+    better = ", ".join(f"{k} {v}" for k, v in fits.items())
+    return f"note: these settings are made for large models. For the demo model set {better}"
 
 
 def unfinished(what: str) -> Checkpoint:
@@ -270,7 +281,8 @@ class EraseConcept(io.ComfyNode):
         mined, said = found[0] if found else (None, "")
         ignored = ", ".join(chosen.ignores(spec, aids))
         unread = f"{chosen.title} makes no use of: {ignored}." if ignored else ""
-        parts = [erasure.summary(), unread, said, watcher.report() if chosen.trains else ""]
+        trained = watcher.report() if chosen.trains else ""
+        parts = [erasure.summary(), unread, note_for_demo(port, chosen, wanted), said, trained]
         report = "\n".join(part for part in parts if part)
         shown = ui.PreviewText(report).as_dict()
         if watcher.picture is not None:

@@ -296,6 +296,15 @@ def test_embeddings_find_their_concept_among_several(server: ComfyServer) -> Non
         server.run(g.api)
 
 
+def test_settings_for_large_models_are_noted_on_the_demo(server: ComfyServer) -> None:
+    g = Graph()
+    model, clip, _ = g.demo()
+    said = [g.show(g.erase(model, clip, "cat", method=("speed", m))[2]) for m in ({}, {"threshold": 0.01})]
+    run = server.run(g.api)
+    note = "note: these settings are made for large models. For the demo model set empty_prompt bos and 3 centres, threshold "
+    assert note in shown(run, said[0]) and "note:" not in shown(run, said[1])
+
+
 # What people see
 
 
