@@ -154,7 +154,8 @@ class MakeSDEditPair(io.ComfyNode):
                     default=8,
                     min=1,
                     max=MAX_PAIRS,
-                    tooltip="Pairs to make, of all scenes together. DUO's authors use 32 to 64 for one concept.",
+                    tooltip="Pairs to make, of all scenes together; fewer leave scenes out. DUO's authors use 32 to 64 for one "
+                    "concept.",
                 ),
                 seed_widget("The same seed gives the same pairs."),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampler steps of a whole picture."),
@@ -222,8 +223,6 @@ class MakeSDEditPair(io.ComfyNode):
         check_numbers(count, strength)
         words = [] if judge is None else words_of(concept, len(scenes))
         count = count if images is None else len(images)
-        if images is None and count < len(scenes):
-            raise ValueError(f"count: {count} pairs can't show {len(scenes)} scenes. Make {len(scenes)} or more")
         check_numbers(count, strength)
         check_ungated(model=model)
         side = native_side(model, family_of(model).name)

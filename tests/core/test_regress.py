@@ -222,12 +222,12 @@ def test_resuming_equals_running_through(tiny) -> None:
 
 def test_words_are_drawn_evenly(tiny) -> None:
     prompts = Prompts(tiny, SPEC)
-    assert prompts.pairs == [("cat", ""), ("kitty", ""), ("bomb", "")]
-    drawn = prompts.draw(6, torch.Generator().manual_seed(1))
+    assert prompts.pairs == [("cat", ""), ("bomb", ""), ("kitty", ""), ("bomb", "")]
+    drawn = prompts.draw(8, torch.Generator().manual_seed(1))
     rows = drawn[ERASE].context
-    assert len(rows) == 6 and len(drawn["keep"]) == 6 and len(drawn[NULL]) == 1
+    assert len(rows) == 8 and len(drawn["keep"]) == 8 and len(drawn[NULL]) == 1
     counts = [int((rows == prompts[w].context).flatten(1).all(1).sum()) for w in ("cat", "kitty", "bomb")]
-    assert counts == [2, 2, 2]
+    assert counts == [2, 2, 4], "the two concepts as often as each other"
 
 
 def test_everyday_words_stand_behind_those_that_are_named(tiny) -> None:
