@@ -38,7 +38,7 @@ def erase(
 
     Raises:
         ValueError: an unknown method or setting, a model that the method can't edit or train, pairs that it needs and
-            doesn't have, or more words than a file holds.
+            doesn't have, embeddings of a concept that isn't there, or more words than a file holds.
     """
     known = all_methods()
     if method not in known:
@@ -49,6 +49,10 @@ def erase(
         raise ValueError(f"model: {chosen.title} trains, which {type(port).__name__} can't do. Use UCE, RECE or SPEED")
     if chosen.needs_pairs and given.pairs is None:
         raise ValueError(f"pairs: {chosen.title} learns from pairs of pictures. Connect Make SDEdit Pair")
+    if given.owners and max(given.owners) >= len(spec.erase):
+        raise ValueError(
+            f"owners: {max(given.owners)} is no number of the {len(spec.erase)} concepts, which begin at 0"
+        )
     made = settings_from(chosen, settings or {})
     check_request(method, asdict(made), spec)
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,13 +105,11 @@ class DarkEmbeddings:
         h = self.header
         form = f"{next(iter(self.words.values())).shape[1]} pseudo-words each" if self.words else "free conditionings"
         owners = self.owners or (0,) * len(self)
-        several = len(set(owners)) > 1
         names = [h.spec.erase[n].name for n in owners]
-        what = (
-            ", ".join(f"{name} ({names.count(name)})" for name in dict.fromkeys(names))
-            if several
-            else ", ".join(h.spec.erase[owners[0]].words)
-        )
+        counts = Counter(names)
+        several = len(counts) > 1
+        each = [f"{name} ({n})" for name, n in counts.items()] if several else h.spec.erase[owners[0]].words
+        what = ", ".join(each)
         lines = [f"{len(self)} dark embeddings for {what} ({form}), mined in {h.family}"]
         for i, (name, score) in enumerate(zip(names, self.scores, strict=True), 1):
             said = "nobody looked" if math.isnan(score) else f"{score:.3f}"
@@ -125,9 +124,8 @@ def save_dark(dark: DarkEmbeddings, path: str | os.PathLike[str]) -> Path:
     Raises:
         FileError: values that are not numbers, or the disk refuses. No half file is left.
     """
-    contents = {"states": dark.states, "scores": torch.tensor(dark.scores)}
-    contents |= {f"words.{tower}": x for tower, x in dark.words.items()}
-    contents["scores"] = torch.tensor([_NOBODY if math.isnan(x) else x for x in dark.scores])
+    scores = torch.tensor([_NOBODY if math.isnan(x) else x for x in dark.scores])
+    contents = {"states": dark.states, "scores": scores, **{f"words.{tower}": x for tower, x in dark.words.items()}}
     _check_numbers(contents)
     if any(dark.owners):
         contents["owners"] = torch.tensor(dark.owners)

@@ -304,7 +304,11 @@ class RedTeamAttack(io.ComfyNode):
             after = evaluate(target, found, count, **how, progress=watcher.stage(0.9, 0.1))
             best = after.best or Way(asked[0], asked[0])
             drawn = torch.cat([decode(part) for part in best_first(after).split(_AT_ONCE)])
-            conditioning = encode(clip, best.prompt) if best.states is None else conditioning_of(clip, best.states)
+            conditioning = (
+                encode(clip, best.prompt)
+                if best.states is None
+                else conditioning_of(clip, best.states, family_of(model))
+            )
             if before is not None:
                 results = (*results, AttackRecord(
                     attack, chosen.title, word, plain(settings), asked, JudgedBy(judge.name, judge.version, judge.threshold),

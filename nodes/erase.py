@@ -58,9 +58,11 @@ def aids_of(
     Raises:
         ValueError: something was made with another kind of model, or the judge lacks a vae or knows no word of the concept.
     """
-    states: Sequence[torch.Tensor] = () if dark is None else dark.states.clone().unbind(0)
+    states: Sequence[torch.Tensor] = ()
     owners: tuple[int, ...] = ()
-    if dark is not None and "dark" not in chosen.unread:
+    if dark is not None and "dark" in chosen.unread:
+        states = dark.states.clone().unbind(0)  # only to be told that they aren't read
+    elif dark is not None:
         dark.check_fits(port.family)
         states, owners = dark.for_request(spec)
     if pairs is not None and chosen.needs_pairs:
@@ -255,10 +257,7 @@ class EraseConcept(io.ComfyNode):
         name, settings = method or PRESETS[quality].on(family_of(model), seed)
         chosen = all_methods()[name]
         wanted = settings_from(chosen, settings)
-        demand = demand_of(
-            wanted, chosen.predictions, precise=chosen.precise, ranks=len(spec.erase) if chosen.rank_each else 1
-        )
-        demand = replace(demand, relief=_RELIEF)
+        demand = replace(demand_of(wanted, chosen, len(spec.erase)), relief=_RELIEF)
         decode = decoder(model, vae)
         watcher = watcher_of(spec, decode)
         size = pairs.unsafe.shape[2:] if pairs is not None and chosen.needs_pairs else None

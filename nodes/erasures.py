@@ -137,6 +137,8 @@ def _is_saved(erasure: CoreErasure, file: Path, layout: Layout, dtype: torch.dty
     with TemporaryDirectory() as folder:
         again = Path(folder) / file.name
         try:
+            if read_header(file).spec != erasure.header.spec:  # most others show at once, without writing anything
+                return False
             save(erasure, again, layout=layout, dtype=dtype)
             return _contents(file) == _contents(again)
         except (FileError, OSError):
@@ -163,12 +165,11 @@ def _tells_of(receipt: Path, digest: str) -> bool:
         return False
 
 
-def model_report(model, erasure: CoreErasure) -> str:
-    """Whether ``erasure`` was made for ``model``, in words. Apply Erasure refuses another family; here it is a note."""
+def model_report(port: ComfyPort, own: str, erasure: CoreErasure) -> str:
+    """Whether ``erasure`` was made for the model with the fingerprint ``own``, in words. Apply Erasure refuses another family;
+    here it is a note."""
     try:
-        port = ComfyPort(model)
         erasure.check_fits(list(port.linears()))
-        own = fingerprint(port)
     except ValueError as error:
         return f"WARNING: this model can't use it. {error}"
     if same_base(erasure.header.base, own):
@@ -180,8 +181,8 @@ def model_report(model, erasure: CoreErasure) -> str:
     )
 
 
-def receipt_report(path: str, erasure: CoreErasure, model=None) -> str:
-    """What the file's receipt says, or why it says nothing."""
+def receipt_report(path: str, erasure: CoreErasure, own: str = "") -> str:
+    """What the file's receipt says, or why it says nothing; ``own`` is the fingerprint of the connected model, if any."""
     if erasure.receipt is None:
         try:
             found = read_receipt(path)
@@ -192,7 +193,7 @@ def receipt_report(path: str, erasure: CoreErasure, model=None) -> str:
         return (
             f"WARNING: the receipt in this file is not that of this erasure: {found.mismatch(erasure)}. Don't trust it"
         )
-    other = "" if model is None else erasure.receipt.other_base(fingerprint(ComfyPort(model)))
+    other = erasure.receipt.other_base(own) if own else ""
     return erasure.receipt.summary() + (f"\nWARNING: {other}" if other else "")
 
 
@@ -236,8 +237,12 @@ class LoadErasure(io.ComfyNode):
         path = SAVED.path(file)
         with ordinary_tensors():
             erasure = load(path)
-            fits = "" if model is None else f"\n{model_report(model, erasure)}"
-            report = f"{erasure.summary()}{fits}\n\n{receipt_report(path, erasure, model)}"
+            own = fits = ""
+            if model is not None:
+                port = ComfyPort(model)
+                own = fingerprint(port)
+                fits = f"\n{model_report(port, own, erasure)}"
+            report = f"{erasure.summary()}{fits}\n\n{receipt_report(path, erasure, own)}"
         return io.NodeOutput(erasure, report, ui=ui.PreviewText(report))
 
 

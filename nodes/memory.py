@@ -58,7 +58,7 @@ def _demand(settings: SuppressSettings | kpop.Settings) -> Demand:
     """What is held while learning; suppress mode trains no weights, and reads each picture with and without its prompt."""
     if isinstance(settings, SuppressSettings):
         return Demand(LoRA(Layers.TEXT, 1), pictures=4 * settings.batch)
-    return demand_of(settings)
+    return demand_of(settings, kpop.SPEC, 1)
 
 
 class LearnSafePromptMemory(io.ComfyNode):

@@ -13,12 +13,13 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..erasure_core import ConceptError, ConceptSpec, FileError
-from ..erasure_core.dark import DarkEmbeddings, load_dark, read_dark_header, save_dark, save_words
+from ..erasure_core.dark import load_dark, read_dark_header, save_dark, save_words
 from ..erasure_core.formats import check_file_name
 from ..erasure_core.metrics.judges import look_through, word_for
 from ..erasure_core.mining import Settings, mine
 from ..erasure_core.operators.changes import Layers, LoRA
 from ..erasure_core.operators.trainable import Cond, TrainableModel
+from ..erasure_core.port import Family
 from .methods import widget
 from .modes import host_mode, ordinary_tensors
 from .patching import check_ungated
@@ -168,7 +169,7 @@ class MineDarkEmbeddings(io.ComfyNode):
                 searching=lambda net, cond, done, loss: watcher.searching(net, cond, done, loss, null),
             )
             drawn = torch.cat([decode(part) for part in found.pictures.flatten(0, 1).split(_AT_ONCE)])
-            conditioning = conditioning_of(clip, found.dark.states[0])
+            conditioning = conditioning_of(clip, found.dark.states[0], found.dark.header.family)
         report = f"{found.dark.summary()}\n{_source(base_model, images, judge)}"
         shown = ui.PreviewImage(drawn, cls=cls).as_dict() | ui.PreviewText(report).as_dict()
         return io.NodeOutput(found.dark, conditioning, drawn, report, found.dark.scores[0], ui=shown)
@@ -184,26 +185,20 @@ def latents_of(model, vae, family: str, images: Tensor) -> Tensor:
     return model.model.latent_format.process_in(latents)
 
 
-def conditioning_of(clip, states: Tensor) -> list:
-    """Text states [L, D] as CONDITIONING; everything but the states is the empty prompt's, the pooled output too."""
-    _, options = _empty_prompt(clip)
-    return [[states[None].clone(), dict(options)]]
+def conditioning_of(clip, states: Tensor, family: Family) -> list:
+    """Text states [L, D] as CONDITIONING; everything but the states is the empty prompt's, the pooled output too.
 
-
-def _empty_prompt(clip):
-    """Its text states [1, L, D], and what else its conditioning holds."""
+    Raises:
+        ValueError: the CLIP is not of the family that they were mined in, which a sampler would call a matter of shapes.
+    """
     with host_mode():
-        return clip.encode_from_tokens_scheduled(clip.tokenize(""))[0]
-
-
-def _check_clip(clip, dark: DarkEmbeddings) -> None:
-    """Raise where ``dark`` was mined in a model of another text width: in a sampler it would be a matter of shapes."""
-    width = _empty_prompt(clip)[0].shape[-1]
-    if width != dark.states.shape[-1]:
+        (empty, options), *_ = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    if empty.shape[-1] != states.shape[-1]:
         raise ValueError(
-            f"clip: its text width is {width}, and these dark embeddings were mined in {dark.header.family}. Connect the CLIP "
+            f"clip: its text width is {empty.shape[-1]}, and these dark embeddings were mined in {family}. Connect the CLIP "
             "of a model of that family, and use them there"
         )
+    return [[states[None].clone(), dict(options)]]
 
 
 def _check_word_name(stem: str) -> None:
@@ -320,6 +315,5 @@ class LoadDarkEmbeddings(io.ComfyNode):
     def execute(cls, clip, file) -> io.NodeOutput:
         with ordinary_tensors():
             dark = load_dark(SAVED.path(file))
-            _check_clip(clip, dark)
-            conditioning = conditioning_of(clip, dark.states[0])
+            conditioning = conditioning_of(clip, dark.states[0], dark.header.family)
         return io.NodeOutput(dark, conditioning, dark.summary(), ui=ui.PreviewText(dark.summary()))

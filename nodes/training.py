@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from ..erasure_core import ConceptSpec
+from ..erasure_core.methods import MethodSpec
 from ..erasure_core.operators.changes import FullWeights, Layers, LoRA
 from ..erasure_core.operators.trainable import Cond, TrainableModel
 from .modes import host_mode
@@ -47,16 +48,16 @@ def decoder(model, vae=None) -> Decode:
     return by_colour if vae is None else by_vae
 
 
-def demand_of(settings: Any, predictions: int = 3, *, precise: bool = False, ranks: int = 1) -> Demand:
-    """What a method with these settings holds, ``ranks`` times its rank; see ``MethodSpec.predictions`` and ``precise``. Random
-    prompts that are held count too, and embeddings that are searched side by side."""
+def demand_of(settings: Any, method: MethodSpec, concepts: int) -> Demand:
+    """What ``method`` holds with these settings. Random prompts that are held count too, and embeddings that are searched side
+    by side."""
     layers, rank = getattr(settings, "layers", Layers.ALL), getattr(settings, "rank", 0)
-    at_once = getattr(settings, "batch", 1) * (predictions + getattr(settings, "anchors", 0))
+    at_once = getattr(settings, "batch", 1) * (method.predictions + getattr(settings, "anchors", 0))
     return Demand(
-        LoRA(layers, ranks * rank) if rank else FullWeights(layers),
+        LoRA(layers, rank * (concepts if method.rank_each else 1)) if rank else FullWeights(layers),
         copies=int(getattr(settings, "average", None) is not None),
         pictures=max(at_once, getattr(settings, "population", 0)),
-        precise=precise,
+        precise=method.precise,
     )
 
 

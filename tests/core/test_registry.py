@@ -446,3 +446,13 @@ def test_unknown_methods_and_the_port_protocol(port) -> None:
     with pytest.raises(ValueError, match=r"method: 'magic' is unknown; there are .*, rece, .*, uce"):
         erase(port, SPEC, "magic")
     assert isinstance(port, ModelPort)
+
+
+def test_embeddings_of_a_concept_that_is_not_there(make) -> None:
+    for owners, sentence in (
+        ((2,), "owners: 2 is no number of the 2 concepts"),
+        ((0, 1), "don't match up"),
+        ((-1,), "don't"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            run(make(all_methods()["uce"]), all_methods()["uce"], dark=(torch.zeros(6, 16),), owners=owners)

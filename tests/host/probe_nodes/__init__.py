@@ -308,7 +308,7 @@ class Shell(Probe):
         demands = {}
         for name, method in core.all_methods().items():
             settings = method.settings()
-            made = [training.demand_of(settings, ranks=n if method.rank_each else 1) for n in (1, 3)]
+            made = [training.demand_of(settings, method, n) for n in (1, 3)]
             demands[name] = [(getattr(d.what, "rank", 0), d.pictures) for d in made]
         spec = core.ConceptSpec.parse("cat\nbomb\nrose", "", "house, tree")
         watcher, shown = training.watcher_of(spec, lambda z: torch.zeros(len(z), 8, 8, 3)), []
