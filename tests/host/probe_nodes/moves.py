@@ -63,7 +63,7 @@ class Moves(Probe):
         pairs = {
             "text": (lambda: port.ComfyPort(model, clip).text(["a cat"]), encode),
             "pseudo-words": (lambda: towers.pseudo_words(clip, 1), encode),
-            "conditioning": (lambda: mine.conditioning_of(clip, torch.zeros(77, 128)), encode),
+            "conditioning": (lambda: mine.conditioning_of(clip, torch.zeros(77, 128), "emojicanvas"), encode),
             "preview": (lambda: training.decoder(model, vae)(latents), decode),
             "pictures in": (lambda: mine.latents_of(model, vae, "emojicanvas", pictures), decode),
             "pictures out": (lambda: sampling.decode(vae, latents), decode),
