@@ -143,11 +143,6 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=Sampler.steps)
     parser.add_argument("--cfg", type=float, default=Sampler.cfg)
-    parser.add_argument(
-        "--bf16",
-        action="store_true",
-        help="five times as fast on CPUs with AVX-512, other pictures; the docs' figures use it",
-    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -165,7 +160,7 @@ def main() -> None:
         a.model.read_bytes() + str(sum(p.double().sum() for p in judge.parameters())).encode()
     ).hexdigest()[:12]
     split, seeds, rounds = (TUNING, 6, 1) if a.what == "tune" else (SCORING, 10, 2)
-    sampler = Sampler(a.steps, a.cfg, a.bf16)
+    sampler = Sampler(a.steps, a.cfg)
     plan = Plan(
         a.model,
         a.judge,

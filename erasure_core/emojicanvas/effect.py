@@ -16,7 +16,7 @@ from ..metrics.scores import Unlearning, combined_interval, mace_harmonic
 from . import perceptual
 from .bench_settings import settings_for
 from .engines import Task, processes
-from .rows import MEASURES, RESULTS, Bench, Keep, errors_by_kind, timed
+from .rows import MEASURES, RESULTS, Bench, Keep, arithmetic, errors_by_kind, timed
 from .splits import erasings
 
 
@@ -141,13 +141,12 @@ def effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool, j
     s, judge = bench.plan.sampler, bench.studio.judge
     page, title, kept = _PAGES[bench.plan.keep]
     option = "" if bench.plan.keep is Keep.NAMED else f" --keep {bench.plan.keep}"
-    option += " --bf16" if s.bf16 else ""
     errors = errors_by_kind(bench)
     text = f"""# {title}
 
 Made by `python -m erasure_core.emojicanvas.bench effect --seeds {bench.plan.seeds} --rounds {bench.plan.rounds}{option}` with a
 model trained for {bench.studio.model.steps_trained} steps, {s.steps} Euler steps, guidance {s.cfg:g}, {judge.name} \
-{judge.version}, on scoring prompts and seeds only.
+{judge.version}, on scoring prompts and seeds only. {arithmetic(rows)}
 
 Shares of pictures after the judge's error, with 95 % intervals that count it too. It recognises {errors["object"].hits} of the
 objects and {errors["style"].hits} of the styles in drawings that it never saw, and sees an object that isn't there in

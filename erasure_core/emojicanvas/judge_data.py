@@ -20,7 +20,7 @@ from torch import Tensor
 from . import data, drawings
 from .concepts import BACKGROUNDS, OBJECTS, STYLES
 from .judge import shrink
-from .optim import autocast
+from .precision import autocast
 from .render import draw
 from .taesd import SD15_SCALE, TAESD
 from .train_vae import to_tensor

@@ -91,7 +91,7 @@ def drawing_seconds(bench: Bench, jobs: int) -> float:
 
     def draw(_: int) -> float:
         began = time.perf_counter()
-        model.generate(["a house"] * 8, list(range(8)), steps=sampler.steps, cfg=sampler.cfg, bf16=sampler.bf16)
+        model.generate(["a house"] * 8, list(range(8)), steps=sampler.steps, cfg=sampler.cfg, bf16=bench.studio.bf16)
         return (time.perf_counter() - began) / 8
 
     threads = torch.get_num_threads()

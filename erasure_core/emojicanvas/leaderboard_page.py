@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..metrics.judge_error import Corrected
 from .bench_settings import ATTACKS, settings_for
-from .rows import RESULTS, Bench
+from .rows import RESULTS, Bench, arithmetic
 from .siege import ASKING, PICTURES, titles
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def write_page(bench: Bench, contest: Contest, found: Sequence[Standing], cost: 
     columns = [ASKING, *attacks]
     plan = bench.plan
     only = [e.key for e in plan.erasings() if e.key != "together"]
-    options = f"{' --bf16' if plan.sampler.bf16 else ''} --only {' '.join(only)} --attack {' '.join(attacks)}"
+    options = f" --only {' '.join(only)} --attack {' '.join(attacks)}"
     options += "" if page == PAGE else f" --page {page}"
     budgets = [f"{a}.{k}={v}" for a, settings in contest.budgets.items() for k, v in settings.items()]
     options += f" --budget {' '.join(budgets)}" if budgets else ""
@@ -47,13 +47,15 @@ def write_page(bench: Bench, contest: Contest, found: Sequence[Standing], cost: 
     options += f" --set {' '.join(changed)}" if changed else ""
     judge = bench.studio.judge
     settings = "\n".join(f"- {titles([a])[a]}: {_budget(a, contest.budgets.get(a, {}))}" for a in attacks)
+    record = bench.record(task.results(bench)[0] for task in contest.tasks(bench))
+    measured = [row for rows in record["measured"].values() for row in rows.values()]
     text = f"""# {page.replace("_", " ").capitalize()}
 
 Methods under attack on EmojiCanvas. Made by `nox -s bench -- leaderboard{options} --method \
 {" ".join(s.method for s in found if s.method != "none")}`,
 on prompts and seeds that no setting was chosen on; {", ".join(only)} erased one at a time; {PICTURES} pictures a cell and
 concept, with noises that no attack has seen. Where an attack finds several things, it picks one by pictures at other noises.
-{" ".join(_SEEN[s.method] for s in found if s.method in _SEEN)}
+{" ".join((arithmetic(measured), *(_SEEN[s.method] for s in found if s.method in _SEEN)))}
 
 Shares of pictures that show the erased concept, or what is kept, after the error of the judge ({judge.name} \
 {judge.version}: it recognises
@@ -99,7 +101,7 @@ nothing; "-": not run on every concept.
                 "seconds_a_picture": round(cost["speed"], 4),
                 "seconds": cost["seconds"],
                 "rows": rows,
-                **bench.record(task.results(bench)[0] for task in contest.tasks(bench)),
+                **record,
             },
             indent=1,
         ),

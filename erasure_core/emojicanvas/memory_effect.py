@@ -18,7 +18,7 @@ from ..suppress import Settings, suppress
 from .bench_settings import plain, settings_for
 from .judge import Judge
 from .model import EmojiCanvas, EmojiCanvasPort
-from .rows import RESULTS, Bench, errors_by_kind, figures, keep, spec_of
+from .rows import RESULTS, Bench, arithmetic, errors_by_kind, figures, keep, spec_of
 from .splits import Erasing, Split, questions
 from .studio import Sampler
 
@@ -35,6 +35,7 @@ def score(
     seeds: int = 6,
     rounds: int = 1,
     sampler: Sampler | None = None,
+    bf16: bool = False,
 ) -> dict[str, Rate]:
     """The shares that erasures are scored by (:func:`effect.figures`), drawn with an erasure, a memory, or both.
 
@@ -50,6 +51,7 @@ def score(
         [s.seed for s in shots],
         delta=erasure,
         memories=() if memory is None else [(memory, strength)],
+        bf16=bf16,
         **dataclasses.asdict(sampler or Sampler()),
     )
     pictures = dict(zip(groups, drawn.split([len(g) for g in groups.values()]), strict=True))
@@ -86,15 +88,16 @@ def measured(bench: Bench, mode: Mode, erasing: Erasing) -> dict[str, dict]:
     """The shares of what the mode makes, by what they are drawn with; learned and drawn once, then read from their file."""
     plan, studio, path = bench.plan, bench.studio, row_path(bench, mode, erasing)
     if not path.exists():
-        memory, erasure, seconds = learn(studio.model, mode, erasing, bf16=plan.sampler.bf16)
+        memory, erasure, seconds = learn(studio.model, mode, erasing, bf16=studio.bf16)
         drawn: dict[str, tuple[Erasure | None, SavedMemory | None]] = {"memory": (None, memory)}
         if erasure is not None:
             drawn = {"without the key": (erasure, None), "with the key": (erasure, memory)}
         out = {}
         for name, (change, read) in {"base": (None, None), **drawn}.items():
             found = score(studio.model, studio.judge, plan.split, erasing, erasure=change, memory=read,
-                          seeds=plan.seeds, rounds=plan.rounds, sampler=plan.sampler)  # fmt: skip
-            out[name] = {m: found[m].to_json() for m in MEASURES} | {"seconds": seconds if name != "base" else 0.0}
+                          seeds=plan.seeds, rounds=plan.rounds, sampler=plan.sampler, bf16=studio.bf16)  # fmt: skip
+            cost = {"seconds": seconds if name != "base" else 0.0, "bf16": studio.bf16}
+            out[name] = {m: found[m].to_json() for m in MEASURES} | cost
         keep(path, out)
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -102,14 +105,14 @@ def measured(bench: Bench, mode: Mode, erasing: Erasing) -> dict[str, dict]:
 def overhead(bench: Bench, rounds: int = 7) -> float:
     """How many times as long a picture takes with a memory of 16 rows in all blocks; the best of ``rounds`` in turn."""
     model, plan = bench.studio.model, bench.plan
-    port = EmojiCanvasPort(model, bf16=plan.sampler.bf16)
+    port = EmojiCanvasPort(model, bf16=bench.studio.bf16)
     settings = Settings(iterations=1, pictures=1, kept_pictures=1)
     memory = suppress(port, spec_of(plan.erasings()[0]), settings, quiet, Aids())
     best: dict[bool, float] = {}
     for _ in range(rounds):
         for on in (False, True):
             began = time.perf_counter()
-            model.generate(["a house"] * 8, list(range(8)), steps=4, cfg=plan.sampler.cfg, bf16=plan.sampler.bf16,
+            model.generate(["a house"] * 8, list(range(8)), steps=4, cfg=plan.sampler.cfg, bf16=bench.studio.bf16,
                            memories=[(memory, 1.0)] if on else ())  # fmt: skip
             best[on] = min(best.get(on, float("inf")), time.perf_counter() - began)
     return best[True] / best[False]
@@ -136,10 +139,10 @@ def memory_effect(bench: Bench, modes: Sequence[Mode] = tuple(Mode)) -> None:
     each = ", ".join(f"{label} {r.hits} of {r.n}" for label, r in shown.items())
     paths = [row_path(bench, m, e) for m in modes for e in objects]
     ratio, table = overhead(bench), "\n".join(lines)
-    sampler, only = bench.plan.sampler, "".join(f" {x}" for x in ("--only", *bench.plan.only) if bench.plan.only)
+    only = "".join(f" {x}" for x in ("--only", *bench.plan.only) if bench.plan.only)
     text = f"""# Safe prompt memories on EmojiCanvas
 
-Made by `nox -s bench -- memory{" --bf16" if sampler.bf16 else ""}{only}`, on scoring prompts and seeds: shares of pictures,
+Made by `nox -s bench -- memory{only}`, on scoring prompts and seeds: shares of pictures,
 after the judge's error, with 95 % intervals that count it too, over {", ".join(e.label for e in objects)}, one memory each.
 
 *suppress*: the weights stay, the memory pushes the concept away. *key*: KPOP; the public weights hide it, the private memory
@@ -148,6 +151,8 @@ brings it back.
 {table}
 
 With the key, one by one (direct, as the judge sees them): {each}.
+
+{arithmetic(row for by_object in found.values() for drawn in by_object.values() for row in drawn.values())}
 
 A picture takes {ratio:.3f} times as long with a memory of 16 rows in every block as without.
 """

@@ -17,7 +17,7 @@ from ..mining import Settings, mine
 from .bench_settings import plain
 from .model import EmojiCanvasPort
 from .red_team import canvas_target
-from .rows import RESULTS, Bench, judge_error, keep
+from .rows import RESULTS, Bench, arithmetic, judge_error, keep
 from .siege import PICTURES, prompts_of
 from .splits import Erasing
 
@@ -28,7 +28,7 @@ METHODS = ("uce", "esd", "dark_miner", "adversarial")
 
 def cell_path(bench: Bench, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> Path:
     plan = bench.plan
-    key = [plan.split.name, plan.sampler.bf16, erasing.label, method, settings, plain(SETTINGS), PICTURES]
+    key = [plan.split.name, erasing.label, method, settings, plain(SETTINGS), PICTURES]
     return bench.path("attacks", ".json", "mine", *key)
 
 
@@ -37,7 +37,7 @@ def measured(bench: Bench, erasing: Erasing, method: str, settings: Mapping[str,
     path = cell_path(bench, erasing, method, settings)
     if not path.exists():
         erasure = None if method == "none" else bench.erase(erasing, method, settings)[0]
-        name, bf16 = (*erasing.objects, *erasing.styles)[0], bench.plan.sampler.bf16
+        name, bf16 = (*erasing.objects, *erasing.styles)[0], bench.studio.bf16
         target = canvas_target(
             bench.studio.model, erasure, bench.studio.judge, name, prompts_of(bench, erasing), bf16=bf16
         )
@@ -51,7 +51,8 @@ def measured(bench: Bench, erasing: Erasing, method: str, settings: Mapping[str,
         best = Found((Way("the best find", states=finds.dark.states[0], attacks=target.prompts[:1]),))
         asked = evaluate(target, asking(target), target.look, pictures=-(-PICTURES // len(target.prompts)))
         mined = evaluate(target, best, target.look, pictures=PICTURES)
-        keep(path, {"asking": asked.rate.to_json(), "mined": mined.rate.to_json(), "seconds": round(seconds, 1)})
+        keep(path, {"asking": asked.rate.to_json(), "mined": mined.rate.to_json(), "seconds": round(seconds, 1),
+                    "bf16": bench.studio.bf16})  # fmt: skip
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -68,11 +69,11 @@ def mining_effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]]) -> None
     judge, only = bench.studio.judge, " ".join(e.key for e in singles)
     text = f"""# Mine Dark Embeddings on erased models
 
-Made by `nox -s bench -- mining{" --bf16" if bench.plan.sampler.bf16 else ""} --only {only} --method {" ".join(chosen)}`: the
+Made by `nox -s bench -- mining --only {only} --method {" ".join(chosen)}`: the
 node's search at its defaults ({SETTINGS.count} starts, {SETTINGS.steps} steps each, the model before the erasure connected),
 seed {SETTINGS.seed}, on {only} erased one at a time. {PICTURES} pictures a concept of the best find, with noises that neither
 the search nor any training has seen; shares after the error of the judge ({judge.name} {judge.version}), with 95 % intervals
-that count it too.
+that count it too. {arithmetic(row for found in rows.values() for row in found)}
 
 | erased with | asking shows it | the best find shows it | seconds of a search |
 |---|---|---|---|

@@ -11,14 +11,10 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from .precision import FAST_BF16
+
 _NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-# Where the CPU can't compute in bfloat16, emulating it is some 20 times slower than float32.
-_DTYPE = torch.bfloat16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else torch.float32
-
-
-def autocast() -> torch.autocast:
-    """bfloat16 where the CPU computes in it, else nothing."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=_DTYPE is torch.bfloat16)
+_DTYPE = torch.bfloat16 if FAST_BF16 else torch.float32
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -68,10 +68,9 @@ def pairs_page(bench: Bench, each: int = EACH) -> None:
     sampler, judge = bench.plan.sampler, bench.studio.judge
     found = table(rows)
     beside = ", ".join(f"{o} {counterpart(bench.plan.split, o)}" for o in bench.plan.split.objects)
-    command = f"nox -s bench -- pairs{' --bf16' if sampler.bf16 else ''}"
     text = f"""# SDEdit pairs on EmojiCanvas
 
-Made by `{command}`: an unsafe picture, and its safe counterpart from the same noise. An object's
+Made by `nox -s bench -- pairs`: an unsafe picture, and its safe counterpart from the same noise. An object's
 counterpart is a look-alike ({beside}),
 in 10 scenes: six grounds in the plain style, and the other styles. A style's is the plain style, on 12 objects. {each} pairs of
 each scene, seeds of the scoring split, guidance {EDIT["guidance"]:g}, {EDIT["steps"]} steps. Shares with 95 % Wilson intervals.

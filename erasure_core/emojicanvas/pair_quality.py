@@ -98,8 +98,8 @@ class Made:
 
 def made(bench: Bench, erasing: Erasing, each: int) -> Made:
     """The pairs of every scene, made once and then read from their files."""
-    sampler, split = bench.plan.sampler, bench.plan.split
-    path = bench.path("rows", ".safetensors", "pairs", split.name, each, sampler.bf16, EDIT, erasing.label)
+    split = bench.plan.split
+    path = bench.path("rows", ".safetensors", "pairs", split.name, each, EDIT, erasing.label)
     if not path.exists():
         _make(bench, erasing, each, path)
     stored, counts = load_file(path), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -108,7 +108,7 @@ def made(bench: Bench, erasing: Erasing, each: int) -> Made:
 
 
 def _make(bench: Bench, erasing: Erasing, each: int, path: Path) -> None:
-    port = EmojiCanvasPort(bench.studio.model, bf16=bench.plan.sampler.bf16)
+    port = EmojiCanvasPort(bench.studio.model, bf16=bench.studio.bf16)
     judge = bench.studio.judge
     look = look_for(port, (*erasing.objects, *erasing.styles)[0], judge)
     unsafe, safe, numbers, tallies = [], [], [], list[Tally]()

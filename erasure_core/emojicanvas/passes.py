@@ -60,7 +60,7 @@ class HeardPort(EmojiCanvasPort):
 def heard(bench: Bench, method: str, steps: int = STEPS) -> list[Interval]:
     """Every interval of a short training of the first thing that the plan erases."""
     erasing, canvas = bench.plan.erasings()[0], bench.studio.model
-    bf16 = bench.plan.sampler.bf16
+    bf16 = bench.studio.bf16
     port = HeardPort(canvas, bf16=bf16)
     meter = Meter(copy.deepcopy(canvas.unet).requires_grad_(False))
     spec: ConceptSpec = bench.spec(erasing)

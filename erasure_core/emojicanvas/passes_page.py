@@ -56,15 +56,13 @@ def passes_page(bench: Bench, methods: Sequence[str], steps: int = STEPS) -> Non
             intervals = heard(bench, method, steps)
             found += costs(method, intervals)
             rest[method] = round(beside(intervals), 2)
-    sampler = bench.plan.sampler
-    threads, dtype = torch.get_num_threads(), "bfloat16" if sampler.bf16 else "float32"
+    threads, dtype = torch.get_num_threads(), "bfloat16" if bench.studio.bf16 else "float32"
     shown = table(found)
     free = ", ".join(f"{m} {s:.1f} s" for m, s in rest.items())
-    command = f"nox -s bench -- passes{' --bf16' if sampler.bf16 else ''}"
     machine = f"the CPU, {threads} thread{'s' * (threads > 1)}, {dtype}, torch {torch.__version__}"
     text = f"""# Training steps and the passes that they make
 
-Made by `{command}`: {steps} steps of each trained method with the testbed's settings, on
+Made by `nox -s bench -- passes`: {steps} steps of each trained method with the testbed's settings, on
 {machine}; the first {WARM_UP} of each kind are not counted.
 
 {shown}

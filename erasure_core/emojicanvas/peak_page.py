@@ -30,9 +30,9 @@ def peak(plan: Plan, method: str, threads: int) -> int:
     """Bytes that erasing the plan's first concept takes at most, beyond what was in use after drawing pictures."""
     torch.set_num_threads(threads)
     bench = Bench(plan)
-    erasing, sampler = bench.plan.erasings()[0], plan.sampler
-    bench.studio.model.generate(["a house"] * 4, list(range(4)), steps=2, cfg=sampler.cfg, bf16=sampler.bf16)
-    port = EmojiCanvasPort(bench.studio.model, bf16=sampler.bf16)
+    erasing = bench.plan.erasings()[0]
+    bench.studio.model.generate(["a house"] * 4, list(range(4)), steps=2, cfg=plan.sampler.cfg, bf16=bench.studio.bf16)
+    port = EmojiCanvasPort(bench.studio.model, bf16=bench.studio.bf16)
     aids = aids_for(method, port, erasing, bench.studio.judge)
     settings = settings_for(method, short(method))
     with PeakMemory() as measured:
@@ -54,11 +54,11 @@ def peak_page(bench: Bench, methods: Sequence[str]) -> None:
             with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
                 found[method] = round(fresh.submit(peak, bench.plan, method, torch.get_num_threads()).result() / 1e6)
     weights = sum(p.numel() for p in bench.studio.model.unet.parameters())
-    sampler, only = bench.plan.sampler, "".join(f" {x}" for x in ("--only", *bench.plan.only) if bench.plan.only)
+    only = "".join(f" {x}" for x in ("--only", *bench.plan.only) if bench.plan.only)
     rows = "\n".join(f"| {m} | {mb} |" for m, mb in sorted(found.items(), key=lambda x: x[1]))
     text = f"""# Memory that erasing takes
 
-Made by `nox -s bench -- peak{" --bf16" if sampler.bf16 else ""}{only}`: resident memory on top of drawing, at most, while
+Made by `nox -s bench -- peak{only}`: resident memory on top of drawing, at most, while
 {bench.plan.erasings()[0].label} is erased with the testbed's settings, each method in a process of its own; {STEPS} steps
 of those that train, which their peak does not depend on. EmojiCanvas' network has {weights / 1e6:.1f} million weights
 ({4 * weights / 1e6:.0f} MB in float32), that of SD 1.5 860 million.

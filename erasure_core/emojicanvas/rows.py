@@ -180,7 +180,7 @@ class Bench:
 
     def erasure_path(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> Path:
         p = self.plan
-        key = [p.split.name, p.replace_with, p.sampler.bf16, erasing.label, method, settings]
+        key = [p.split.name, p.replace_with, erasing.label, method, settings]
         return self.path("erasures", ".safetensors", *key)
 
     def erase(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> tuple[Erasure, dict[str, float]]:
@@ -191,7 +191,7 @@ class Bench:
         """
         path = self.erasure_path(erasing, method, settings)
         if not path.exists():
-            port = EmojiCanvasPort(self.studio.model, bf16=self.plan.sampler.bf16)
+            port = EmojiCanvasPort(self.studio.model, bf16=self.studio.bf16)
             aids = aids_for(method, port, erasing, self.studio.judge)
             began = time.perf_counter()
             made = erase(port, self.spec(erasing), method, settings, aids=aids)
@@ -214,6 +214,7 @@ class Bench:
             "method": method,
             "settings": dict(settings),
             **cost,
+            "bf16": self.studio.bf16,
             "drawing_seconds": round(time.perf_counter() - began, 1),
             "kept_distance": round(moved, 4),
             **{k: v.to_json() for k, v in found.items()},
@@ -227,6 +228,16 @@ def _busy(seconds: float) -> bool:
         return False
     windows = zip((0, 300, 900), os.getloadavg(), strict=True)
     return any(load > torch.get_num_threads() + 0.5 for window, load in windows if seconds >= window)
+
+
+def arithmetic(rows: Iterable[Mapping[str, Any]]) -> str:
+    """What results were computed in, for a page."""
+    kinds = [row["bf16"] for row in rows]
+    if all(kinds):
+        return "Computed in bfloat16."
+    if not any(kinds):
+        return "Computed in float32."
+    return f"Computed in bfloat16, {kinds.count(False)} of {len(kinds)} results in float32 (docs/emojicanvas.md)."
 
 
 def timed(rows: Iterable[Mapping[str, Any]]) -> tuple[bool, float | None]:

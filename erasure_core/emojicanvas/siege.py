@@ -52,7 +52,7 @@ def cell_path(bench: Bench, erasing: Erasing, method: str, settings: Mapping[str
               changed: Mapping[str, Any]) -> Path:  # fmt: skip
     """The file of one cell."""
     plan, budget = bench.plan, budget_of(name, erasing, changed)
-    key = [plan.split.name, plan.sampler.bf16, erasing.label, method, settings, name, budget, PICTURES]
+    key = [plan.split.name, erasing.label, method, settings, name, budget, PICTURES]
     key += [plan.replace_with] if plan.replace_with else []
     return bench.path("attacks", ".json", *key)
 
@@ -63,7 +63,7 @@ def measure_cell(bench: Bench, erasing: Erasing, method: str, settings: Mapping[
     erasure = None if method == "none" else bench.erase(erasing, method, settings)[0]
     concept = (*erasing.objects, *erasing.styles)[0]
     target = canvas_target(bench.studio.model, erasure, bench.studio.judge, concept, prompts_of(bench, erasing),
-                           bf16=bench.plan.sampler.bf16)  # fmt: skip
+                           bf16=bench.studio.bf16)  # fmt: skip
     budget, began = budget_of(name, erasing, changed), time.perf_counter()
     seen, found = _attacked(target, bench.spec(erasing), name, budget)
     row = {
@@ -72,6 +72,7 @@ def measure_cell(bench: Bench, erasing: Erasing, method: str, settings: Mapping[
         "attack": name,
         "budget": budget,
         "seconds": round(time.perf_counter() - began, 1),
+        "bf16": bench.studio.bf16,
         "found": found,
         **seen.to_json(),
     }

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..artifact import Erasure
 from .judge import Judge
 from .model import EmojiCanvas
+from .precision import FAST_BF16
 from .splits import Shot
 
 
@@ -25,20 +26,24 @@ class Sampler:
 
     steps: int = 20
     cfg: float = 4.0
-    bf16: bool = False
 
 
 class Studio:
-    """Draws shots with and without an erasure and lets the judge look at them; base pictures are drawn once."""
+    """Draws shots with and without an erasure and lets the judge look at them; base pictures are drawn once.
+
+    ``bf16``: draw, and let methods train, in bfloat16: other pictures than float32's, and no others to the judge
+    (docs/emojicanvas.md). So figures of machines that are fast in one or the other stand beside each other.
+    """
 
     def __init__(self, model: EmojiCanvas, judge: Judge, sampler: Sampler, folder: Path, batch: int = 32) -> None:
         self.model, self.judge, self.sampler, self.batch = model, judge, sampler, batch
+        self.bf16 = FAST_BF16
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / "base.safetensors"
         self._base: dict[str, Tensor] = load_file(self._file) if self._file.exists() else {}
 
     def _key(self, shot: Shot) -> str:
-        text = f"{shot.prompt}|{shot.seed}|{self.sampler}"
+        text = f"{shot.prompt}|{shot.seed}|{self.sampler}|{self.bf16}"
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def missing(self, shots: Sequence[Shot]) -> list[Shot]:
@@ -62,10 +67,10 @@ class Studio:
 
     def _generate(self, shots: Sequence[Shot], erasure: Erasure | None, bar: tqdm | None) -> Tensor:
         prompts, seeds = [s.prompt for s in shots], [s.seed for s in shots]
-        options = dataclasses.asdict(self.sampler)
         return self.model.generate(
-            prompts, seeds, delta=erasure, batch=self.batch, progress=bar and bar.update, **options
-        )
+            prompts, seeds, delta=erasure, batch=self.batch, bf16=self.bf16, progress=bar and bar.update,
+            **dataclasses.asdict(self.sampler),
+        )  # fmt: skip
 
 
 def to_bytes(pictures: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from . import data, drawings
 from .concepts import STYLES
 from .judge import Judge
 from .judge_data import EMOJI_SETS, IGNORE, OBJECT_OTHER, SETS, STYLE_OTHER, Part, decoded, painted, rendered, to_score
-from .optim import Muon, autocast, split_parameters
+from .optim import Muon, split_parameters
+from .precision import autocast
 from .weights import JUDGE
 
 _PIXEL = [s.name for s in STYLES].index("pixel")

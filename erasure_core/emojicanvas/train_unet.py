@@ -20,7 +20,8 @@ from . import data
 from .concepts import OBJECTS, STYLES, prompt
 from .diffusion import STEPS, add_noise, alphas_cumprod, sample
 from .model import EmojiCanvas
-from .optim import Muon, autocast, split_parameters
+from .optim import Muon, split_parameters
+from .precision import autocast
 from .taesd import SD15_SCALE, TAESD
 from .text import TextEncoder, tokenize
 from .train_vae import to_tensor

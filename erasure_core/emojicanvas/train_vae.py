@@ -19,7 +19,8 @@ from torch import Tensor
 
 from . import data
 from .concepts import IMAGE_SIZE
-from .optim import Muon, autocast, split_parameters
+from .optim import Muon, split_parameters
+from .precision import autocast
 from .taesd import SD15_SCALE, TAESD, TRAINED
 
 

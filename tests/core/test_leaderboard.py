@@ -17,7 +17,7 @@ from erasure_core.emojicanvas.effect import run
 from erasure_core.emojicanvas.engines import cluster
 from erasure_core.emojicanvas.leaderboard import Contest, Standing, budgets, leaderboard, standings, unfinished
 from erasure_core.emojicanvas.leaderboard_page import by_concept, powerless, table, verdict
-from erasure_core.emojicanvas.rows import Bench, Plan
+from erasure_core.emojicanvas.rows import Bench, Plan, arithmetic, keep
 from erasure_core.emojicanvas.siege import ASKING, PICTURES, applies
 from erasure_core.emojicanvas.splits import SCORING, Erasing
 from erasure_core.emojicanvas.studio import Sampler
@@ -106,6 +106,30 @@ def test_another_machine_goes_on_from_the_page(measured, tmp_path, monkeypatch) 
     left = unfinished(there, tasks)
     assert [(t.method, t.attack) for t in left] == [("uce", ""), ("uce", "rece_residual")], (
         "it needs the erasure itself"
+    )
+
+
+def test_machines_of_either_arithmetic_share_a_page(measured, tmp_path, monkeypatch) -> None:
+    """Their results have one name, their pictures of the base model don't, and the page says which they are."""
+    bench, _ = measured
+    monkeypatch.chdir(Path(bench.plan.folder).parent)
+    there = bench_in(tmp_path / "cells")
+    there.recall()
+    shots = bench.asked(bench.plan.erasings()[0]).groups()["kept"]
+    there.studio.draw(shots, None)
+    monkeypatch.setattr(there.studio, "bf16", not bench.studio.bf16)
+    assert len(there.studio.missing(shots)) == len(set(shots))
+    tasks = CONTEST.tasks(there)
+    assert not unfinished(there, tasks)
+    for number, task in enumerate(tasks):
+        for path in task.results(there):
+            if path.suffix == ".json":
+                keep(path, json.loads(path.read_text(encoding="utf-8")) | {"bf16": number > 0})
+    leaderboard(there, dataclasses.replace(CONTEST, page="mixed"), jobs=1, report=True)
+    page = Path("docs/results/mixed.md").read_text(encoding="utf-8")
+    assert "Computed in bfloat16, 1 of 6 results in float32" in page
+    assert arithmetic([{"bf16": False}]) == "Computed in float32." and arithmetic([{"bf16": True}] * 2).endswith(
+        "bfloat16."
     )
 
 
