@@ -206,7 +206,7 @@ and **Run** again.
 - row 2: **Load** and **Apply Erasure**. Moving the strength computes nothing anew.
 - row 3: the **stock LoRA loader**. Whoever gets your file needs nothing of this pack.
 
-**Look at** the three previews: at strength 1 they show the same pictures.
+**Look at** the three previews: at strength 1 they show the same pictures. Another concept needs another **name** in Save Erasure.
 
 **To share**, send the file. Others put it into their `models/loras` and need row 2 or 3 only.
 """,
@@ -222,8 +222,8 @@ and **Run** again.
     g.group("Model and prompt", (demo, prompt, negative, latent, seed), GREY)
 
     erase = g.node("ErasureEraseConcept", (300, 270), model=demo["MODEL"], clip=demo["CLIP"], **OBJECT)
-    save = g.node("ErasureSave", (280, 0), erasure=erase["ERASURE"], name=SHARED_FILE, folder="loras", overwrite=True)
-    load = g.node("ErasureLoad", (300, 0), bypass=True, file=f"loras/{SHARED_FILE}.safetensors")
+    save = g.node("ErasureSave", (280, 0), erasure=erase["ERASURE"], name=SHARED_FILE, folder="loras")
+    load = g.node("ErasureLoad", (300, 0), bypass=True, model=demo["MODEL"], file=f"loras/{SHARED_FILE}.safetensors")
     apply = g.node("ErasureApply", (280, 0), bypass=True, model=demo["MODEL"], erasure=load["ERASURE"], strength=1.0)
     lora = g.node(
         "LoraLoaderModelOnly",
@@ -289,12 +289,14 @@ def _on_checkpoint(
     erase = g.node("ErasureEraseConcept", (340, 330), model=lora["MODEL"], clip=lora["CLIP"], **erase_inputs)
     apply = g.node("ErasureApply", (340, 0), model=lora["MODEL"], erasure=erase["ERASURE"], strength=1.0)
     report = g.node("PreviewAny", (340, 130), title="What was done", source=erase["report"])
+    save = g.node("ErasureSave", (340, 0), bypass=True, title="Save Erasure (bypassed; Ctrl+B)", erasure=erase["ERASURE"],
+                  name="my-erasure", folder="loras")  # fmt: skip
     negative = g.node("CLIPTextEncode", (300, 88), title="Negative prompt", clip=lora["CLIP"])
     latent = g.node("EmptyLatentImage", (300, 0), width=size, height=size, batch_size=1)
     seed = g.node("PrimitiveInt", (300, 0), title="Seed, for all", value=SEED)
     g.place(0, 0, read_me)
-    g.place(430, 0, loader, lora, erase, apply, report)
-    g.group("1  Model, LoRAs, erasure", (loader, lora, erase, apply, report), GREEN)
+    g.place(430, 0, loader, lora, erase, apply, report, save)
+    g.group("1  Model, LoRAs, erasure", (loader, lora, erase, apply, report, save), GREEN)
     g.place(40, 690, negative, latent, seed)
     g.group("4  For both prompts", (negative, latent, seed), GREY)
     both = compare(g.info, sampler, "right", 1.0)
@@ -339,6 +341,9 @@ Moving the strength computes nothing anew. Double-click *Before and after* to ch
 
 **LoRAs** go between checkpoint and Erase Concept, where the bypassed loader is: select it, press **Ctrl+B**, choose your file.
 What stands *behind* the erasure is not covered by it.
+
+**Keep it**: *Save Erasure* below the report is bypassed; **Ctrl+B** switches it on. Do that before a long training: what isn't
+saved is gone when ComfyUI ends.
 
 **No more erasure?** Connect around it. Your checkpoint was never changed.
 {more}

@@ -28,7 +28,7 @@ network, the key restored more there on the tuning split, less on the scoring sp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -83,7 +83,10 @@ _DRAWN, _STOPS = 64, 8
 
 @dataclass(frozen=True)
 class Hidden:
-    """Two artefacts: the public change, and the private key that restores the concept."""
+    """Two artefacts: the public change, and the private key that restores the concept.
+
+    What the public one says of itself lacks the seed: with it anybody could learn the same key again.
+    """
 
     erasure: Erasure
     key: SavedMemory
@@ -210,7 +213,10 @@ def hide(
         trainer = Trainer(model, steps, together + further, seed=settings.seed)
         trainer.run(progress, aids.watch, checkpoint=kept(aids, port, model, spec, "kpop", settings))
         made = erasure_of(port, spec, "kpop", settings, model.deltas(energy=settings.energy))
-        return Hidden(made, SavedMemory.of(memory, made.header, Mode.KEY))
+        public = {name: value for name, value in made.header.settings.items() if name != "seed"}
+        return Hidden(
+            replace(made, header=replace(made.header, settings=public)), SavedMemory.of(memory, made.header, Mode.KEY)
+        )
 
 
 def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:

@@ -68,6 +68,8 @@ def test_kpop_hides_and_the_key_recovers(tiny) -> None:
     """Each phase moves its own tensors only, on one latent; the artefacts are two."""
     settings = kpop.Settings(**SMALL, rows=2, memory_rate=1e-2, placement=Placement.ALL)
     one, two = (kpop.hide(tiny, SPEC, settings, quiet, Aids()) for _ in range(2))
+    assert "seed" not in one.erasure.header.settings, "who publishes it would publish the key"
+    assert one.key.header.settings["seed"] == settings.seed
     key, again = one.key, two.key
     assert same(one.erasure, two.erasure) and torch.equal(key.key, again.key) and torch.equal(key.value, again.value)
     assert key.key.shape == key.value.shape == (2, 16) and not torch.equal(key.key, key.value)
