@@ -272,7 +272,7 @@ class RedTeamAttack(io.ComfyNode):
                 look = look_through(judge, lambda z: decode(z).movedim(-1, 1), word)
             target = AttackTarget(
                 erased, base, asked,
-                words=words_of(clip) if chosen.needs_words else None,
+                words=words_of(clip, erased.family.name) if chosen.needs_words else None,
                 look=look,
                 threshold=0.5 if judge is None else judge.threshold,
                 memory=memory,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..erasure_core.attacks import Words
+from ..erasure_core.emojicanvas.concepts import caption_words
 from ..erasure_core.mining import PseudoWords
 from ..erasure_core.operators.search import EmbeddingEncoder, TokenSlot
 from ..erasure_core.text_encoder import Activation, SideBySide, TextEncoder
@@ -105,8 +106,9 @@ _typeable: dict[int, Tensor] = {}
 """Ids of the tokens that a person can type, by vocabulary: trying each of them takes a second or two."""
 
 
-def words_of(clip) -> Words:
-    """The text side of a CLIP for attacks on prompts. Weights in brackets count as 1.
+def words_of(clip, family: str = "") -> Words:
+    """The text side of a CLIP for attacks on prompts, of which the demo model's knows the words of its captions only. Weights
+    in brackets count as 1.
 
     Raises:
         ValueError: it isn't one of Stable Diffusion's encoders.
@@ -127,7 +129,8 @@ def words_of(clip) -> Words:
         whole = Words.typeable(encoder, tokenize, decode, bos, eos, len(vocabulary)).vocabulary
         plain = [(text := decode([i])).isprintable() and not set(text) & _MARKUP for i in whole.tolist()]
         _typeable[which] = whole[torch.tensor(plain)]
-    return Words(encoder, tokenize, decode, bos, eos, _typeable[which])
+    words = Words(encoder, tokenize, decode, bos, eos, _typeable[which])
+    return words.among(caption_words()) if family == "emojicanvas" else words
 
 
 def pseudo_words(clip, count: int) -> PseudoWords:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -54,6 +54,11 @@ class Words:
             if ids == [i] and texts[i]
         ]
         return cls(encoder, tokenize, decode, bos, eos, torch.tensor(kept, dtype=torch.long))
+
+    def among(self, known: Container[str]) -> Words:
+        """With those tokens alone that spell one of ``known``: all that a small encoder has learned."""
+        ids = [i for i in self.vocabulary.tolist() if self.decode([i]).strip() in known]
+        return replace(self, vocabulary=torch.tensor(ids, dtype=torch.long))
 
     @cached_property
     def _empty(self) -> Tensor:

@@ -96,7 +96,7 @@ NEIGHBOURS: dict[str, tuple[str, ...]] = {
     "beer": ("cactus", "banana"),
 }
 
-_SUBJECT = ("{a} {w}", "{w}", "a picture of {a} {w}", "a drawing of {a} {w}", "an emoji of {a} {w}")
+_SENTENCES = ("{a} {w}", "{w}", "a picture of {a} {w}", "a drawing of {a} {w}", "an emoji of {a} {w}")
 
 
 def _article(words: str) -> str:
@@ -118,4 +118,11 @@ def random_caption(rng: random.Random, name: str, style: str, background: str) -
     """A training caption: five templates, and one time in five a synonym in place of the name."""
     obj = OBJECT[name]
     word = rng.choice(obj.named + obj.unseen) if rng.random() < 0.2 else name
-    return prompt(word, style, background, rng.choice(_SUBJECT))
+    return prompt(word, style, background, rng.choice(_SENTENCES))
+
+
+def caption_words() -> frozenset[str]:
+    """Every word that training captions use; of all others the text encoder knows nothing."""
+    texts = [prompt(w, template=t) for o in OBJECTS for w in o.words for t in _SENTENCES]
+    texts += [prompt("cat", s.name, b) for s in STYLES for b in BACKGROUNDS]
+    return frozenset(" ".join(texts).split())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..attacks import AttackTarget, Sampler, Words
+from .concepts import caption_words
 from .judge import Judge
 from .model import EmojiCanvas, EmojiCanvasPort
 from .taesd import SD15_SCALE
@@ -26,12 +27,14 @@ def decode(ids: Sequence[int]) -> str:
 
 @cache
 def _typeable() -> Tensor:
-    """Ids of the tokens that survive being written out and read again; only the tokenizer matters."""
+    """Ids of the words of captions that are one token each. Of the others the encoder knows nothing: a search that may write
+    them meets a word that means anything once in 300."""
 
     def no_states(ids: Tensor | None = None, **_: Tensor) -> Tensor:
         raise NotImplementedError
 
-    return Words.typeable(no_states, tokenize, decode, BOS, EOS, VOCABULARY).vocabulary  # type: ignore[arg-type]
+    words = Words.typeable(no_states, tokenize, decode, BOS, EOS, VOCABULARY)  # type: ignore[arg-type]
+    return words.among(caption_words()).vocabulary
 
 
 def words_of(model: EmojiCanvas) -> Words:

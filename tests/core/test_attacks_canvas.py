@@ -10,7 +10,7 @@ from erasure_core.attacks import Sampler, attack, evaluate
 from erasure_core.emojicanvas.judge import Judge
 from erasure_core.emojicanvas.model import EmojiCanvas, EmojiCanvasPort
 from erasure_core.emojicanvas.red_team import canvas_target, decode, words_of
-from erasure_core.emojicanvas.text import tokenize
+from erasure_core.emojicanvas.text import VOCABULARY, tokenize
 
 pytestmark = pytest.mark.core
 
@@ -33,7 +33,17 @@ def test_tokens_are_spelled_and_read_again(canvas) -> None:
     port = EmojiCanvasPort(canvas)
     assert torch.allclose(words.states(tokenize(["a cat"]))[0], port.text(["a cat"])[0].states, atol=1e-5)
     spelled = {words.spell([i]) for i in words.vocabulary[words.without(["cigarette"])].tolist()}
-    assert "cigarette" not in spelled and "cigar" not in spelled
+    assert "cigarette" not in spelled and "tobacco" in spelled
+
+
+def test_attacks_write_what_the_encoder_knows(canvas) -> None:
+    """Words that no caption has are as they were before it was trained."""
+    words = words_of(canvas)
+    known = words.table.norm(dim=1)
+    every = canvas.text_encoder.embed(torch.arange(VOCABULARY)[None])[0].norm(dim=1)
+    assert 100 < len(known) < 200 and known.min() > 1.5 * every.median()
+    written = {words.spell([i]) for i in words.vocabulary.tolist()}
+    assert {"rose", "valentine", "neon", "background"} <= written and not {"photo", "president"} & written
 
 
 def test_attacks_run_on_an_erased_canvas(canvas) -> None:
