@@ -107,8 +107,12 @@ def processes(bench: Bench, tasks: Sequence[Task], jobs: int) -> Iterator[Task]:
         return
     threads = max(1, torch.get_num_threads() // jobs)
     with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_start, initargs=(bench.plan, threads)) as pool:
-        for done in as_completed([pool.submit(_do, task) for task in tasks]):
-            yield done.result()
+        try:
+            for done in as_completed([pool.submit(_do, task) for task in tasks]):
+                yield done.result()
+        except BaseException:  # or hours of others would run before anybody saw the error
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def cluster(bench: Bench, tasks: Sequence[Task], address: str) -> Iterator[Task]:

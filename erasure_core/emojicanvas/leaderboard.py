@@ -10,7 +10,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -143,10 +143,16 @@ def leaderboard(
     for task in todo if fresh else ():
         for path in task.results(bench):
             path.unlink(missing_ok=True)
-    # Attacks need erasures, so these are finished first. The bar counts seconds of one core, and learns what they take here.
+    # Attacks need erasures, so these are finished first, then what the unchanged model shows under attack. The bar counts
+    # seconds of one core, and learns what they take here.
     with tqdm(total=round(total), unit="s", smoothing=0.05, disable=not todo) as bar:
-        for part in ([t for t in todo if not t.attack], [t for t in todo if t.attack]):
-            for task in _run(bench, part, jobs, ray):
+        stages: list[Callable[[Task], bool]] = [
+            lambda t: not t.attack,
+            lambda t: bool(t.attack) and t.method == "none",
+            lambda t: bool(t.attack) and t.method != "none" and not pointless(bench, t),
+        ]
+        for belongs in stages:
+            for task in _run(bench, [t for t in todo if belongs(t)], jobs, ray):
                 bar.set_description(f"{_kind(task)}: {bench.plan.erasings()[task.number].label}")
                 bar.update(round(costs.of(task)))
     cost = {"seconds": costs.seconds | timings(bench, tasks), "speed": costs.speed}
@@ -156,9 +162,18 @@ def leaderboard(
     write_page(bench, contest, standings(bench, contest), cost)
 
 
+def pointless(bench: Bench, task: Task) -> bool:
+    """Whether this attack finds nothing on the unchanged model either, so that nothing would follow from what it does to an
+    erased one."""
+    if not task.attack or task.method == "none":
+        return False
+    base = dataclasses.replace(task, method="none", settings={}).results(bench)[0]
+    return base.exists() and not Rate.from_json(json.loads(base.read_text(encoding="utf-8"))).hits
+
+
 def unfinished(bench: Bench, tasks: Sequence[Task], fresh: bool = False) -> list[Task]:
     """What is left to do; an erasure that is known by its figures alone is made again where an attack still needs it."""
-    left = [fresh or not t.results(bench)[0].exists() for t in tasks]
+    left = [fresh or not (t.results(bench)[0].exists() or pointless(bench, t)) for t in tasks]
     needed = {
         (t.number, t.method)
         for t, missing in zip(tasks, left, strict=True)
@@ -178,8 +193,11 @@ def _run(bench: Bench, tasks: Sequence[Task], jobs: int, ray: str) -> Iterator[T
 
 
 def timings(bench: Bench, tasks: Sequence[Task]) -> dict[str, float]:
-    """Median seconds of each kind of task, from what was measured."""
+    """Median seconds of each kind of task, from what was measured. Drawing for a row that doesn't say how long that took is
+    counted as for the others."""
     found: dict[str, list[float]] = {}
+    drawings: list[float] = []
+    unsaid: list[str] = []
     for task in tasks:
         erasing = bench.plan.erasings()[task.number]
         if task.attack:
@@ -188,9 +206,14 @@ def timings(bench: Bench, tasks: Sequence[Task]) -> dict[str, float]:
         else:
             row = bench.row(erasing, task.method, task.settings)
         if row is not None:
-            drawn = 0.0 if task.attack else row.get("drawing_seconds", 0.0)
-            found.setdefault(_kind(task), []).append((row["seconds"] or 0.0) + drawn)
-    return {k: round(statistics.median(v), 1) for k, v in found.items()}
+            drawn = None if task.attack else row.get("drawing_seconds")
+            if drawn is not None:
+                drawings.append(drawn)
+            elif not task.attack:
+                unsaid.append(_kind(task))
+            found.setdefault(_kind(task), []).append((row["seconds"] or 0.0) + (drawn or 0.0))
+    usual = statistics.median(drawings) if drawings else 0.0
+    return {k: round(statistics.median(v) + usual * (k in unsaid), 1) for k, v in found.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,8 +244,8 @@ class Standing:
 
 
 def standings(bench: Bench, contest: Contest) -> list[Standing]:
-    """Methods by their worst attack, "none" first. An attack counts where it was run on every concept, a method where asking
-    was."""
+    """Methods by their worst attack, "none" first. An attack counts where it was run on every concept that it finds on the
+    unchanged model, a method where asking was."""
     out = []
     singles = [e for e in bench.plan.erasings() if e.key != "together"]
     error = judge_error(bench, singles)
@@ -232,7 +255,12 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
         each: dict[str, dict[str, Rate]] = {}
         for name in (ASKING, *contest.attacks):
             changed = contest.budgets.get(name, {})
-            paths = {e.label: cell_path(bench, e, method, settings, name, changed) for e in singles if applies(name, e)}
+            told = [
+                (e, Task(bench.plan.erasings().index(e), method, settings, name, changed))
+                for e in singles
+                if applies(name, e)
+            ]
+            paths = {e.label: task.results(bench)[0] for e, task in told if not pointless(bench, task)}
             if paths and all(path.exists() for path in paths.values()):
                 each[name] = {k: Rate.from_json(json.loads(p.read_text(encoding="utf-8"))) for k, p in paths.items()}
         seen = {name: pooled(rates.values()) for name, rates in each.items()}

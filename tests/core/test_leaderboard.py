@@ -11,11 +11,19 @@ import torch
 
 from erasure_core import mining
 from erasure_core.attacks import Found, Way, shortlist
-from erasure_core.emojicanvas import mining_effect
+from erasure_core.emojicanvas import mining_effect, siege
 from erasure_core.emojicanvas.bench_settings import settings_for
 from erasure_core.emojicanvas.effect import run
 from erasure_core.emojicanvas.engines import cluster
-from erasure_core.emojicanvas.leaderboard import Contest, Standing, budgets, leaderboard, standings, unfinished
+from erasure_core.emojicanvas.leaderboard import (
+    Contest,
+    Standing,
+    budgets,
+    leaderboard,
+    pointless,
+    standings,
+    unfinished,
+)
 from erasure_core.emojicanvas.leaderboard_page import by_concept, powerless, table, verdict
 from erasure_core.emojicanvas.rows import Bench, Plan, arithmetic, keep
 from erasure_core.emojicanvas.siege import ASKING, PICTURES, applies
@@ -122,9 +130,8 @@ def test_machines_of_either_arithmetic_share_a_page(measured, tmp_path, monkeypa
     tasks = CONTEST.tasks(there)
     assert not unfinished(there, tasks)
     for number, task in enumerate(tasks):
-        for path in task.results(there):
-            if path.suffix == ".json":
-                keep(path, json.loads(path.read_text(encoding="utf-8")) | {"bf16": number > 0})
+        path = task.results(there)[0]
+        keep(path, json.loads(path.read_text(encoding="utf-8")) | {"bf16": number > 0})
     leaderboard(there, dataclasses.replace(CONTEST, page="mixed"), jobs=1, report=True)
     page = Path("docs/results/mixed.md").read_text(encoding="utf-8")
     assert "Computed in bfloat16, 1 of 6 results in float32" in page
@@ -229,7 +236,41 @@ def test_no_method_is_called_robust_unless_its_worst_attack_says_so() -> None:
     assert "lowest mean of all: *weak*" in verdict([base, weak, spared], RUN), "one that was spared an attack can't win"
     assert verdict([base], RUN).startswith("The table is not complete")
     assert "| weak |" in table([base, weak], ["asking", "free_embedding"])
-    assert "| weak | Free Embedding | 42 % | 42 % |" in by_concept([base, weak])
+    assert "| weak | Free Embedding | 42 % [29, 56] | 42 % [29, 56] |" in by_concept([base, weak])
+    few = dataclasses.replace(good, true={**good.true, "synonyms": Corrected(0.0, 0.0, 0.3)})
+    assert verdict([base, few], RUN).splitlines()[-1].endswith(": none."), "the highest upper end, whosever it is"
+
+
+def test_what_fails_on_the_unchanged_model_is_not_run_on_others(measured, tmp_path, monkeypatch) -> None:
+    bench, _ = measured
+    monkeypatch.chdir(Path(bench.plan.folder).parent)
+    there = bench_in(tmp_path / "cells")
+    there.recall()
+    tasks = CONTEST.tasks(there)
+    ceiling, cell = (t for t in tasks if t.attack == "rece_residual")
+    found = json.loads(ceiling.results(there)[0].read_text(encoding="utf-8"))
+    assert ceiling.method == "none" and not pointless(there, cell) and not pointless(there, ceiling)
+    keep(ceiling.results(there)[0], found | {"hits": 0})
+    cell.results(there)[0].unlink()
+    assert pointless(there, cell) and not pointless(there, ceiling) and not unfinished(there, tasks)
+    assert [list(s.attacks) for s in standings(there, CONTEST)] == [[ASKING, "rece_residual"], [ASKING]]
+
+
+def test_prompts_from_the_text_encoder_alone_are_searched_once(measured, tmp_path, monkeypatch) -> None:
+    bench, _ = measured
+    there, searched = bench_in(tmp_path / "cells"), []
+
+    def search(target, spec, name, settings):
+        searched.append(name)
+        return Found((Way("one", "a rose", attacks=("a rose",)), Way("two", "a valentine flower", attacks=("a rose",))))
+
+    monkeypatch.setattr(siege, "attack", search)
+    erasing = there.plan.erasings()[0]
+    rows = [
+        siege.measure_cell(there, erasing, "none", {}, name, {}) for name in ("mma_diffusion", "p4d", "mma_diffusion")
+    ]
+    assert searched == ["mma_diffusion", "p4d"] and rows[0]["found"] == rows[2]["found"]
+    assert rows[0]["hits"] == rows[2]["hits"] and rows[0]["n"] == PICTURES
 
 
 def test_an_attacker_hands_over_its_best_find(typing) -> None:
