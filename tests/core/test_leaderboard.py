@@ -256,8 +256,7 @@ def test_what_fails_on_the_unchanged_model_is_not_run_on_others(measured, tmp_pa
     assert [list(s.attacks) for s in standings(there, CONTEST)] == [[ASKING, "rece_residual"], [ASKING]]
 
 
-def test_prompts_from_the_text_encoder_alone_are_searched_once(measured, tmp_path, monkeypatch) -> None:
-    bench, _ = measured
+def test_prompts_from_the_text_encoder_alone_are_searched_once(tmp_path, monkeypatch) -> None:
     there, searched = bench_in(tmp_path / "cells"), []
 
     def search(target, spec, name, settings):
