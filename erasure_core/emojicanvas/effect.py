@@ -76,9 +76,19 @@ def table(rows: Sequence[Mapping], errors: Mapping[str, JudgeError]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
         cells = [r["erased"], r["method"], *map(str, true_shares(r, errors).values()), f"{r['kept_distance']:.3f}"]
-        cells.append("-" if r["seconds"] is None else f"{'at most ' if r.get('busy') else ''}{r['seconds']:g}")
+        cells.append("-" if r["seconds"] is None else f"{'at most ' if r.get('busy') else ''}{figure(r['seconds'])}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def figure(seconds: float) -> str:
+    """Three significant digits, never an exponent: 1029 is 1030."""
+    return f"{float(f'{seconds:.3g}'):.9f}".rstrip("0").rstrip(".")
+
+
+def singles(rows: Sequence[Mapping]) -> list[Mapping]:
+    """Without what was erased several at once: that is one erasure, so the summary has all of it."""
+    return [r for r in rows if r["kind"] in ("object", "style")]
 
 
 def in_terms_of_papers(rows: Sequence[Mapping], errors: Mapping[str, JudgeError]) -> str:
@@ -144,7 +154,7 @@ def effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool, j
     errors = errors_by_kind(bench)
     text = f"""# {title}
 
-Made by `python -m erasure_core.emojicanvas.bench effect --seeds {bench.plan.seeds} --rounds {bench.plan.rounds}{option}` with a
+Made by `nox -s bench -- effect --seeds {bench.plan.seeds} --rounds {bench.plan.rounds}{option}` with a
 model trained for {bench.studio.model.steps_trained} steps, {s.steps} Euler steps, guidance {s.cfg:g}, {judge.name} \
 {judge.version}, on scoring prompts and seeds only. {arithmetic(rows)}
 
@@ -178,7 +188,7 @@ specificity (kept of its kind) and generality (unseen words).
 
 ## Each erasure
 
-{table(rows, errors)}
+{table(singles(rows), errors)}
 """
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{page}.md").write_text(text, encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..metrics.judge_error import Corrected
 from .bench_settings import ATTACKS, settings_for
+from .effect import figure
 from .rows import RESULTS, Bench, arithmetic
 from .siege import ASKING, PICTURES, titles
 
@@ -123,7 +124,7 @@ def table(found: Sequence[Standing], columns: Sequence[str]) -> str:
     head = ["method", "kept objects", "kept styles", "seconds", *titles(list(columns)).values(), "worst"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for s in found:
-        seconds = "-" if s.seconds is None else f"{s.seconds:.3g}"
+        seconds = "-" if s.seconds is None else figure(s.seconds)
         cells = [_cell(s.true[a]) if a in s.true else "-" for a in columns]
         lines.append("| " + " | ".join([s.method, str(s.kept_objects), str(s.kept_styles), seconds, *cells,
                                         titles([s.worst])[s.worst]]) + " |")  # fmt: skip
@@ -162,7 +163,7 @@ def verdict(found: Sequence[Standing], columns: Sequence[str]) -> str:
     def said(s: Standing) -> str:
         return (
             f"*{s.method}*: worst attack {titles([s.worst])[s.worst]}, {100 * s.true[s.worst].share:.0f} % of pictures; "
-            f"kept pictures lose at most {100 * max(0.0, loss(s)):.0f} points; {s.seconds or 0:.0f} s"
+            f"kept pictures lose at most {100 * max(0.0, loss(s)):.0f} points; {figure(s.seconds or 0)} s"
         )
 
     whole = [s for s in methods if set(columns) <= set(s.attacks)] or methods  # one that was spared an attack can't win

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from erasure_core.emojicanvas import rows
-from erasure_core.emojicanvas.effect import in_terms_of_papers, true_shares
+from erasure_core.emojicanvas.effect import figure, in_terms_of_papers, singles, true_shares
 from erasure_core.emojicanvas.rows import MEASURES, timed
 from erasure_core.metrics.judge_error import JudgeError
 from erasure_core.metrics.rates import Rate
@@ -59,6 +59,28 @@ def test_a_judge_that_errs_is_taken_out_of_every_share() -> None:
     for m in ("direct", "kept_styles"):
         assert true[m].high - true[m].low > sure[m].high - sure[m].low
     assert str(true["unseen"]) == "-"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (1029.4, "1030"),
+        (1315.35, "1320"),
+        (1234567.0, "1230000"),
+        (425.32, "425"),
+        (28.05, "28.1"),
+        (20.0, "20"),
+        (0.02, "0.02"),
+        (0, "0"),
+    ],
+)
+def test_seconds_have_three_digits_and_no_exponent(seconds: float, said: str) -> None:
+    assert figure(seconds) == said
+
+
+def test_what_was_erased_together_stands_in_the_summary_alone() -> None:
+    rows = [row("object"), row("several objects"), row("style")]
+    assert [r["kind"] for r in singles(rows)] == ["object", "style"]
 
 
 def test_seconds_are_of_what_ran_alone() -> None:
