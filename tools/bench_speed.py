@@ -334,7 +334,8 @@ def table(results: dict[str, Any]) -> str:
             s = figures["sampling"]
             lines += [
                 f"One denoising step takes {s['base']:.2f} s without and {s['patched']:.2f} s with the erasure "
-                f"(ratio {s['ratio']:.3f}; below 1 is noise); putting it into the weights takes {s['loading']:.2f} s, once.",
+                f"(ratio {s['ratio']:.3f}). It lies in the weights, so a step computes nothing more: what is not 1 is the "
+                f"machine's noise. Putting it into the weights takes {s['loading']:.2f} s, once.",
                 "",
             ]
         if figures["load"] > 0.5:

@@ -212,7 +212,7 @@ def main(wanted: set[str]) -> None:
         for path in write(info):
             print(path)
         sheets(server, [name for name in DEMOS if name in wanted or "sheets" in wanted])
-        if "sheets" in wanted:
+        if wanted & {"sheets", "before_after"}:
             print(save_picture(make_sheet(server, OBJECT), IMAGES / "before_after.jpg", quality=88))
         if "page" in wanted:
             if reason := why_not():
