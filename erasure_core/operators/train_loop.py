@@ -90,6 +90,8 @@ class Phase:
     """Largest norm of the whole gradient."""
     after: Callable[[], object] | None = None
     """Called behind every step, for projections."""
+    repeat: int = 1
+    """Its steps in each iteration; they are counted through."""
     made: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -186,11 +188,12 @@ class Trainer:
             if progress:
                 progress(self.done, self.iterations)
             for phase in self.phases:
-                if not phase.rate(self.done):
-                    continue
-                for name, loss in phase.step(self.done, generator_for(self.seed, phase.name, self.done)).items():
-                    sums[name] = sums[name] + loss if name in sums else loss
-                    counts[name] += 1
+                for i in range(self.done * phase.repeat, (self.done + 1) * phase.repeat):
+                    if not phase.rate(i):
+                        continue
+                    for name, loss in phase.step(i, generator_for(self.seed, phase.name, i)).items():
+                        sums[name] = sums[name] + loss if name in sums else loss
+                        counts[name] += 1
             if self.average is not None:
                 self.model.update_average(self.average)
             self.done += 1

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from erasure_core.methods import adversarial
 from erasure_core.methods._adversaries import Adversaries
-from erasure_core.methods._training import Wanted
+from erasure_core.methods._training import ERASE, TO, Wanted
+from erasure_core.methods._training import NULL as EMPTY
+from erasure_core.methods._views import Source, fresh, once
 from erasure_core.methods.adversarial import Settings
 from erasure_core.operators.changes import FullWeights
 from erasure_core.operators.trainable import Cond, TrainableModel
@@ -61,6 +63,10 @@ def passes(model: TrainableModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple
     return seen
 
 
+def asking(model: TrainableModel, null: Cond, settings: Settings) -> Source:
+    return fresh(model, null, lambda where: adversarial.times(model, settings, where))
+
+
 def population(null: Cond, concepts: list[Wanted], population: int, life: int = 160, batch: int = 8) -> Adversaries:
     like = torch.zeros(1, dtype=torch.float64)
     return Adversaries(concepts, null, population=population, life=life, batch=batch, seed=0, like=like)
@@ -80,7 +86,9 @@ def test_each_embedding_is_drawn_to_what_the_original_sees_in_its_own_concept(
     concepts = [concept(0), concept(10)]
     adversaries = population(null, concepts, population=4, batch=4 * each)
     settings = Settings(least_noise=0.5, batch=4 * each)
-    loss = adversarial.attack_loss(model, adversaries, null, settings, 0, torch.Generator().manual_seed(3))
+    loss = adversarial.attack_loss(
+        model, adversaries, asking(model, null, settings), settings, 0, torch.Generator().manual_seed(3)
+    )
     (frozen, _, _, both, target), (student, z, t, reads, _) = passes
     words, empty = both.split(4 * each)
     assert (frozen, student) == ("frozen", "student") and torch.equal(empty, null.context.expand(4 * each, -1, -1))
@@ -109,7 +117,9 @@ def test_more_embeddings_than_pictures_take_turns_in_the_loss(model, null) -> No
     adversaries = population(null, [concept(0), concept(10)], population=4, batch=2)
     for i, turn in ((0, [0, 1]), (1, [2, 3]), (2, [0, 1])):
         generator = torch.Generator().manual_seed(3)
-        loss = adversarial.attack_loss(model, adversaries, null, Settings(batch=2), i, generator)
+        loss = adversarial.attack_loss(
+            model, adversaries, asking(model, null, Settings(batch=2)), Settings(batch=2), i, generator
+        )
         slopes = torch.autograd.grad(loss, adversaries.now, allow_unused=True)
         assert [k for k, slope in enumerate(slopes) if slope is not None] == turn
     one, two = (population(null, [concept(0)], population=n, batch=2) for n in (1, 2))
@@ -119,14 +129,20 @@ def test_more_embeddings_than_pictures_take_turns_in_the_loss(model, null) -> No
             for embedding in adversaries.now:
                 embedding.copy_(one.now[0])
         generator = torch.Generator().manual_seed(3)
-        losses.append(adversarial.attack_loss(model, adversaries, null, Settings(batch=2), 0, generator))
+        losses.append(
+            adversarial.attack_loss(
+                model, adversaries, asking(model, null, Settings(batch=2)), Settings(batch=2), 0, generator
+            )
+        )
     assert losses[1] > 1.2 * losses[0], "the sum over those that attack, not their mean"
 
 
 def test_what_is_erased_goes_to_its_own_replacement_or_beyond(tiny64, model, passes, null) -> None:
     concepts = [concept(0), concept(10)]
     adversaries, settings = population(null, concepts, population=2), Settings(negative_guidance=0.7, batch=16)
-    loss = adversarial.erase_loss(model, adversaries, null, settings, 0, torch.Generator().manual_seed(3))
+    loss = adversarial.erase_loss(
+        model, adversaries, asking(model, null, settings), settings, 0, torch.Generator().manual_seed(3)
+    )
     (_, _, _, aims, _), (_, z, t, reads, student) = passes
     to, empty, word = aims.split(16)
     plain = [tiny64.unet(z, t, states) for states in (to, word, empty)]
@@ -153,10 +169,11 @@ def test_kept_words_are_held_at_pictures_of_their_own(model, passes, null, monke
     )  # picture k shows word k mod 3
     shown = concept(0)
     for i in range(8 // batch):
-        loss = adversarial.keep_loss(
-            model, others, words, [shown], null, batch, i, torch.Generator().manual_seed(3 + i)
+        part = adversarial.held(
+            model, others, words, [shown], null, i * batch, batch, torch.Generator().manual_seed(3 + i)
         )
-        (_, z, _, reads, student), (_, _, _, again, original) = passes[2 * i : 2 * i + 2]
+        loss = adversarial.keep_loss(model, *part.at(0, batch))
+        (_, z, _, again, original), (_, _, _, reads, student) = passes[2 * i : 2 * i + 2]
         assert torch.equal(reads, again) and torch.allclose(loss, (student - original).square().mean())
     z, reads = (torch.cat([seen[k] for seen in passes[::2]]) for k in (1, 3))
     at_concept = [bool(torch.equal(x, shown.pictures[0])) for x in z]
@@ -164,6 +181,36 @@ def test_kept_words_are_held_at_pictures_of_their_own(model, passes, null, monke
     assert at_concept == [k in (0, 2) for k in range(8)] and empty == [k in (0, 1) for k in range(8)]
     for k in range(3, 8):
         assert torch.equal(reads[k], words[int(z[k, 0, 0, 0]) % 3].context[0])
+
+
+def test_what_is_asked_once_is_what_the_original_sees(tiny64, model, passes, null) -> None:
+    """At places that are spread evenly, of each concept's own pictures and words, and never asked again."""
+    concepts, settings = [concept(0), concept(10)], Settings(least_noise=0.5)
+    ticks: list[int] = []
+    generator = torch.Generator().manual_seed(1)
+    source = once(asking(model, null, settings), concepts, 16, generator, lambda: ticks.append(0))
+    assert len(passes) == len(ticks) == 4 and {p[0] for p in passes} == {"frozen"}
+    passes.clear()
+    where = torch.tensor([0.03, 0.5, 0.99, 0.5])
+    owners = [concepts[n] for n in (0, 1, 1, 0)]
+    views = source(owners, where, (ERASE,), torch.Generator())
+    assert not passes and torch.equal(source(owners, where, (TO,), generator).z, views.z)
+    assert ((views.t - 500) * 16 // 500).tolist() == [0, 8, 15, 8] and not torch.equal(views.z[1], views.z[3])
+    for k, own in enumerate(owners):
+        z, t = views.z[k : k + 1], views.t[k : k + 1]
+        for name, states in ((TO, own.anchor.context), (EMPTY, null.context)):
+            assert torch.allclose(views.seen[name][k : k + 1], tiny64.unet(z, t, states))
+        words = [tiny64.unet(z, t, word.context) for word in own.words]
+        assert any(torch.allclose(views.seen[ERASE][k : k + 1], x) for x in words)
+
+
+def test_held_views_go_round(model, null) -> None:
+    words, others = [Cond(normal(1, 6, 16, seed=i)) for i in range(3)], normal(6, 4, 4, 4, seed=5)
+    part = adversarial.held(model, others, words, [concept(0)], null, 0, 8, torch.Generator().manual_seed(3))
+    views, reads = part.at(6, 4)
+    rows = torch.tensor([6, 7, 0, 1])
+    assert torch.equal(views.z, part.views.z[rows]) and torch.equal(views.t, part.views.t[rows])
+    assert torch.equal(reads.context, Cond.cat([part.reads[n] for n in rows.tolist()]).context)
 
 
 def test_one_at_a_time_retires_to_the_store_and_starts_anew(null) -> None:
@@ -250,7 +297,12 @@ def test_against_weights_that_stand_still_embeddings_find_the_way(tiny64, null) 
 
         def loss(seed: int) -> Tensor:
             return adversarial.attack_loss(
-                model, adversaries, null, Settings(), seed, torch.Generator().manual_seed(seed)
+                model,
+                adversaries,
+                asking(model, null, Settings()),
+                Settings(),
+                seed,
+                torch.Generator().manual_seed(seed),
             )
 
         def distance() -> float:
