@@ -206,7 +206,8 @@ and **Run** again.
 - row 2: **Load** and **Apply Erasure**. Moving the strength computes nothing anew.
 - row 3: the **stock LoRA loader**. Whoever gets your file needs nothing of this pack.
 
-**Look at** the three previews: at strength 1 they show the same pictures. Another concept needs another **name** in Save Erasure.
+**Look at** the three previews: at strength 1 they show the same pictures. Another concept needs another **name** in
+Save Erasure.
 
 **To share**, send the file. Others put it into their `models/loras` and need row 2 or 3 only.
 """,
