@@ -81,7 +81,7 @@ class Watcher:
         self._pictures: list[Image.Image] = []
         self._fresh = False
         self._started = self._drawn = time.monotonic()
-        self._memory = ""
+        self._taken = ""
         self.spent, self._cost = 0.0, 0.0
         self.losses: dict[str, list[float]] = {}
         self.picture: Image.Image | None = None
@@ -93,7 +93,7 @@ class Watcher:
     def opened(self, model: TrainableModel) -> None:
         assert isinstance(model, Replica)
         self._model = model
-        self._memory = f"training takes about {model.takes / 1e9:.1f} GB of {model.device.type} memory, by estimate"
+        self._taken = f"training takes about {model.takes / 1e9:.1f} GB of {model.device.type} memory, by estimate"
         self._started = self._drawn = time.monotonic()
         self.spent = self._cost = 0.0
 
@@ -194,7 +194,7 @@ class Watcher:
         """How it went, and what it took."""
         ends = ", ".join(f"{n.rpartition('/')[2]} {x[0]:.2g} -> {x[-1]:.2g}" for n, x in self.losses.items())
         trained = f"trained in {clock(self.elapsed)}" + (f"; losses: {ends}" if ends else "")
-        return f"{trained}\n{self._memory}" if self._memory else trained
+        return f"{trained}\n{self._taken}" if self._taken else trained
 
 
 def clock(seconds: float) -> str:

@@ -11,7 +11,7 @@ from .judge_error import Corrected, JudgeError
 from .judges import Judge
 from .rates import Rate
 
-MOST_LABELS, _LONGEST, _SHOWN = 64, 40, 6
+MOST_LABELS, _LONGEST, _SHOWN = 128, 40, 6
 
 
 @dataclass(frozen=True)

@@ -112,10 +112,10 @@ def test_the_version_tells_judges_of_one_kind_apart() -> None:
 
 
 class Named:
-    """A judge that knows 100 labels, and how it errs on some."""
+    """A judge that knows 200 labels, and how it errs on some."""
 
     name, version, threshold = "named", "1", 0.4
-    labels = tuple(f"label {i} " + "x" * 99 for i in range(100))
+    labels = tuple(f"label {i} " + "x" * 99 for i in range(200))
 
     def error(self, word: str) -> JudgeError | None:
         return {"cat": JudgeError(Rate(90, 100), Rate(0, 100)), "dog": JudgeError(Rate(80, 100), Rate(4, 100))}.get(
@@ -125,7 +125,7 @@ class Named:
 
 def test_a_result_names_its_judge() -> None:
     by = JudgedBy.of(Named(), ["cat"])
-    assert len(by.labels) == MOST_LABELS and by.labels[-1] == "and 37 more" and max(map(len, by.labels)) <= 40
+    assert len(by.labels) == MOST_LABELS and by.labels[-1] == "and 73 more" and max(map(len, by.labels)) <= 40
     assert str(by).startswith("named 1, threshold 0.4, knows label 0 x") and str(by).endswith(", ...")
     assert by.error == JudgeError(Rate(90, 100), Rate(0, 100))
     assert JudgedBy.of(Named(), ["cat", "dog"]).error == JudgeError(Rate(85, 100), Rate(2, 100))

@@ -137,7 +137,7 @@ def test_a_chain_of_attacks(server: ComfyServer) -> None:
 def test_an_erased_model_is_no_base(server: ComfyServer) -> None:
     g = Graph()
     erased, _, clip, vae, judge = erased_demo(g)
-    attacking(g, erased, erased, clip, vae, "synonyms", judge=judge)
+    g.show(attacking(g, erased, erased, clip, vae, "synonyms", judge=judge)[REPORT])
     with pytest.raises(
         ComfyError, match=r"base_model: it carries an erasure of 'beer', so it is no model from before that"
     ):
