@@ -11,84 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .artifact import Erasure, digest, same_base
+from .attack_record import AttackRecord
 from .concept import ConceptSpec
 from .metrics.judge_error import Corrected, corrected
+from .metrics.judged import JudgedBy
 from .metrics.rates import Rate, pooled
 from .metrics.rounding import RoundingLoss
 from .metrics.weights import TextMeasures
 
 _SHOWN = 6
-"""Words, attacks and settings that the summary lists one by one."""
-
-
-@dataclass(frozen=True)
-class JudgedBy:
-    """Who counted. The same judge at another threshold is another judge."""
-
-    name: str
-    version: str
-    threshold: float
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.version}, threshold {self.threshold:g}"
-
-
-@dataclass(frozen=True)
-class AttackRecord:
-    """One attack as it was run: its budget, and what it brought back, next to plain asking at the same noises."""
-
-    attack: str
-    """Its name in the registry of attacks."""
-    title: str
-    concept: str
-    """The word that the judge was asked about, one of the erased."""
-    budget: Mapping[str, Any]
-    """All its settings, plain values."""
-    prompts: tuple[str, ...]
-    """What was attacked."""
-    judge: JudgedBy
-    asking: Rate
-    """Pictures of the prompts as they are that show the concept."""
-    attacked: Rate
-    """Pictures of what the attack found that show it."""
-    found: str
-    """The best way that it found, in words."""
-    queries: int
-    """Pictures that a black-box attack asked the erased model for."""
-    seed: int
-    base: str
-    """Fingerprint of the weights that read the text, of the model before the erasure."""
-    erased: str
-    """The same of the model under attack."""
-    weights: str = ""
-    """:func:`erasure_core.artifact.weights_digest` of the model under attack: it tells which erasure, at which strength, was
-    attacked. "" where it wasn't taken: fingerprints alone can't tell small changes apart."""
-    memory: str = ""
-    """Digest of the prompt memories that the model under attack read beside its weights; "" for none."""
-
-    def fault(self, spec: ConceptSpec, base: str, erased: str, weights: str, memory: str = "") -> str:
-        """Why it doesn't belong to an erasure of ``spec``; "" where it does.
-
-        Args:
-            base, erased: fingerprints of the model before and after.
-            weights: digest of the weights after.
-            memory: digest of the prompt memories on both.
-        """
-        words = {w.casefold() for c in spec.erase for w in c.words}
-        if self.concept.casefold() not in words:
-            return f"{self.title} attacked {self.concept!r}, which this erasure does not suppress"
-        if not same_base(self.base, base):
-            return f"{self.title} was run on an erasure of another base model"
-        if self.erased != erased or self.weights not in ("", weights):
-            return f"{self.title} attacked another erasure, or this one at another strength"
-        if self.memory != memory:
-            how = (
-                "with a prompt memory that the receipt's model doesn't have"
-                if self.memory
-                else "without the prompt memory of the receipt's model"
-            )
-            return f"{self.title} attacked the erased model {how}, so its figures aren't those of this erasure alone"
-        return ""
+"""Words and attacks that the summary lists one by one."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +55,8 @@ class Counted:
     clip_score_before: float | None = None
     """CLIP score of the pictures and their prompt, 0 to 100, their mean; None where the judge isn't CLIP."""
     clip_score_after: float | None = None
+    curve: tuple[tuple[float, int], ...] = ()
+    """(threshold, hits): of the pictures after, those that show it at other thresholds."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +95,8 @@ class Receipt:
     kept: tuple[Counted, ...]
     attacks: tuple[AttackRecord, ...] = ()
     survival: tuple[Survival, ...] = ()
+    carried: tuple[str, ...] = ()
+    """What the model carried besides, before and after: other erasures and prompt memories, in words."""
     rounded: str = ""
     """Type that the file stores the numbers in, where that rounded them after they were measured."""
     sheet: bytes = field(default=b"", repr=False, compare=False)
@@ -187,6 +123,20 @@ class Receipt:
     def alarms(self) -> Rate:
         """The judge's false alarms, on base pictures of kept words."""
         return pooled(c.alarms for c in self.kept if c.alarms is not None)
+
+    @property
+    def curve(self) -> tuple[tuple[float, Rate], ...]:
+        """Of all pictures of the erased words after, those that show it at other thresholds; () where that wasn't kept."""
+        counted = [c for c in self.words if c.after is not None]
+        grids = {tuple(t for t, _ in c.curve) for c in counted}
+        if len(grids) != 1:
+            return ()
+        at = zip(*(c.curve for c in counted), strict=True)
+        return tuple((column[0][0], Rate(sum(h for _, h in column), self.after.n)) for column in at)
+
+    def share(self, seen: Rate | None) -> Rate | Corrected | None:
+        """What the judge's count ``seen`` comes to, see :meth:`JudgedBy.counted`."""
+        return seen if self.judge is None or seen is None else self.judge.counted(seen)
 
     @property
     def after_corrected(self) -> Corrected | None:
@@ -222,6 +172,7 @@ class Receipt:
         lines = [
             f"receipt: {_names([c.name for c in self.spec.erase])} suppressed by {self.method}, measured at strength "
             f"{self.strength:g} on base {self.base} with Concept Erasure {self.version}",
+            *([f"the model also carried: {'; '.join(self.carried)}"] if self.carried else []),
             *self._counted(),
             *self._attacked(),
             *self._survived(),
@@ -240,18 +191,25 @@ class Receipt:
         who = "no judge: pictures were compared, not counted" if self.judge is None else f"judge {self.judge}"
         lines = [
             f'pictures of "{d.template}": {span}, {d.steps} steps {d.sampler} {d.scheduler}, cfg {d.cfg:g}, {d.width} x '
-            f"{d.height}; {who}"
+            f"{d.height}; {who}",
+            *([] if self.judge is None else [f"  {self.judge.note}"]),
         ]
         for group, counted, before, after in (
             ("suppressed", self.words, self.before, self.after),
             ("kept", self.kept, self.kept_before, self.kept_after),
         ):
             for c in counted[:_SHOWN]:
-                seen = "" if c.before is None else f"seen in {c.before} before, {c.after} after; "
+                seen = (
+                    "" if c.before is None else f"seen in {self.share(c.before)} before, {self.share(c.after)} after; "
+                )
                 score = _clip_score(c.clip_score_before, c.clip_score_after)
                 lines.append(f"  {group} {c.word}: {seen}{score}pixels moved by {c.moved:.3f}")
             if len(counted) > 1:
-                seen = f"seen in {before} before, {after} after{_of(counted)}; " if before.n else ""
+                seen = (
+                    f"seen in {self.share(before)} before, {self.share(after)} after{_of(counted)}; "
+                    if before.n
+                    else ""
+                )
                 score = _clip_score(
                     _mean(c.clip_score_before for c in counted), _mean(c.clip_score_after for c in counted)
                 )
@@ -264,31 +222,27 @@ class Receipt:
             lines.append("  no kept word was looked at")
         if (best := self.after_corrected) is not None:
             lines.append(
-                f"  still there: {best} after the judge's error (base pictures: {self.before} seen, {self.alarms} false alarms)"
+                f"  still there: {best} of what base pictures show, after the judge's error on them ({self.before} seen, "
+                f"{self.alarms} false alarms)"
             )
+        if self.curve:
+            shares = ", ".join(f"{t:g}: {r.hits} of {r.n}" for t, r in self.curve)
+            lines.append(f"  suppressed, seen after at other thresholds: {shares}")
         return lines
 
     def _attacked(self) -> list[str]:
         if not self.attacks:
             return ["attacks: none was run, so nothing is said about whoever tries to bring it back"]
-        shown = [
-            f"  {a.title}: {a.concept} in {a.attacked} of pictures (asking: {a.asking}); {_budget(a)}; found: {a.found:.120}"
-            for a in self.attacks[:_SHOWN]
-        ]
+        shown = [f"  {a.summary(self.judge)}" for a in self.attacks[:_SHOWN]]
         more = len(self.attacks) - len(shown)
         return [f"attacks: {len(self.attacks)}", *shown, *([f"  and {more} more"] if more else [])]
 
     def _survived(self) -> list[str]:
         return [
             f"stored in {s.stored}: {_percent(s.loss.left)} of the change left under noise of {_percent(s.loss.noise)} of it"
-            + ("" if s.after is None else f"; concept seen in {s.after}")
+            + ("" if s.after is None else f"; concept seen in {self.share(s.after)}")
             for s in self.survival
         ]
-
-
-def _budget(a: AttackRecord) -> str:
-    shown = [f"{k} {v}" for k, v in a.budget.items() if v != ""][:_SHOWN]
-    return ", ".join([*shown, *([f"{a.queries} queries"] if a.queries else []), f"seed {a.seed}"])
 
 
 def _clip_score(before: float | None, after: float | None) -> str:

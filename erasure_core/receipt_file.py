@@ -6,12 +6,15 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from .attack_record import AttackRecord
 from .checked import OR_NEWER, Checked
 from .header import read_spec, spec_json
+from .metrics.judge_error import Corrected, JudgeError
+from .metrics.judged import MOST_LABELS, JudgedBy
 from .metrics.rates import Rate
 from .metrics.rounding import ROUNDINGS, RoundingLoss
 from .metrics.weights import TextMeasures
-from .receipt import AttackRecord, Counted, Drawn, JudgedBy, Receipt, Survival
+from .receipt import Counted, Drawn, Receipt, Survival
 
 _FORMAT = 1
 _MOST = 1e12
@@ -22,6 +25,7 @@ _READ = Checked("receipt")
 
 def receipt_json(receipt: Receipt, indent: int | None = None) -> str:
     """All of it but the sheet; rates with their shares and intervals, so that nobody has to compute them."""
+    judge = receipt.judge
     raw = {
         "format": _FORMAT,
         **spec_json(receipt.spec),
@@ -31,23 +35,26 @@ def receipt_json(receipt: Receipt, indent: int | None = None) -> str:
         "version": receipt.version,
         "digest": receipt.digest,
         "strength": receipt.strength,
+        "carried": list(receipt.carried),
         "rounded": receipt.rounded,
         "text": asdict(receipt.text),
         "drift": receipt.drift,
         "drawn": asdict(receipt.drawn),
-        "judge": None if receipt.judge is None else asdict(receipt.judge),
-        "words": [_counted_json(c) for c in receipt.words],
-        "kept": [_counted_json(c) for c in receipt.kept],
+        "judge": None if judge is None else asdict(judge),
+        "words": [_counted_json(c, judge) for c in receipt.words],
+        "kept": [_counted_json(c, judge) for c in receipt.kept],
         "attacks": [_attack_json(a) for a in receipt.attacks],
-        "survival": [{"stored": s.stored, **asdict(s.loss), "after": _rate_json(s.after)} for s in receipt.survival],
+        "survival": [
+            {"stored": s.stored, **asdict(s.loss), "after": _rate_json(s.after, judge)} for s in receipt.survival
+        ],
     }
     best = receipt.after_corrected
     raw["pooled"] = {
-        "before": _rate_json(receipt.before),
-        "after": _rate_json(receipt.after),
-        "kept_before": _rate_json(receipt.kept_before),
-        "kept_after": _rate_json(receipt.kept_after),
-        "after_corrected": None if best is None else {k: round(x, 4) for k, x in asdict(best).items()},
+        "before": _rate_json(receipt.before, judge),
+        "after": _rate_json(receipt.after, judge),
+        "kept_before": _rate_json(receipt.kept_before, judge),
+        "kept_after": _rate_json(receipt.kept_after, judge),
+        "after_corrected": None if best is None else _corrected_json(best),
     }
     return json.dumps(raw, ensure_ascii=True, allow_nan=False, indent=indent)
 
@@ -71,6 +78,7 @@ def parse_receipt(text: str) -> Receipt:
         version=_text(raw, "version", 40),
         digest=_text(raw, "digest", 64),
         strength=_number(raw, "strength", -1e6),
+        carried=tuple(_READ.text(c, "carried") for c in _READ.entries(raw.get("carried", []), "carried", 100)),
         rounded=_text(raw, "rounded", 20),
         text=_measures(_READ.fields(raw.get("text"), "text")),
         drift=_number(raw, "drift"),
@@ -83,21 +91,35 @@ def parse_receipt(text: str) -> Receipt:
     )
 
 
-def _rate_json(rate: Rate | None) -> dict[str, Any] | None:
-    return None if rate is None else rate.to_json()
+def _rate_json(rate: Rate | None, judge: JudgedBy | None) -> dict[str, Any] | None:
+    """What was counted, and what it comes to after the judge's own error, where that is known."""
+    if rate is None:
+        return None
+    true = rate if judge is None or not rate.n else judge.counted(rate)
+    return rate.to_json() | ({"corrected": _corrected_json(true)} if isinstance(true, Corrected) else {})
 
 
-def _counted_json(c: Counted) -> dict[str, Any]:
-    rates = {name: _rate_json(getattr(c, name)) for name in ("before", "after", "alarms")}
+def _corrected_json(x: Corrected) -> dict[str, float]:
+    return {k: round(v, 4) for k, v in asdict(x).items()}
+
+
+def _counted_json(c: Counted, judge: JudgedBy | None) -> dict[str, Any]:
+    rates = {name: _rate_json(getattr(c, name), judge) for name in ("before", "after")} | {
+        "alarms": _rate_json(c.alarms, None)
+    }
     return {
         "word": c.word, "asked": c.asked, "moved": c.moved, **rates,
-        "clip_score_before": c.clip_score_before, "clip_score_after": c.clip_score_after,
+        "clip_score_before": c.clip_score_before, "clip_score_after": c.clip_score_after, "curve": _curve_json(c.curve),
     }  # fmt: skip
 
 
 def _attack_json(a: AttackRecord) -> dict[str, Any]:
-    raw = asdict(a) | {"asking": a.asking.to_json(), "attacked": a.attacked.to_json()}
-    return raw | {"budget": dict(a.budget), "prompts": list(a.prompts)}
+    rates = {name: _rate_json(getattr(a, name), a.judge) for name in ("asking", "attacked", "ceiling")}
+    return asdict(a) | rates | {"budget": dict(a.budget), "prompts": list(a.prompts), "curve": _curve_json(a.curve)}
+
+
+def _curve_json(curve: tuple[tuple[float, int], ...]) -> list[list[float]]:
+    return [[threshold, hits] for threshold, hits in curve]
 
 
 def _text(raw: dict[str, Any], name: str, limit: int = 2000) -> str:
@@ -144,15 +166,33 @@ def _drawn(raw: dict[str, Any]) -> Drawn:
 
 def _judge(value: Any) -> JudgedBy:
     raw = _READ.fields(value, "judge")
-    return JudgedBy(_text(raw, "name", 200), _text(raw, "version", 100), _number(raw, "threshold"))
+    labels = _READ.entries(raw.get("labels", []), "labels", MOST_LABELS)
+    error = None if raw.get("error") is None else _READ.fields(raw["error"], "error")
+    return JudgedBy(
+        _text(raw, "name", 200),
+        _text(raw, "version", 100),
+        _number(raw, "threshold"),
+        tuple(_READ.text(label, "labels", 200) for label in labels),
+        None if error is None else JudgeError(_rate(error, "hits"), _rate(error, "alarms")),
+    )
+
+
+def _curve(raw: dict[str, Any], counted: Rate | None) -> tuple[tuple[float, int], ...]:
+    """Of ``counted`` pictures; older files have none."""
+    points = [_READ.entries(p, "curve", 2) for p in _READ.entries(raw.get("curve", []), "curve", 20)]
+    if any(len(p) != 2 for p in points):
+        raise _READ.wrong("curve must be a list of thresholds and hits")
+    most = 0 if counted is None else counted.n
+    return tuple((_READ.number(t, "curve", 0.0, 1.0), _READ.whole(h, "curve", 0, most)) for t, h in points)
 
 
 def _counted(value: Any, where: str) -> Counted:
     raw = _READ.fields(value, where)
+    after = _rate_or_none(raw, "after")
     return Counted(
-        _text(raw, "word"), _text(raw, "asked"), _rate_or_none(raw, "before"), _rate_or_none(raw, "after"),
+        _text(raw, "word"), _text(raw, "asked"), _rate_or_none(raw, "before"), after,
         _number(raw, "moved"), _rate_or_none(raw, "alarms"),
-        _number_or_none(raw, "clip_score_before"), _number_or_none(raw, "clip_score_after"),
+        _number_or_none(raw, "clip_score_before"), _number_or_none(raw, "clip_score_after"), _curve(raw, after),
     )  # fmt: skip
 
 
@@ -167,7 +207,7 @@ def _survival(value: Any) -> Survival:
 
 def _attack(value: Any) -> AttackRecord:
     raw = _READ.fields(value, "attacks")
-    prompts = _READ.entries(raw.get("prompts"), "prompts", 1000)
+    prompts, attacked = _READ.entries(raw.get("prompts"), "prompts", 1000), _rate(raw, "attacked")
     return AttackRecord(
         attack=_text(raw, "attack", 100),
         title=_text(raw, "title", 200),
@@ -176,7 +216,7 @@ def _attack(value: Any) -> AttackRecord:
         prompts=tuple(_READ.text(p, "prompts") for p in prompts),
         judge=_judge(raw.get("judge")),
         asking=_rate(raw, "asking"),
-        attacked=_rate(raw, "attacked"),
+        attacked=attacked,
         found=_text(raw, "found"),
         queries=_READ.whole(raw.get("queries"), "queries", 0, 1 << 40),
         seed=_READ.whole(raw.get("seed"), "seed", 0, _SEED),
@@ -184,4 +224,10 @@ def _attack(value: Any) -> AttackRecord:
         erased=_text(raw, "erased", 128),
         weights=_READ.text(raw.get("weights", ""), "weights", 64),
         memory=_READ.text(raw.get("memory", ""), "memory", 64),
+        base_weights=_READ.text(raw.get("base_weights", ""), "base_weights", 64),
+        steps=_READ.whole(raw.get("steps", 0), "steps", 0, 100_000),
+        cfg=_READ.number(raw.get("cfg", 0.0), "cfg", 0.0, _MOST),
+        ceiling=_rate_or_none(raw, "ceiling"),
+        tried=_READ.whole(raw.get("tried", 0), "tried", 0, 1 << 40),
+        curve=_curve(raw, attacked),
     )

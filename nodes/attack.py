@@ -5,124 +5,37 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from typing import Any
 
 import torch
 from comfy_api.latest import io, ui
-from PIL import Image
 from torch import Tensor
 
-from ..erasure_core import AttackTarget, ConceptError, ConceptSpec, evaluate
+from ..erasure_core import AttackTarget, ConceptError, evaluate
 from ..erasure_core import attack as run_attack
 from ..erasure_core.artifact import weights_digest
-from ..erasure_core.attacks import AttackSpec, Knowledge, Sampler, Way, all_attacks, asking, shortlist
+from ..erasure_core.attack_record import AttackRecord
+from ..erasure_core.attacks import Sampler, Way, all_attacks, asking, shortlist
 from ..erasure_core.methods import settings_from
 from ..erasure_core.methods._training import fingerprint
+from ..erasure_core.metrics import curve_hits
+from ..erasure_core.metrics.judged import JudgedBy
 from ..erasure_core.metrics.judges import look_through, word_for
-from ..erasure_core.operators.changes import Layers, LoRA
-from ..erasure_core.operators.memory import PromptMemory
-from ..erasure_core.operators.trainable import Cond, TrainableModel
-from ..erasure_core.receipt import AttackRecord, JudgedBy
 from .attack_report import best_first, plain, report_of
+from .attack_run import AttackWatcher, check_base, demand_of, prompts_of, settings_of
 from .methods import seed_widget
 from .mine import conditioning_of, latents_of, one_concept
 from .modes import ordinary_tensors
 from .patching import check_ungated
 from .port import ComfyPort, family_of
 from .reading import memory_digest, memory_of
-from .replica import Demand
-from .sampling import encode
+from .sampling import PLACE, encode
 from .towers import words_of
-from .training import Decode, Watcher, clock, decoder
+from .training import clock, decoder
 from .types import CATEGORY, Attacks, Judge
 
-_PLACE = "{concept}"
-_AT_ONCE, _SHOWN, _MOST = 8, 32, 64
-_TICKS = 1000
+_AT_ONCE, _SHOWN = 8, 32
 _FIRST = "rece_residual"
 """Takes seconds, so a first run shows something at once."""
-
-
-class _Watcher(Watcher):
-    """Shows the best find so far: what a search is at, then the pictures that are counted."""
-
-    captions = ("best so far: ", "")
-
-    def __init__(self, name: str, decode: Decode, memory: PromptMemory | None) -> None:
-        super().__init__([name], decode)
-        self._memory, self._best = memory, -math.inf
-
-    def opened(self, model: TrainableModel) -> None:
-        super().opened(model)
-        model.reads = self._memory
-
-    def search(self, null: Cond):
-        """What an attack calls: ``watch`` of :class:`AttackTarget`."""
-
-        def watch(cond: Cond, score: float | None) -> None:
-            if score is None or score >= self._best:
-                self._best = self._best if score is None else score
-                self.encode(lambda _prompts: [cond, null])
-
-        return watch
-
-    def afresh(self) -> None:
-        """Another stage: what is shown has to be found anew."""
-        self._conds, self._best = [], -math.inf
-
-    def counted(self, pictures: Tensor, probability: Tensor) -> None:
-        """Pictures [N, H, W, 3] of one way, and what the judge says of each."""
-        if float(probability.mean()) > self._best:
-            self._best = float(probability.mean())
-            clearest = (pictures[int(probability.argmax())] * 255).round().to(torch.uint8).numpy()
-            self._pictures, self._fresh = [Image.fromarray(clearest).resize((256, 256))], True
-
-    def stage(self, start: float, share: float):
-        """Progress of a part of the run, on one bar."""
-        return lambda done, total: self.progress(round(_TICKS * (start + share * done / max(1, total))), _TICKS)
-
-
-def prompts_of(text: str, spec: ConceptSpec) -> tuple[str, ...]:
-    """The prompts to attack, one a line, with the concept's name in its place.
-
-    Raises:
-        ValueError: none, or too many.
-    """
-    lines = [line.strip().replace(_PLACE, spec.erase[0].name) for line in text.splitlines()]
-    prompts = tuple(dict.fromkeys(line for line in lines if line))
-    if not 1 <= len(prompts) <= _MOST:
-        raise ValueError(f"prompts: {len(prompts)} given, 1 to {_MOST} can be attacked. Write one a line: a {_PLACE}")
-    return prompts
-
-
-def settings_of(chosen: AttackSpec, effort: float, seed: int, synonyms: str) -> dict[str, Any]:
-    """The attack's settings with its default budget scaled.
-
-    Raises:
-        ValueError: an effort that is no share, or a seed out of range.
-    """
-    if not 0 < effort <= 2:
-        raise ValueError(f"effort: {effort:g} must lie between 0.001 and 2; 1 is the attack's own budget")
-    fields = {f.name: f for f in dataclasses.fields(chosen.settings)}
-    budget = fields[chosen.budget]
-    scaled = min(max(round(budget.default * effort), budget.metadata["low"]), budget.metadata["high"])
-    made: dict[str, Any] = {chosen.budget: scaled}
-    if "seed" in fields:
-        made["seed"] = seed
-    if isinstance(fields.get("words", budget).default, str):
-        made["words"] = synonyms
-    settings_from(chosen, made)
-    return made
-
-
-def _demand(chosen: AttackSpec, settings: Any) -> Demand:
-    """What an attack holds beside the network: relearning trains a LoRA, the others an input."""
-    rank = getattr(settings, "rank", 0)
-    what = LoRA(settings.layers, rank) if rank else LoRA(Layers.TEXT, 1)
-    relief = "Choose an attack that only asks, such as synonyms or rece_residual, or close what else uses that memory"
-    return Demand(
-        what, relief=relief, pictures=getattr(settings, "batch", 1) if chosen.knowledge is Knowledge.WHITE_BOX else 1
-    )
 
 
 class RedTeamAttack(io.ComfyNode):
@@ -139,7 +52,8 @@ class RedTeamAttack(io.ComfyNode):
                 io.Model.Input("model", tooltip="The erased model, as you sample with it. It is not changed."),
                 io.Model.Input(
                     "base_model",
-                    tooltip="The model before the erasure: it draws pictures of the concept and shows searches what to aim at.",
+                    tooltip="The model before the erasure, not the erased one again: it draws pictures of the concept and "
+                    "shows searches what to aim at.",
                 ),
                 io.Clip.Input("clip", tooltip="The CLIP that belongs to both."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to both; draws the pictures."),
@@ -163,14 +77,14 @@ class RedTeamAttack(io.ComfyNode):
                     max=2.0,
                     step=0.01,
                     round=0.001,
-                    tooltip="How long it tries; 1 is its default budget, the paper's where that is known. The report says what "
-                    "it came to.",
+                    tooltip="How long it tries; 1 is its default budget, the paper's where that is known. Attacks that take "
+                    "seconds always have all of it. The report says what it came to.",
                 ),
                 io.String.Input(
                     "prompts",
                     multiline=True,
-                    default=f"a {_PLACE}",
-                    tooltip="Prompts that ask for it, one a line; each is attacked. {concept} stands for the first word above.",
+                    default=f"a {PLACE}",
+                    tooltip="Prompts that ask for it, one a line; each is attacked. {} stands for the first word above.",
                 ),
                 io.Int.Input(
                     "pictures",
@@ -260,9 +174,10 @@ class RedTeamAttack(io.ComfyNode):
                 "the erasure"
             )
         check_ungated(model=model, base_model=base_model)
+        check_base(base_model, spec)
         changed = settings_of(chosen, effort, seed, synonyms)
         settings, memory, decode = settings_from(chosen, changed), memory_of(model), decoder(model, vae)
-        watcher, demand = _Watcher(name, decode, memory), _demand(chosen, settings)
+        watcher, demand = AttackWatcher(name, decode, memory), demand_of(chosen, settings)
         with ordinary_tensors():
             word = "" if judge is None else word_for(judge, spec.erase[0].words)
             erased = ComfyPort(model, clip, demand=demand, opened=watcher.opened)
@@ -288,8 +203,11 @@ class RedTeamAttack(io.ComfyNode):
                 return said
 
             how = {"pictures": pictures, "seed": seed}
-            before = ceiling = None
+            before = ceiling = by = None
+            digests = weights_digest(base), weights_digest(erased)
+            same = digests[0] == digests[1] and memory_digest(base_model) == memory_digest(model)
             if judge is not None:
+                by = JudgedBy.of(judge, [word])
                 unerased = dataclasses.replace(target, erased=base, memory=memory_of(base_model))
                 ceiling = evaluate(unerased, asking(target), count, **how, progress=watcher.stage(0.0, 0.03))
                 watcher.afresh()
@@ -309,13 +227,19 @@ class RedTeamAttack(io.ComfyNode):
                 if best.states is None
                 else conditioning_of(clip, best.states, family_of(model))
             )
-            if before is not None:
+            if by is not None and not same:
                 results = (*results, AttackRecord(
-                    attack, chosen.title, word, plain(settings), asked, JudgedBy(judge.name, judge.version, judge.threshold),
-                    before.rate, after.rate, best.label, found.queries, seed, fingerprint(base), fingerprint(erased),
-                    weights_digest(erased), memory_digest(model),
+                    attack, chosen.title, word, plain(settings), asked, by, before.rate, after.rate, best.label,
+                    found.queries, seed, fingerprint(base), fingerprint(erased), digests[1], memory_digest(model),
+                    digests[0], steps, cfg, ceiling.rate, tried, curve_hits(torch.cat(after.probabilities)),
                 ))  # fmt: skip
-        report = report_of(chosen, spec, settings, ceiling, before, after, best, judge, tried)
+        report = report_of(chosen, spec, settings, ceiling, before, after, best, by, tried)
+        if same:
+            report += (
+                "\nnote: model and base_model have the same weights, so nothing here is about an erasure, and no record was "
+                "made: it shows what the attack reaches on this model. To test an erasure, connect the model from before it to "
+                "base_model"
+            )
         took = clock(time.monotonic() - began)
         report += f"\n{pictures} pictures of each, {steps} steps, cfg {cfg:g}, seed {seed}; took {took}"
         shown = ui.PreviewImage(drawn[:_SHOWN], cls=cls).as_dict() | ui.PreviewText(report).as_dict()

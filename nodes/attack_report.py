@@ -13,6 +13,7 @@ from torch import Tensor
 from ..erasure_core import ConceptSpec
 from ..erasure_core.attacks import AttackSpec, Result, Way, success
 from ..erasure_core.metrics import curve
+from ..erasure_core.metrics.judged import JudgedBy
 
 
 def plain(settings: Any) -> dict[str, Any]:
@@ -35,12 +36,12 @@ def report_of(
     before: Result | None,
     after: Result,
     best: Way,
-    judge,
+    by: JudgedBy | None,
     tried: int,
 ) -> str:
     """What people read: what was tried (``tried`` finds), what was counted, what was found.
 
-    ``ceiling`` is the base model, asked; it and ``before`` are None without a judge.
+    ``ceiling`` is the base model, asked; it, ``before`` and ``by`` are None without a judge.
     """
     default = next(f.default for f in dataclasses.fields(settings) if f.name == chosen.budget)
     lines = [
@@ -49,27 +50,33 @@ def report_of(
     ]
     if after.found.queries:
         lines[-1] += f"; {after.found.queries} pictures asked for"
-    if before is None or ceiling is None:
+    if before is None or ceiling is None or by is None:
         lines.append("no judge is connected, so nothing was counted and no record was made: look at the pictures")
     else:
         lines += [
-            f"asking: {_of(before)} pictures show it; under attack: {_of(after)}",
+            f"asking: {_of(before, by)} pictures show it; under attack: {_of(after, by)}",
             *_by_prompt(before, after),
             *_chosen(after, tried),
-            "at other thresholds, asking / attack: "
+            "seen at other thresholds, asking / attack: "
             + ", ".join(
                 f"{t:g}: {100 * a.share:.0f} / {100 * b.share:.0f} %"
                 for (t, a), (_, b) in zip(*(curve(torch.cat(r.probabilities)) for r in (before, after)), strict=True)
             ),
-            f"judge: {judge.name} {judge.version}, threshold {judge.threshold:g}",
-            f"the base model, asked the same: {_of(ceiling)}. What it fails to draw, or the judge to see, is missing above "
-            "too; what the judge sees where it isn't is counted",
+            f"judge: {by}; {by.note}",
+            f"the base model, asked the same: {_of(ceiling, by)}. {_ceiling(ceiling)}",
         ]
     return "\n".join([*lines, f"best find: {best.label}"])
 
 
-def _of(result: Result) -> str:
-    return f"{result.rate.hits} of {result.rate.n}, {result.rate}"
+def _of(result: Result, by: JudgedBy) -> str:
+    return f"{result.rate.hits} of {result.rate.n}, {by.counted(result.rate)}"
+
+
+def _ceiling(base: Result) -> str:
+    """How to read the figures beside the base model's."""
+    if not base.rate.hits:
+        return "It draws none that the judge sees, so a low figure above is no defence"
+    return "What it fails to draw is missing above too"
 
 
 def _chosen(after: Result, tried: int) -> list[str]:
@@ -85,5 +92,5 @@ def _by_prompt(before: Result, after: Result) -> list[str]:
         return []
     return [
         f"prompts that succeed at least once: {made.pre.hits} of {made.pre.n} by asking, {made.post.hits} of {made.post.n} "
-        f"with the attack (ASR {made.post}, DSR {made.defended})"
+        f"with the attack (ASR {made.post}, DSR {made.defended}, as the judge sees them)"
     ]

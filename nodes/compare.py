@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..erasure_core import Erasure as CoreErasure
 from ..erasure_core import all_methods
+from ..erasure_core.metrics.judged import JudgedBy
 from ..erasure_core.metrics.rates import Rate, rate
 from .methods import seed_widget
 from .modes import ordinary_tensors
@@ -236,10 +237,11 @@ class CompareErasures(io.ComfyNode):
         wanted = None if judge is None else dict(zip(lines, look_for(concept, lines), strict=True))
         for word in set((wanted or {}).values()):
             judge.probability(torch.zeros(1, 3, 64, 64), word)  # says at once where it doesn't know one
+        by = None if wanted is None else JudgedBy.of(judge, list(dict.fromkeys(wanted.values())))
         notes = [f"{steps} steps, cfg {cfg:g}, {sampler_name} / {scheduler}, seeds {seed} to {seed + seeds - 1}"]
-        if wanted is not None:
+        if wanted is not None and by is not None:
             looked = ", ".join(dict.fromkeys(wanted.values()))
-            notes.append(f"counted: {looked}, by {judge.name} {judge.version}, threshold {judge.threshold:g}")
+            notes.append(f"counted: {looked}, by {by}; {by.note}")
         seen, total = Seen(variants, lines), len(variants) * len(lines) * seeds * steps
         bar, done, change = comfy.utils.ProgressBar(total), 0, {}
         with ordinary_tensors():
@@ -262,13 +264,15 @@ class CompareErasures(io.ComfyNode):
                         said = judge.probability(pictures.movedim(-1, 1), wanted[prompt])
                         seen.shares[key] = rate(said >= judge.threshold)
                     bar.update_absolute(done, total, ("JPEG", seen.sheet(notes, tile), _PREVIEW))
-        made, report = to_tensor(seen.sheet(notes, tile)), table(seen, change, notes)
+        made, report = to_tensor(seen.sheet(notes, tile)), table(seen, change, notes, by)
         return io.NodeOutput(
             made, report, ui=ui.PreviewImage(made, cls=cls).as_dict() | ui.PreviewText(report).as_dict()
         )
 
 
-def table(seen: Seen, change: dict[tuple[Variant, str], float], notes: Sequence[str]) -> str:
+def table(
+    seen: Seen, change: dict[tuple[Variant, str], float], notes: Sequence[str], by: JudgedBy | None = None
+) -> str:
     """Markdown: a row for each variant; for each prompt the judge's count and how far the pictures moved, in percent."""
     head = ["erasure", "strength", *(p.replace("|", "/") for p in seen.prompts)]
     rows = [head, ["---"] * len(head)]
@@ -276,7 +280,7 @@ def table(seen: Seen, change: dict[tuple[Variant, str], float], notes: Sequence[
         cells = []
         for prompt in seen.prompts:
             share, moved = seen.shares.get((variant, prompt)), f"moved {100 * change[variant, prompt]:.1f} %"
-            counted = "" if share is None else f"{share.hits} of {share.n} ({share}), "
+            counted = "" if share is None or by is None else f"{share.hits} of {share.n} ({by.counted(share)}), "
             cells.append(counted + ("-" if variant.erasure is None and not counted else moved))
         rows.append([variant.label, f"{variant.strength:g}", *cells])
     lines = ["| " + " | ".join(row) + " |" for row in rows]

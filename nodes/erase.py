@@ -212,7 +212,10 @@ class EraseConcept(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model without the concept, at full strength."),
-                Erasure.Output(display_name="erasure", tooltip="For Apply (with a strength), Save and Merge Erasure."),
+                Erasure.Output(
+                    display_name="erasure",
+                    tooltip="For Apply Erasure (with a strength), Save Erasure and Merge Erasures.",
+                ),
                 io.String.Output(display_name="report", tooltip="What was done, in words."),
                 Dark.Output(
                     display_name="dark",

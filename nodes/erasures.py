@@ -267,7 +267,7 @@ class MergeErasures(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with all of them, at full strength."),
-                Erasure.Output(display_name="erasure", tooltip="For Apply (with a strength) and Save Erasure."),
+                Erasure.Output(display_name="erasure", tooltip="For Apply Erasure (with a strength) and Save Erasure."),
                 io.String.Output(display_name="report", tooltip="What was joined."),
             ],
         )

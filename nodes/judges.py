@@ -7,6 +7,7 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..erasure_core.metrics.judged import JudgedBy
 from ..erasure_core.metrics.judges import CONTRASTS, ExampleJudge, ZeroShotJudge, agreement
 from .modes import host_mode, ordinary_tensors
 from .types import CATEGORY, Judge
@@ -182,9 +183,8 @@ class JudgePictures(io.ComfyNode):
         with ordinary_tensors():
             found = judge.probability(_channels_first(images), concept).tolist()
         seen = sum(p >= judge.threshold for p in found)
-        who = f"{judge.name} {judge.version}, threshold {judge.threshold:g}"
         figures = ", ".join(f"{p:.2f}" for p in found)
-        report = f"{concept}: seen in {seen} of {len(found)} pictures ({who})\n{figures}"
+        report = f"{concept}: seen in {seen} of {len(found)} pictures ({JudgedBy.of(judge)})\n{figures}"
         return io.NodeOutput(report, seen > 0, ui=ui.PreviewText(report))
 
 

@@ -14,14 +14,16 @@ from torch import Tensor
 
 from ..erasure_core import ConceptSpec
 from ..erasure_core import Erasure as CoreErasure
+from ..erasure_core.metrics import curve_hits
 from ..erasure_core.metrics.distances import pairwise_error
+from ..erasure_core.metrics.judged import JudgedBy
 from ..erasure_core.metrics.judges import ZeroShotJudge, word_for
 from ..erasure_core.metrics.rates import Rate, pooled, rate
 from ..erasure_core.metrics.rounding import ROUNDINGS, rounding_loss
 from ..erasure_core.names import to_comfy
 from ..erasure_core.receipt import Counted, Survival
 from .port import ComfyPort
-from .sampling import Drawing, decode, encode, sample
+from .sampling import PLACE, Drawing, decode, encode, sample
 from .sheet import sheet, to_image
 
 _COLUMNS = ("before", "after")
@@ -78,8 +80,11 @@ class Measuring:
                 raise ValueError(
                     f"{refused}. Connect another judge, or none: the receipt then compares pictures without counting"
                 )
+        asked = dict.fromkeys(self._asked[w] for w in self.words if w in self._asked)
+        self.by = None if judge is None else JudgedBy.of(judge, list(asked))
         self._pictures: dict[tuple[str, str], Tensor] = {}
-        self._rates: dict[tuple[str, str], Rate | None] = {}
+        self._said: dict[tuple[str, str], Tensor] = {}
+        """What the judge said of the pictures of a word, in a column, where it knows the word."""
         self._negative = encode(clip, "")
         batches = (len(self.words) + len(self.kept)) * len(_COLUMNS) + len(
             self._asked.keys() & set(self.words)
@@ -98,8 +103,10 @@ class Measuring:
 
     def seen_with(self, model) -> Rate | None:
         """Pictures of the erased words by another model that show them; None without a judge."""
-        found = [self._rate(self._draw(model, word), self._asked[word]) for word in self.words if word in self._asked]
-        return pooled(r for r in found if r is not None) if self._judge is not None else None
+        if self._judge is None:
+            return None
+        known = [word for word in self.words if word in self._asked]
+        return pooled(self._rate(self._say(self._draw(model, word), self._asked[word])) for word in known)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -121,7 +128,8 @@ class Measuring:
         for word in (*self.words, *self.kept):
             pictures = self._draw(model, word)
             self._pictures[word, column] = pictures
-            self._rates[word, column] = self._rate(pictures, self._asked.get(word, ""))
+            if word in self._asked:
+                self._said[word, column] = self._say(pictures, self._asked[word])
             self._tick(0.0, ("JPEG", self.sheet(), _PREVIEW))
 
     def _draw(self, model, word: str) -> Tensor:
@@ -140,20 +148,27 @@ class Measuring:
         mm.throw_exception_if_processing_interrupted()
         self._bar.update_absolute(round(100 * (self._done + share)), 100 * self._all, preview)
 
-    def _rate(self, pictures: Tensor, asked: str) -> Rate | None:
-        if self._judge is None or not asked:
-            return None
-        return rate(self._judge.probability(pictures.movedim(-1, 1), asked) >= self._judge.threshold)
+    def _say(self, pictures: Tensor, asked: str) -> Tensor:
+        return self._judge.probability(pictures.movedim(-1, 1), asked)
+
+    def _rate(self, said: Tensor) -> Rate:
+        return rate(said >= self._judge.threshold)
+
+    def _seen(self, word: str, column: str) -> Rate | None:
+        said = self._said.get((word, column))
+        return None if said is None else self._rate(said)
 
     def _counted(self, word: str, kept: bool = False) -> Counted:
         one, two = (self._pictures[word, column] for column in _COLUMNS)
         alarms = None
         if kept and self._judge is not None:
             erased = dict.fromkeys(self._asked[w] for w in self.words if w in self._asked)
-            alarms = pooled(r for r in (self._rate(one, asked) for asked in erased) if r is not None)
+            alarms = pooled(self._rate(self._say(one, asked)) for asked in erased)
+        said = self._said.get((word, "after"))
         return Counted(
-            word, self._asked.get(word, ""), self._rates[word, "before"], self._rates[word, "after"],
+            word, self._asked.get(word, ""), self._seen(word, "before"), self._seen(word, "after"),
             self._moved(word), alarms, self._clip_score(word, one), self._clip_score(word, two),
+            () if said is None else curve_hits(said),
         )  # fmt: skip
 
     def _moved(self, word: str) -> float:
@@ -166,12 +181,12 @@ class Measuring:
         return float(self._judge.clip_score(pictures.movedim(-1, 1), self._prompt(word)).mean())
 
     def _prompt(self, word: str) -> str:
-        return self._template.replace("{}", word)
+        return self._template.replace(PLACE, word)
 
     def _caption(self, word: str, column: str) -> str:
-        found = self._rates.get((word, column))
-        if found is not None:
-            return f"seen in {found}"
+        found = self._seen(word, column)
+        if found is not None and self.by is not None:
+            return f"seen in {self.by.counted(found)}"
         if column == "after" and (word, column) in self._pictures:
             return f"pixels moved by {self._moved(word):.3f}"
         return ""

@@ -244,7 +244,7 @@ class ApplySafePromptMemory(io.ComfyNode):
                     "often. Fractions make the attention to the text a little slower.",
                 ),
                 io.Combo.Input(
-                    "rows",
+                    "read_by",
                     options=list(_READERS),
                     default=next(iter(_READERS)),
                     tooltip="Which prompts read it. Both is how it was learned, and free. Prompt only leaves the negative "
@@ -256,10 +256,10 @@ class ApplySafePromptMemory(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, memory, strength, rows) -> io.NodeOutput:
-        _choice("rows", rows, _READERS)
+    def execute(cls, model, memory, strength, read_by) -> io.NodeOutput:
+        _choice("read_by", read_by, _READERS)
         with ordinary_tensors():
-            return io.NodeOutput(apply_memory(model, memory, strength, conditional_only=_READERS[rows]))
+            return io.NodeOutput(apply_memory(model, memory, strength, conditional_only=_READERS[read_by]))
 
 
 SAVED = Saved("prompt memory", "Save Prompt Memory", ("erasure",), read_memory_header)

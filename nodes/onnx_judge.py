@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from glob import escape
 from pathlib import Path
 
 import folder_paths
@@ -18,6 +17,7 @@ from ..erasure_core.integrations.onnx_judge import (
     labels_beside,
     parse_groups,
     parse_labels,
+    weights_of,
 )
 from .judges import threshold_widget
 from .modes import ordinary_tensors
@@ -103,8 +103,7 @@ class JudgeONNX(io.ComfyNode):
         if file is None:
             return LINKED
         path = resolve(file)
-        weights = sorted(path.parent.glob(f"{escape(path.name)}*"))  # a large model has them beside it: x.onnx.data
-        read = (*weights, path.with_suffix(".txt"), path.with_suffix(".json"))
+        read = (*weights_of(path), path.with_suffix(".txt"), path.with_suffix(".json"))
         return ":".join(f"{p.name}:{p.stat().st_mtime_ns}:{p.stat().st_size}" for p in read if p.is_file())
 
     @classmethod

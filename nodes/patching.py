@@ -35,20 +35,24 @@ def apply_erasure(model, erasure: Erasure, strength: float):
         raise ValueError(
             f"model: {len(refused)} weights refused the erasure, first {min(refused)}. Is another node replacing them?"
         )
-    patched.set_attachments(_CARRIED, (*(model.get_attachment(_CARRIED) or ()), _at_one(erasure)))
+    patched.set_attachments(_CARRIED, (*carried(model), _at_one(erasure)))
     return patched
 
 
 def check_without(model, erasures: Iterable[Erasure]) -> None:
     """Raise where ``model`` carries one of them already: it would be applied twice, and strength 0 would not undo it."""
-    carried = model.get_attachment(_CARRIED) or ()
     for erasure in erasures:
-        if _at_one(erasure) in carried:
+        if _at_one(erasure) in carried(model):
             names = ", ".join(c.name for c in erasure.header.spec.erase)[:60]
             raise ValueError(
                 f"model: it carries this erasure of {names} already. Connect the model from before it, for example that of the "
                 "checkpoint loader; for a firmer effect raise strength"
             )
+
+
+def carried(model) -> tuple[Header, ...]:
+    """Of the erasures that Apply Erasure and its like have put on ``model``; what other nodes load is not known."""
+    return model.get_attachment(_CARRIED) or ()
 
 
 def _at_one(erasure: Erasure) -> Header:

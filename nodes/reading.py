@@ -100,8 +100,8 @@ def memory_of(model) -> PromptMemory | None:
     uses = uses_of(model)
     if any(use.conditional_only for use in uses):
         raise ValueError(
-            "model: a prompt memory on it is read beside the prompt only, which attacks can't imitate. Set rows to 'both' in "
-            "Apply Safe Prompt Memory"
+            "model: a prompt memory on it is read beside the prompt only, which attacks can't imitate. Set read_by to 'both' "
+            "in Apply Safe Prompt Memory"
         )
     return _Together(uses) if uses else None
 

@@ -12,13 +12,13 @@ from ..erasure_core.artifact import digest, same_base, weights_digest
 from ..erasure_core.methods._training import fingerprint
 from ..erasure_core.metrics.rounding import ROUNDINGS
 from ..erasure_core.metrics.weights import text_measures, total_drift
-from ..erasure_core.receipt import Drawn, JudgedBy, Receipt
+from ..erasure_core.receipt import Drawn, Receipt
 from .measuring import Measuring, erased_words, spread, survival
 from .modes import ordinary_tensors
-from .patching import apply_erasure, check_ungated
+from .patching import apply_erasure, carried, check_ungated
 from .port import ComfyPort
-from .reading import memory_digest
-from .sampling import Drawing, widgets
+from .reading import memory_digest, uses_of
+from .sampling import PLACE, Drawing, template, widgets
 from .sheet import to_tensor
 from .types import CATEGORY, Attacks, Erasure, Judge
 
@@ -113,7 +113,7 @@ class ErasureReceipt(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, prompt):
-        return True if prompt is None or "{}" in prompt else _no_place(prompt)
+        return True if prompt is None or PLACE in template(prompt) else _no_place(prompt)
 
     @classmethod
     def execute(
@@ -122,7 +122,8 @@ class ErasureReceipt(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         how = Drawing(steps, cfg, sampler_name, scheduler, width, height)
         how.check()
-        if "{}" not in prompt:  # linked: known only now
+        prompt = template(prompt)
+        if PLACE not in prompt:  # linked: known only now
             raise ValueError(_no_place(prompt))
         if not strength or not any(d.rank for d in erasure.deltas.values()):
             raise ValueError("strength: an erasure that changes nothing has no receipt. Use a strength other than 0")
@@ -144,10 +145,21 @@ def _no_place(prompt: str) -> str:
     return f"prompt: {prompt[:60]!r} has no {{}}, the place of the word. For example: a picture of {{}}"
 
 
+def _carried(model) -> tuple[str, ...]:
+    """What is on ``model`` besides the erasure that is measured. LoRAs and merged weights can't be told from its own."""
+    erasures = [f"an erasure of {_names(h.spec)} by {h.method}" for h in carried(model)]
+    memories = [f"a prompt memory ({u.memory.mode.value}) of {_names(u.memory.header.spec)}" for u in uses_of(model)]
+    return (*erasures, *memories)
+
+
+def _names(spec: ConceptSpec) -> str:
+    return ", ".join(c.name for c in spec.erase)[:100]
+
+
 def _in_prompts(spec: ConceptSpec, prompt: str) -> ConceptSpec:
     """Words as they are drawn: some text encoders hardly tell words apart that stand alone."""
-    erase = tuple(replace(c, words=tuple(prompt.replace("{}", w) for w in c.words)) for c in spec.erase)
-    return ConceptSpec(erase, tuple(prompt.replace("{}", w) for w in spec.keep))
+    erase = tuple(replace(c, words=tuple(prompt.replace(PLACE, w) for w in c.words)) for c in spec.erase)
+    return ConceptSpec(erase, tuple(prompt.replace(PLACE, w) for w in spec.keep))
 
 
 def _measure(model, clip, vae, erasure, strength, prompt, seeds, how, counts, stored, judge, attacks):
@@ -156,7 +168,8 @@ def _measure(model, clip, vae, erasure, strength, prompt, seeds, how, counts, st
     erased = apply_erasure(model, erasure, strength)
     before, after = ComfyPort(model, clip), ComfyPort(erased, clip)
     base = fingerprint(before)
-    marks = (base, fingerprint(after), weights_digest(after), memory_digest(model)) if attacks else ()
+    digests = (weights_digest(after), memory_digest(model), weights_digest(before)) if attacks else ()
+    marks = (base, fingerprint(after), *digests)
     for record in attacks:
         if why := record.fault(spec, *marks):
             raise ValueError(f"attacks: {why}. Connect Red-Team Attack to this model and erasure, or leave it out")
@@ -173,8 +186,7 @@ def _measure(model, clip, vae, erasure, strength, prompt, seeds, how, counts, st
     drawn = Drawn(prompt, tuple(seeds), how.steps, how.cfg, how.sampler_name, how.scheduler, *measuring.size)
     receipt = Receipt(
         spec, erasure.header.method, erasure.header.settings, base, __version__, digest(erasure.deltas), strength, text,
-        drift, drawn, None if judge is None else JudgedBy(judge.name, judge.version, judge.threshold),
-        words, kept, attacks, lost,
+        drift, drawn, measuring.by, words, kept, attacks, lost, _carried(model),
     )  # fmt: skip
     sheet = measuring.sheet(
         f"Erasure receipt: {', '.join(c.name for c in spec.erase)}"[:70], receipt.summary().splitlines()

@@ -56,6 +56,8 @@ class Replica(TrainableModel):
     closed = False
     room = 0
     """Bytes that a training step needs beside the weights."""
+    takes = 0
+    """Bytes that training takes in all, by the estimate that :func:`build` goes by."""
 
     def make_room(self) -> None:
         """After ComfyUI has loaded something else, which it does not know it must take off again: a VAE, a judge."""
@@ -112,6 +114,7 @@ def build(
         target.copy_(source)
     made = Replica(net, schedule, prediction, shape, autocast=half, checkpoint=checkpoint)
     made.room = need.total(half=half is torch.bfloat16, checkpoint=checkpoint, weights=False)
+    made.takes = need.total(half=half is torch.bfloat16, checkpoint=checkpoint, margin=_margin(device))
     return made
 
 
@@ -291,14 +294,17 @@ def _storage(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
+def _margin(device: torch.device) -> float:
+    return _CPU_MARGIN if device.type == "cpu" else _MARGIN
+
+
 def _fit(need: Footprint, half: bool, device: torch.device, relief: str) -> bool:
     """Make room; returns whether activations must be computed again to fit.
 
     Raises:
         ValueError: it does not fit even so.
     """
-    margin = _CPU_MARGIN if device.type == "cpu" else _MARGIN
-    plain, least = (need.total(half=half, checkpoint=c, margin=margin) for c in (False, True))
+    plain, least = (need.total(half=half, checkpoint=c, margin=_margin(device)) for c in (False, True))
     with host_mode():
         mm.free_memory(plain, device)
     free = mm.get_free_memory(device)

@@ -16,6 +16,9 @@ from .modes import host_mode
 from .port import family_of
 from .replica import latent_shape
 
+PLACE = "{}"
+"""Stands for the word in prompts."""
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -65,6 +68,11 @@ def widgets() -> list[Any]:
         io.Int.Input("width", default=0, min=0, max=4096, step=8, tooltip="0: the size that the model was made for."),
         io.Int.Input("height", default=0, min=0, max=4096, step=8, tooltip="0: the size that the model was made for."),
     ]
+
+
+def template(prompt: str) -> str:
+    """A prompt with :data:`PLACE` where the word goes; what an older version wrote there is read, too."""
+    return prompt.replace("{concept}", PLACE)
 
 
 def encode(clip, prompt: str) -> list:

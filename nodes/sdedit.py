@@ -14,6 +14,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..erasure_core import ConceptPairs
+from ..erasure_core.metrics.judged import JudgedBy
 from ..erasure_core.metrics.judges import look_through
 from ..erasure_core.pairs import MAX_PAIRS, MAX_REDRAWS, MAX_SCENES, Draw, pair_noise, pair_up
 from .methods import seed_widget
@@ -240,7 +241,7 @@ class MakeSDEditPair(io.ComfyNode):
             threshold=0.5 if judge is None else judge.threshold, max_redraws=max_redraws, drawn=images is None,
             scenes=len(scenes), at_once=_AT_ONCE,
         )  # fmt: skip
-        judged = f", judged by {judge.name} {judge.version}" if judge is not None else ""
+        judged = f", judged by {JudgedBy.of(judge)}" if judge is not None else ""
         note = f"{tally.report(max_redraws)}\nstrength {strength:g}, cfg {cfg:g}, {steps} steps, seed {seed}{judged}"
         with ordinary_tensors():
             shown = tuple(n % len(scenes) for n in tally.numbers)

@@ -81,6 +81,7 @@ class Watcher:
         self._pictures: list[Image.Image] = []
         self._fresh = False
         self._started = self._drawn = time.monotonic()
+        self._taken = ""
         self.spent, self._cost = 0.0, 0.0
         self.losses: dict[str, list[float]] = {}
         self.picture: Image.Image | None = None
@@ -92,6 +93,7 @@ class Watcher:
     def opened(self, model: TrainableModel) -> None:
         assert isinstance(model, Replica)
         self._model = model
+        self._taken = f"training takes about {model.takes / 1e9:.1f} GB of {model.device.type} memory, by estimate"
         self._started = self._drawn = time.monotonic()
         self.spent = self._cost = 0.0
 
@@ -189,9 +191,10 @@ class Watcher:
             x += 9 * len(label) + 12
 
     def report(self) -> str:
-        """How it went, in a line."""
+        """How it went, and what it took."""
         ends = ", ".join(f"{n.rpartition('/')[2]} {x[0]:.2g} -> {x[-1]:.2g}" for n, x in self.losses.items())
-        return f"trained in {clock(self.elapsed)}" + (f"; losses: {ends}" if ends else "")
+        trained = f"trained in {clock(self.elapsed)}" + (f"; losses: {ends}" if ends else "")
+        return f"{trained}\n{self._taken}" if self._taken else trained
 
 
 def clock(seconds: float) -> str:

@@ -69,4 +69,5 @@ SPEC = AttackSpec(
     settings=Settings,
     run=run,
     budget="variants",
+    quick=True,
 )

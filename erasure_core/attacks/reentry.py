@@ -68,4 +68,5 @@ SPEC = AttackSpec(
     settings=Settings,
     run=run,
     budget="pictures",
+    quick=True,
 )

@@ -57,6 +57,8 @@ class AttackSpec:
     needs_words: bool = False
     """Whether it writes prompts: the target must have ``words``."""
     needs_look: bool = False
+    quick: bool = False
+    """Whether its whole budget costs what drawing some dozens of pictures does, so that there is no reason to cut it."""
 
 
 @cache

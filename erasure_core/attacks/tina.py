@@ -63,4 +63,5 @@ SPEC = AttackSpec(
     settings=Settings,
     run=run,
     budget="pictures",
+    quick=True,
 )

@@ -92,6 +92,8 @@ class Judge(nn.Module):
         self.threshold = threshold
         self.held_out = {"object": Rate(0, 0), "style": Rate(0, 0)}
         """Drawings of a set that it never saw whose object it recognises: its hit rate."""
+        self.mistaken = {"object": Rate(0, 0), "style": Rate(0, 0)}
+        """Of these, drawings of something else that it takes for one and the same label, on average: its false alarms."""
         self.stem = nn.Conv2d(3, _WIDTHS[0], 5, 2, 2, bias=False)
         self.stem_norm = nn.BatchNorm2d(_WIDTHS[0])
         widths = zip((_WIDTHS[0], *_WIDTHS), _WIDTHS, strict=False)
@@ -162,6 +164,8 @@ class Judge(nn.Module):
                 n = int(notes.get("pictures", _HELD_OUT))
                 shown = {"object": notes["objects_shown"], "style": notes["styles"]}
                 judge.held_out = {kind: Rate(round(share * n), n) for kind, share in shown.items()}
+                named = {"object": (notes["objects"], len(OBJECTS)), "style": (notes["styles"], len(STYLES))}
+                judge.mistaken = {kind: _mistaken(n, right, labels) for kind, (right, labels) in named.items()}
             judge.load_state_dict({k: f.get_tensor(k).float() for k in f.keys()}, strict=False)  # noqa: SIM118
             missing = {k for k in judge.state_dict() if not k.endswith("num_batches_tracked")} - set(f.keys())
         if missing:
@@ -172,6 +176,11 @@ class Judge(nn.Module):
 def shrink(pictures: Tensor) -> Tensor:
     """[B, 3, 128, 128] -> [B, 3, 64, 64], the mean of each 2 x 2 square."""
     return F.avg_pool2d(pictures, IMAGE_SIZE // _SIDE)
+
+
+def _mistaken(n: int, right: float, labels: int) -> Rate:
+    """False alarms of one label: the wrong ones of ``n`` drawings, spread over all labels, of the drawings of other things."""
+    return Rate(round(n * (1 - right) / labels), n - n // labels)
 
 
 def _check_labels(path: Path, kind: str, metadata: dict[str, str], expected: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..metrics.judge_error import JudgeError
 from ..metrics.judges import check_pictures
 from .concepts import IMAGE_SIZE, OBJECTS, STYLES
 from .judge import Judge
@@ -29,7 +30,7 @@ class CanvasJudge:
         """The bundled judge.
 
         Raises:
-            JudgeError: its file belongs to other concepts.
+            ValueError: its file belongs to other concepts.
         """
         return cls(Judge.load())
 
@@ -44,6 +45,12 @@ class CanvasJudge:
         if pictures.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
             pictures = F.interpolate(pictures, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
         return self._network.judge(2 * pictures - 1).probability(label)
+
+    def error(self, concept: str) -> JudgeError | None:
+        """How it errs on an object or a style, on drawings of a set that it never saw; None where its file doesn't say."""
+        kind = "style" if label_of(concept) in [s.name for s in STYLES] else "object"
+        error = JudgeError(self._network.held_out[kind], self._network.mistaken[kind])
+        return error if error.speaks else None
 
 
 def label_of(concept: str) -> str | None:

@@ -6,10 +6,12 @@ the labels, how pixels are scaled, and what turns the outputs into probabilities
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..metrics.judges import check_pictures, unknown
+from ..metrics.judges import check_pictures, marked, unknown
 
 MAX_LABELS = 100_000
 MAX_SIDE = 4096
@@ -98,7 +100,7 @@ class OnnxJudge:
         threshold: float = 0.5,
         side: int = 224,
     ) -> None:
-        self.name, self.version, self.threshold = path.stem, "onnx", threshold
+        self.name, self.threshold = path.stem, threshold
         self._pixels, self._outputs = pixels, outputs
         self._session, self._input = _open(path)
         self._type = _TYPES[self._input.type]
@@ -106,6 +108,8 @@ class OnnxJudge:
         fixed = self._input.shape[0]
         self._batch: int | None = fixed if isinstance(fixed, int) and fixed > 0 else None
         self._names = tuple(label.strip() for label in labels)
+        made_of = (self._names, groups or {}, pixels.value, outputs.value, self._size)
+        self.version = marked("onnx", *(_content(p) for p in weights_of(path)), json.dumps(made_of))
         self._members: dict[str, list[int]] = {}
         for index, label in enumerate(self._names):
             for name in dict.fromkeys([label, *(part.strip() for part in label.split(","))]):
@@ -162,6 +166,16 @@ class OnnxJudge:
                 "order in which the network was trained"
             )
         return self._outputs.probabilities(flat)
+
+
+def weights_of(path: Path) -> list[Path]:
+    """The file, and what a large model has beside it: x.onnx.data."""
+    return sorted(p for p in path.parent.glob(f"{escape(path.name)}*") if p.is_file())
+
+
+def _content(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _open(path: Path) -> tuple[Any, Any]:

@@ -3,7 +3,16 @@
 from .distances import clip_score, frechet_distance, kernel_distance, pairwise_error, perceptual_distance
 from .judge_error import Corrected, JudgeError, corrected
 from .rates import Rate, pooled, rate
-from .scores import AttackSuccess, Unlearning, attack_success, curve, harmonic_mean, mace_harmonic, unlearning
+from .scores import (
+    AttackSuccess,
+    Unlearning,
+    attack_success,
+    curve,
+    curve_hits,
+    harmonic_mean,
+    mace_harmonic,
+    unlearning,
+)
 from .weights import text_measures, total_drift, weight_changes
 
 __all__ = [
@@ -16,6 +25,7 @@ __all__ = [
     "clip_score",
     "corrected",
     "curve",
+    "curve_hits",
     "frechet_distance",
     "harmonic_mean",
     "kernel_distance",

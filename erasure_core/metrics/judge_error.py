@@ -44,6 +44,11 @@ class JudgeError:
     hits: Rate
     alarms: Rate
 
+    @property
+    def speaks(self) -> bool:
+        """Whether it sees the concept more often where it is than where it isn't; otherwise it says nothing."""
+        return bool(self.hits.n and self.alarms.n) and self.hits.share > self.alarms.share
+
     def behind(self, seen: Rate) -> Corrected:
         """The true share behind ``seen``: :func:`corrected`."""
         return corrected(seen, self.hits, self.alarms)
@@ -59,7 +64,7 @@ def corrected(seen: Rate, hits: Rate, alarms: Rate) -> Corrected:
     Raises:
         ValueError: the judge sees the concept no more often where it is than where it isn't.
     """
-    if not hits.n or not alarms.n or hits.share <= alarms.share:
+    if not JudgeError(hits, alarms).speaks:
         raise ValueError(
             f"judge: it sees the concept in {hits} of the pictures that show it and in {alarms} of those that don't, so it "
             "says nothing. Use another judge"

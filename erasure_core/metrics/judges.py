@@ -6,6 +6,7 @@ their figures say less than those of a classifier that was.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
@@ -38,7 +39,9 @@ _PLAIN = {
 
 @runtime_checkable
 class Judge(Protocol):
-    """A picture classifier behind one question. ``name`` and ``version`` go into every result that it gives."""
+    """A picture classifier behind one question. ``name`` and ``version`` go into every result that it gives, so two that
+    answer differently must not share both. One that knows how it errs may have a method ``error(concept)``, see
+    :class:`erasure_core.metrics.judged.JudgedBy`."""
 
     name: str
     version: str
@@ -122,9 +125,11 @@ class ZeroShotJudge:
     ) -> None:
         if not contrasts:
             raise ValueError("contrasts: name at least one thing that a picture may show instead of the concept")
-        self.name, self.version, self.threshold = name, "1", threshold
+        self.name, self.threshold = name, threshold
         self.contrasts = tuple(contrasts)
         self._pictures, self._texts = pictures, texts
+        read = texts([_TEMPLATE.format(c.strip()) for c in self.contrasts[:2]])
+        self.version = marked("1", *self.contrasts, _probe(pictures), _signs(read))
 
     def probability(self, pictures: Tensor, concept: str) -> Tensor:
         if not concept.strip():
@@ -191,7 +196,8 @@ class ExampleJudge:
         for what, given in (("examples", examples), ("others", others)):
             if len(given) < 2:
                 raise ValueError(f"{what}: {len(given)} pictures, at least 2 are needed to tell chance from likeness")
-        self.name, self.version, self.threshold = name, "1", threshold
+        self.name, self.threshold = name, threshold
+        self.version = marked("1", *self.labels, _probe(encode), _eight_bit(examples), _eight_bit(others))
         self._encode = encode
         shown, without = encode(check_pictures(examples)).float(), encode(check_pictures(others)).float()
         self._origin, self._wanted = without.mean(0), _directions(shown, without.mean(0))
@@ -212,6 +218,33 @@ class ExampleJudge:
             return torch.zeros(0)
         score = (_directions(self._encode(pictures).float(), self._origin) @ self._wanted.mT).mean(-1)
         return torch.sigmoid(self._slope * (score - self._middle))
+
+
+def marked(version: str, *parts: str | bytes) -> str:
+    """``version`` with eight digits that stand for all ``parts``: what a judge was made of."""
+    seen = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        seen.update(f"{len(data)}:".encode() + data)
+    return f"{version}-{seen.hexdigest()[:8]}"
+
+
+def _probe(encode: EncodePictures) -> bytes:
+    """Tells one image encoder from another by two plain pictures."""
+    return _signs(encode(torch.tensor([_PLAIN["red"], _PLAIN["blue"]])[:, :, None, None].expand(-1, -1, 64, 64)))
+
+
+def _signs(features: Tensor) -> bytes:
+    """Signs of 32 fixed projections of features [n, d], of what tells them apart where n > 1: rounding leaves them alone."""
+    rows = features.detach().float().cpu()
+    rows = rows - rows.mean(0) if len(rows) > 1 else rows
+    onto = torch.randn(rows.shape[1], 32, generator=torch.Generator().manual_seed(0))
+    return bytes((rows @ onto > 0).flatten().tolist())
+
+
+def _eight_bit(pictures: Tensor) -> bytes:
+    """Pictures as a file holds them."""
+    return (check_pictures(pictures) * 255).round().to("cpu", torch.uint8).contiguous().numpy().tobytes()
 
 
 def _directions(features: Tensor, origin: Tensor) -> Tensor:

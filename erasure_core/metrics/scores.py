@@ -56,6 +56,11 @@ def curve(probabilities: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> li
     return [(threshold, rate(probabilities >= threshold)) for threshold in thresholds]
 
 
+def curve_hits(probabilities: Tensor) -> tuple[tuple[float, int], ...]:
+    """(threshold, hits) of :func:`curve`, as records keep it."""
+    return tuple((threshold, share.hits) for threshold, share in curve(probabilities))
+
+
 @dataclass(frozen=True)
 class Unlearning:
     """UnlearnCanvas's three accuracies (arXiv:2402.11846), as a judge sees them or after its error."""

@@ -10,7 +10,10 @@ from torch import Tensor
 from erasure_core.emojicanvas.concepts import OBJECTS, STYLES
 from erasure_core.emojicanvas.judge import Judge as Network
 from erasure_core.emojicanvas.judging import CanvasJudge, label_of
+from erasure_core.metrics.judge_error import JudgeError
+from erasure_core.metrics.judged import MOST_LABELS, JudgedBy
 from erasure_core.metrics.judges import ExampleJudge, Judge, ZeroShotJudge, agreement, look_through, word_for
+from erasure_core.metrics.rates import Rate
 
 pytestmark = pytest.mark.core
 
@@ -75,7 +78,7 @@ def encode(x: Tensor) -> Tensor:
 
 
 def encode_texts(texts) -> Tensor:
-    return torch.stack([torch.eye(3)[AXES[t.removeprefix("a picture of ")]] for t in texts])
+    return torch.stack([torch.eye(3)[AXES[t.removeprefix("a picture of ").casefold()]] for t in texts])
 
 
 def coloured(*rgb: float, n: int = 1, spread: float = 0.0, seed: int = 0) -> Tensor:
@@ -90,6 +93,53 @@ def test_zero_shot_is_a_softmax_over_cosines() -> None:
     expected = cosines[:, 0].exp() / cosines.exp().sum(1)
     assert torch.allclose(judge.probability(x, "cat").double(), expected, atol=1e-5)
     assert isinstance(judge, Judge) and judge.labels is None
+
+
+def test_the_version_tells_judges_of_one_kind_apart() -> None:
+    def other(x: Tensor) -> Tensor:
+        return encode(x).flip(-1)
+
+    def made(pictures=encode, texts=encode_texts, contrasts=("dog", "car")) -> str:
+        return ZeroShotJudge(pictures, texts, contrasts).version
+
+    towers = (made(), made(other), made(texts=lambda t: encode_texts(t).flip(-1)))
+    assert len({*towers, made(contrasts=["dog"]), made(contrasts=["dog", "cat"])}) == 5
+    assert made() == made(lambda x: 1.0001 * encode(x)) and made().startswith("1-") and len(made()) == 10
+    examples, others = coloured(0.8, 0.2, 0.2, n=3, spread=0.05), coloured(0.4, 0.4, 0.4, n=3, spread=0.05, seed=1)
+    sets = [(examples, others), (examples.flip(0), others), (examples, others + 0.01)]
+    found = [ExampleJudge(e, w, *s).version for s in sets for e in (encode, other) for w in (["cat"], ["cat", "kitty"])]
+    assert len(set(found)) == 12 and found[0] == ExampleJudge(encode, ["cat"], *sets[0]).version
+
+
+class Named:
+    """A judge that knows 200 labels, and how it errs on some."""
+
+    name, version, threshold = "named", "1", 0.4
+    labels = tuple(f"label {i} " + "x" * 99 for i in range(200))
+
+    def error(self, word: str) -> JudgeError | None:
+        return {"cat": JudgeError(Rate(90, 100), Rate(0, 100)), "dog": JudgeError(Rate(80, 100), Rate(4, 100))}.get(
+            word
+        )
+
+
+def test_a_result_names_its_judge() -> None:
+    by = JudgedBy.of(Named(), ["cat"])
+    assert len(by.labels) == MOST_LABELS and by.labels[-1] == "and 73 more" and max(map(len, by.labels)) <= 40
+    assert str(by).startswith("named 1, threshold 0.4, knows label 0 x") and str(by).endswith(", ...")
+    assert by.error == JudgeError(Rate(90, 100), Rate(0, 100))
+    assert JudgedBy.of(Named(), ["cat", "dog"]).error == JudgeError(Rate(85, 100), Rate(2, 100))
+    assert JudgedBy.of(Named(), ["cat", "rose"]).error is None and JudgedBy.of(Named()).error is None
+    zero = JudgedBy.of(ZeroShotJudge(encode, encode_texts, ["dog"]), ["cat"])
+    assert zero.labels == () and zero.error is None and zero.counted(Rate(1, 4)) == Rate(1, 4)
+
+
+def test_the_bundled_one_knows_how_it_errs() -> None:
+    judge = CanvasJudge.load()
+    cat, neon = judge.error("kitty"), judge.error("in neon style")
+    assert cat == JudgeError(Rate(698, 720), Rate(1, 690)) and neon == JudgeError(Rate(714, 720), Rate(1, 576))
+    by = JudgedBy.of(judge, ["cat"])
+    assert by.counted(Rate(5, 10)) == cat.behind(Rate(5, 10)) and "cat" in by.labels
 
 
 def test_its_clip_score_is_a_cosine_with_the_prompt() -> None:

@@ -41,6 +41,24 @@ def test_a_classifier(tmp_path, shape) -> None:
         judge.probability(x, "cat")
 
 
+def test_its_version_tells_files_and_readings_apart(tmp_path) -> None:
+    file, same, other = (tmp_path / f"{name}.onnx" for name in ("rgb", "same", "other"))
+    for path, shape in ((file, (1, 3, 8, 8)), (same, (1, 3, 8, 8)), (other, (2, 3, 8, 8))):
+        tiny_onnx.mean_colour(path, shape)
+    first = OnnxJudge(file, RGB).version
+    assert first.startswith("onnx-") and first == OnnxJudge(same, RGB).version
+    others = [
+        OnnxJudge(other, RGB),
+        OnnxJudge(file, RGB[::-1]),
+        OnnxJudge(file, RGB, groups={"warm": ["red"]}),
+        OnnxJudge(file, RGB, pixels=Pixels.SIGNED),
+        OnnxJudge(file, RGB, outputs=Outputs.NONE),
+    ]
+    assert len({first, *(judge.version for judge in others)}) == 6
+    (tmp_path / "same.onnx.data").write_bytes(b"weights")
+    assert OnnxJudge(same, RGB).version != first
+
+
 def test_channels_last(tmp_path) -> None:
     judge = OnnxJudge(tiny_onnx.mean_colour_last(tmp_path / "rgb.onnx"), RGB, outputs=Outputs.NONE)
     assert torch.allclose(judge.probability(plain((0.1, 0.6, 0.3)), "green"), torch.tensor([0.6]), atol=1e-5)

@@ -17,11 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from erasure_core import Concept, ConceptSpec, Delta, Erasure, Family, FileError, Header, Layout, load, save
 from erasure_core.artifact import digest, weights_digest
+from erasure_core.attack_record import AttackRecord
 from erasure_core.formats import read_receipt, receipt_of, write_bytes
+from erasure_core.metrics.judge_error import JudgeError
+from erasure_core.metrics.judged import JudgedBy
 from erasure_core.metrics.rates import Rate
 from erasure_core.metrics.rounding import ROUNDINGS, RoundingLoss, rounding_loss
 from erasure_core.metrics.weights import TextMeasures
-from erasure_core.receipt import AttackRecord, Counted, Drawn, JudgedBy, Receipt, Survival
+from erasure_core.receipt import Counted, Drawn, Receipt, Survival
 from erasure_core.receipt_file import parse_receipt, receipt_json
 
 pytestmark = pytest.mark.core
@@ -32,7 +35,8 @@ SITES = [
 ]
 BASE, OTHER, ERASED = "0123456789abcdef", "fedcba9876543210", "0123456789abcdee"
 SPEC = ConceptSpec((Concept(("cat", "猫"), "dog"), Concept(("Van Gogh <b>",))), ("bird & co", "fish"))
-JUDGE = JudgedBy("judge <i>", "2", 0.5)
+JUDGE = JudgedBy("judge <i>", "2", 0.5, ("cat", "dog"))
+KNOWING = replace(JUDGE, error=JudgeError(Rate(90, 100), Rate(5, 100)))
 
 
 def erasure(scale: float = 0.1) -> Erasure:
@@ -82,13 +86,18 @@ drawn = st.builds(
 attacks = st.builds(
     replace, st.just(ATTACK), attacked=rates, found=texts, budget=st.dictionaries(texts, texts | numbers | st.booleans()),
     queries=st.integers(0, 1 << 30), weights=st.just("") | texts,
-    memory=st.just("") | texts,
+    memory=st.just("") | texts, base_weights=st.just("") | texts, steps=st.integers(0, 99), cfg=numbers,
+    ceiling=st.none() | rates, tried=st.integers(0, 99), judge=st.sampled_from([JUDGE, KNOWING]),
+)  # fmt: skip
+judges = st.builds(
+    JudgedBy, texts, texts, numbers, st.lists(texts, max_size=3).map(tuple), st.none() | st.builds(JudgeError, rates, rates)
 )  # fmt: skip
 survivals = st.builds(
     Survival, st.sampled_from(list(ROUNDINGS)), st.builds(RoundingLoss, numbers, numbers, st.floats(-2, 2)), st.none() | rates
 )  # fmt: skip
 receipts = st.builds(
-    replace, st.just(RECEIPT), judge=st.none() | st.builds(JudgedBy, texts, texts, numbers), drawn=drawn, drift=numbers,
+    replace, st.just(RECEIPT), judge=st.none() | judges, drawn=drawn, drift=numbers,
+    carried=st.lists(texts, max_size=2).map(tuple),
     words=st.lists(counted, max_size=3).map(tuple), kept=st.lists(counted, max_size=3).map(tuple),
     attacks=st.lists(attacks, max_size=2).map(tuple), survival=st.lists(survivals, max_size=2).map(tuple),
     text=st.builds(TextMeasures, *[numbers] * 5), rounded=st.sampled_from(["", "float16"]), strength=st.floats(-2, 3),
@@ -141,7 +150,7 @@ def test_wrong_types_deeper_down(data: st.DataObject) -> None:
     assert receipt.summary() and parse_receipt(receipt_json(receipt)) == receipt
 
 
-REQUIRED = sorted(set(json.loads(receipt_json(RECEIPT))) - {"pooled", "keep", "everyday", "judge"})
+REQUIRED = sorted(set(json.loads(receipt_json(RECEIPT))) - {"pooled", "keep", "everyday", "judge", "carried"})
 
 
 @pytest.mark.parametrize("field", REQUIRED)
@@ -311,12 +320,80 @@ def test_the_summary_says_it_in_plain_words() -> None:
     assert "kept bird & co: pixels moved by 0.030" in text
     assert "CLIP score 27.2 before, 26.5 after; pixels moved by 0.020" in text and text.count("CLIP score") == 2
     assert "P4D: cat in 38 % [14, 69] of pictures (asking: 0 % [0, 32]); steps 30" in text and "12 queries" in text
+    assert "judge judge <i> 2, threshold 0.5, knows cat, dog\n" in text and text.count("threshold 0.5") == 1
+    assert "the judge's own error is not known and not counted" in text
     assert "stored in int8: 98 % of the change left under noise of 150 % of it" in text
     assert "removed" not in text and len(text.splitlines()) < 30
     assert "none was run" in replace(RECEIPT, attacks=()).summary()
     assert "no judge" in replace(RECEIPT, judge=None).summary()
     many = replace(RECEIPT, words=RECEIPT.words * 50, kept=RECEIPT.kept * 50, attacks=RECEIPT.attacks * 50)
     assert len(many.summary().splitlines()) < 40 and "and 44 more" in many.summary()
+
+
+def test_the_judges_own_error_is_in_every_share() -> None:
+    receipt = replace(RECEIPT, judge=KNOWING, attacks=(replace(ATTACK, judge=KNOWING, ceiling=Rate(8, 8)),))
+    text = receipt.summary()
+    for seen in (
+        Rate(7, 8), Rate(2, 8), receipt.kept_before, receipt.kept_after, receipt.after, Rate(3, 8), Rate(0, 8), Rate(1, 16),
+    ):  # fmt: skip
+        assert str(KNOWING.counted(seen)) in text
+    assert "12 % [" not in text.split("still there")[0].replace(str(KNOWING.counted(Rate(2, 8))), "")
+    assert (
+        f"after the judge's own error: it sees {Rate(90, 100)} of what is there, and {Rate(5, 100)} of what isn't"
+        in text
+    )
+    raw = json.loads(receipt_json(receipt))
+    true = KNOWING.counted(Rate(2, 8))
+    wanted = {"share": round(true.share, 4), "low": round(true.low, 4), "high": round(true.high, 4)}
+    assert raw["words"][1]["after"]["corrected"] == wanted
+    assert {"corrected"} <= set(raw["attacks"][0]["attacked"]) & set(raw["survival"][0]["after"])
+    blind = replace(JUDGE, error=JudgeError(Rate(1, 2), Rate(1, 2)))
+    assert blind.counted(Rate(2, 8)) == Rate(2, 8) and "not counted" in blind.note
+
+
+def test_two_judges_are_told_apart() -> None:
+    other = replace(JUDGE, version="3")
+    text = replace(RECEIPT, attacks=(replace(ATTACK, judge=other),)).summary()
+    assert "judge judge <i> 3, threshold 0.5, knows cat, dog" in text
+
+
+def test_what_the_model_also_carried() -> None:
+    assert "also carried" not in RECEIPT.summary()
+    text = replace(RECEIPT, carried=("an erasure of tulip by uce", "a prompt memory (suppress) of beer")).summary()
+    assert "the model also carried: an erasure of tulip by uce; a prompt memory (suppress) of beer" in text
+
+
+def test_an_attack_is_read_beside_the_base_model() -> None:
+    told = replace(ATTACK, steps=20, cfg=7.5, ceiling=Rate(0, 8), tried=5).summary(JUDGE)
+    assert "on the base model, asked the same: 0 % [0, 32], which shows none either" in told
+    assert "drawn in 20 steps, cfg 7.5; 5 finds tried" in told
+    assert "none either" not in replace(ATTACK, ceiling=Rate(8, 8)).summary(JUDGE)
+
+
+def test_curves_are_kept_and_pooled() -> None:
+    curve = ((0.3, 3), (0.5, 1))
+    words = tuple(replace(c, curve=curve) for c in RECEIPT.words)
+    receipt = replace(RECEIPT, words=words, attacks=(replace(ATTACK, curve=curve),))
+    assert parse_receipt(receipt_json(receipt)) == receipt
+    assert receipt.curve == ((0.3, Rate(6, 16)), (0.5, Rate(2, 16))) and RECEIPT.curve == ()
+    assert "seen after at other thresholds: 0.3: 6 of 16, 0.5: 2 of 16" in receipt.summary()
+    assert replace(receipt, words=(words[0], RECEIPT.words[1])).curve == (), "one without"
+    for bad in ([[0.3]], [[0.3, 9]], [[2, 1]], [3], "x"):
+        with pytest.raises(FileError, match=r"^receipt: curve must be"):
+            parse_receipt(changed(attacks=[{**json.loads(receipt_json(receipt))["attacks"][0], "curve": bad}]))
+
+
+def test_receipts_of_older_versions_are_read() -> None:
+    raw = json.loads(receipt_json(RECEIPT))
+    del raw["carried"]
+    for judge in (raw["judge"], raw["attacks"][0]["judge"]):
+        del judge["labels"], judge["error"]
+    for name in ("base_weights", "steps", "cfg", "ceiling", "tried", "curve"):
+        del raw["attacks"][0][name]
+    for counted in (*raw["words"], *raw["kept"]):
+        del counted["curve"]
+    old = replace(JUDGE, labels=())
+    assert parse_receipt(json.dumps(raw)) == replace(RECEIPT, judge=old, attacks=(replace(ATTACK, judge=old),))
 
 
 def test_another_base_is_named() -> None:
@@ -331,6 +408,9 @@ def test_another_base_is_named() -> None:
         ({}, (BASE, ERASED, "ab" * 32), ""),
         ({"weights": ""}, (BASE, ERASED, "cd" * 32), ""),
         ({"concept": "CAT"}, (BASE, ERASED, "ab" * 32), ""),
+        ({"base_weights": "cd" * 32}, (BASE, ERASED, "ab" * 32), ""),
+        ({"base_weights": "cd" * 32}, (BASE, ERASED, "ab" * 32, "", "cd" * 32), ""),
+        ({"base_weights": "ab" * 32}, (BASE, ERASED, "ab" * 32, "", "cd" * 32), "beside a base_model that is not the"),
         ({"concept": "fish"}, (BASE, ERASED, "ab" * 32), "attacked 'fish', which this erasure does not suppress"),
         ({}, (OTHER, ERASED, "ab" * 32), "another base model"),
         ({}, (BASE, OTHER, "ab" * 32), "at another strength"),

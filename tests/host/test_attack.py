@@ -16,16 +16,15 @@ from erasure_core.attacks import all_attacks
 
 RESULTS, CONDITIONING, IMAGES, REPORT, SUCCESS = range(5)
 QUICK = {
-    "concept_inversion": 0.001, "free_embedding": 0.006, "mma_diffusion": 0.001, "p4d": 0.001, "rece_residual": 0.4,
-    "reentry": 0.25, "relearning": 0.01, "ring_a_bell": 0.001, "sneaky_prompt": 0.05, "synonyms": 1.0, "tina": 0.07,
-    "unlearn_diff_atk": 0.02,
+    "concept_inversion": 0.001, "free_embedding": 0.006, "mma_diffusion": 0.001, "p4d": 0.001, "relearning": 0.01,
+    "ring_a_bell": 0.001, "sneaky_prompt": 0.05, "synonyms": 1.0, "unlearn_diff_atk": 0.02,
 }  # fmt: skip
-"""Efforts that take seconds."""
+"""Efforts that take seconds; other attacks always do."""
 
 
 def attacking(g: Graph, model: Link, base: Link, clip: Link, vae: Link, attack: str, **inputs: Any) -> Node:
     widgets = {
-        "concept": "beer, ale", "effort": QUICK.get(attack, 0.01), "prompts": "a {concept}", "pictures": 2, "steps": 3,
+        "concept": "beer, ale", "effort": QUICK.get(attack, 0.01), "prompts": "a {}", "pictures": 2, "steps": 3,
         "cfg": 4.0, "seed": 5, "synonyms": "lager",
     }  # fmt: skip
     named = {"model": model, "base_model": base, "clip": clip, "vae": vae, "attack": attack}
@@ -64,6 +63,8 @@ def test_every_attack_runs(server: ComfyServer, name: str) -> None:
     ):
         assert words in text
     assert f"budget: {spec.budget} " in text
+    if spec.quick:
+        assert re.search(r"budget: \w+ (\d+), default \1(;|$)", text, re.M), "its whole budget, at an effort of 0.01"
     assert 0 <= float(shown(run, share)) <= 1
     assert run.outputs[pictures]["images"]
     ticks = [value for node, value, top in run.progress if node == made and top == 1000]
@@ -125,14 +126,48 @@ def test_a_chain_of_attacks(server: ComfyServer) -> None:
         assert record["asking"]["n"] == 2 and record["attacked"]["n"] >= 2
         assert record["base"] != record["erased"] and len(record["base"]) == 16 and len(record["weights"]) == 64
         assert record["judge"]["name"] and 0 < record["judge"]["threshold"] < 1
-    assert two[0]["budget"] == {"damping": 1e-3, "variants": 1}
+        assert record["steps"] == 3 and record["cfg"] == 4.0 and record["ceiling"]["n"] == 2
+        assert record["base_weights"] not in ("", record["weights"]) and "beer" in record["judge"]["labels"]
+        assert record["judge"]["error"]["hits"]["n"] > 100, "the demo's judge knows how it errs"
+        hits = dict(record["curve"])
+        assert hits[0.5] == record["attacked"]["hits"] and list(hits.values()) == sorted(hits.values(), reverse=True)
+    assert two[0]["budget"] == {"damping": 1e-3, "variants": 3} and two[0]["tried"] == 3
+
+
+def test_an_erased_model_is_no_base(server: ComfyServer) -> None:
+    g = Graph()
+    erased, _, clip, vae, judge = erased_demo(g)
+    g.show(attacking(g, erased, erased, clip, vae, "synonyms", judge=judge)[REPORT])
+    with pytest.raises(
+        ComfyError, match=r"base_model: it carries an erasure of 'beer', so it is no model from before that"
+    ):
+        server.run(g.api)
+
+
+def test_one_model_beside_itself_makes_no_record(server: ComfyServer) -> None:
+    g = Graph()
+    _, model, clip, vae, judge = erased_demo(g)
+    made = attacking(g, model, model, clip, vae, "synonyms", judge=judge)
+    said, kept = g.show(made[REPORT]), g.add("ProbeAttacks", results=made[RESULTS])
+    run = server.run(g.api)
+    assert "model and base_model have the same weights" in shown(run, said) and not report(run, kept)["records"]
+
+
+def test_both_places_of_the_word_are_read(server: ComfyServer) -> None:
+    g = Graph()
+    erased, model, clip, vae, judge = erased_demo(g)
+    made = attacking(g, erased, model, clip, vae, "synonyms", judge=judge, prompts="a {}\na {concept} here")
+    kept, said = g.add("ProbeAttacks", results=made[RESULTS]), g.show(made[REPORT])
+    run = server.run(g.api)
+    assert report(run, kept)["records"][0]["prompts"] == ["a beer", "a beer here"]
+    assert "shares and intervals are after the judge's own error" in shown(run, said)
 
 
 def test_the_best_find_for_each_prompt_is_counted(server: ComfyServer) -> None:
     """Of five dampings only one: the mean over all would tell of fewer pictures than an attacker gets."""
     g = Graph()
     erased, model, clip, vae, judge = erased_demo(g)
-    how = {"effort": 1.0, "prompts": "a {concept}\na photo of a {concept}"}
+    how = {"effort": 1.0, "prompts": "a {}\na photo of a {}"}
     made = attacking(g, erased, model, clip, vae, "rece_residual", judge=judge, **how)
     blind = attacking(g, erased, model, clip, vae, "rece_residual", **how)
     seen, said = g.add("ProbeAttacks", results=made[RESULTS]), g.show(made[REPORT])
@@ -173,7 +208,7 @@ def test_pictures_of_the_concept_may_be_given(server: ComfyServer) -> None:
     image = g.add("EmptyImage", width=200, height=150, batch_size=2, color=0x88AA22)[0]
     made = attacking(g, erased, model, clip, vae, "tina", judge=judge, images=image)
     said = g.show(made[REPORT])
-    assert "under attack: 0 of 1" in shown(server.run(g.api), said)
+    assert "under attack: 0 of 16" in shown(server.run(g.api), said)
 
 
 def test_a_prompt_memory_is_read(server: ComfyServer) -> None:
@@ -186,8 +221,8 @@ def test_a_prompt_memory_is_read(server: ComfyServer) -> None:
     }  # fmt: skip
     memory = g.add("ErasureLearnSafePromptMemory", model=model, clip=clip, **widgets)[1]
 
-    def applied(to: Link, strength: float, rows: str = "both") -> Link:
-        return g.add("ErasureApplySafePromptMemory", model=to, memory=memory, strength=strength, rows=rows)[0]
+    def applied(to: Link, strength: float, read_by: str = "both") -> Link:
+        return g.add("ErasureApplySafePromptMemory", model=to, memory=memory, strength=strength, read_by=read_by)[0]
 
     once, twice = applied(model, 0.5), applied(applied(model, 0.5), 0.75)
     off = [g.add("ProbeReading", model=m, clip=clip) for m in (model, once, twice)]
@@ -199,7 +234,7 @@ def test_a_prompt_memory_is_read(server: ComfyServer) -> None:
     g.add(
         "PreviewImage", images=attacking(g, applied(model, 1, "prompt only"), model, clip, vae, "rece_residual")[IMAGES]
     )
-    with pytest.raises(ComfyError, match=r"memory on it is read beside the prompt only.*Set rows to 'both'"):
+    with pytest.raises(ComfyError, match=r"memory on it is read beside the prompt only.*Set read_by to 'both'"):
         server.run(g.api)
 
 

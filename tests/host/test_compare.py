@@ -79,6 +79,11 @@ def test_one_prompt_is_a_grid_of_erasures_and_strengths(server: ComfyServer) -> 
     assert [row[:2] for row in rows[2:]] == [
         ["as it is", "0"], ["gentle", "0.5"], ["gentle", "1"], ["firm", "0.5"], ["firm", "1"],
     ]  # fmt: skip
+    assert "counted: beer, by emojicanvas-judge 2, threshold 0.5, knows cat, " in text
+    assert "shares and intervals are after the judge's own error: it sees 97 %" in text
+    assert not any("[21, 100]" in row[2] or "[0, 79]" in row[2] for row in rows[2:]), (
+        "plain intervals of 1 of 1 and 0 of 1"
+    )
     assert all(" of 1 (" in row[2] and "moved " in row[2] for row in rows[2:]) and "moved 0.0 %" in rows[2][2]
     ticks = [value for node, value, _ in run.progress if node == made]
     assert ticks == sorted(ticks) and ticks[-1] == 5 * STEPS, "the model as it is, once"

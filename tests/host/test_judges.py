@@ -95,6 +95,17 @@ def test_clip_needs_contrasts(server: ComfyServer) -> None:
     assert refusal(server, g).startswith("contrasts: name at least one thing")
 
 
+def test_contrasts_are_in_the_judges_version(server: ComfyServer) -> None:
+    g = Graph()
+    vision = g.add("ProbeTinyVision", width=128)[0]
+    clip = g.add("ProbeAgreeingText", clip_vision=vision)[0]
+    judges = [clip_judge(g, vision, clip), clip_judge(g, vision, clip, contrasts="blue\nblack")]
+    looked = [asked(g, judge, plain(g, "red"), "red") for judge in judges]
+    run = server.run(g.api)
+    one, two = (shown(run, node).partition("(clip-zero-shot 1-")[2][:8] for node in looked)
+    assert len(one) == len(two) == 8 and one != two
+
+
 # Examples
 
 
@@ -109,6 +120,7 @@ def test_examples_make_a_judge(server: ComfyServer) -> None:
     judge = example_judge(g, plain(g, "red", -0.1), plain(g, "blue", -0.1))
     red, blue = (asked(g, judge, plain(g, c, -0.05), "Crimson") for c in ("red", "blue"))
     run = server.run(g.api)
+    assert "(examples 1-" in shown(run, red) and ", threshold 0.5, knows red, crimson)" in shown(run, red)
     assert "seen in 2 of 2" in shown(run, red) and "seen in 0 of 2" in shown(run, blue)
 
 

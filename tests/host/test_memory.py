@@ -65,9 +65,9 @@ class MemoryGraph(Graph):
     def memory(self, file: str) -> Link:
         return self.add("ErasureLoadPromptMemory", file=f"erasure/{file}.safetensors")[0]
 
-    def reads(self, model: Link, memory: str | Link, strength: float = 1.0, rows: str = "both") -> Link:
+    def reads(self, model: Link, memory: str | Link, strength: float = 1.0, read_by: str = "both") -> Link:
         link = self.memory(memory) if isinstance(memory, str) else memory
-        return self.add("ErasureApplySafePromptMemory", model=model, memory=link, strength=strength, rows=rows)[0]
+        return self.add("ErasureApplySafePromptMemory", model=model, memory=link, strength=strength, read_by=read_by)[0]
 
     def learn(self, model: Link, clip: Link, **widgets: Any) -> Node:
         """MODEL, PROMPT_MEMORY, ERASURE, report."""
@@ -181,7 +181,7 @@ def test_prompt_only(
 ) -> None:
     g = MemoryGraph()
     model, clip, _ = g.demo()
-    node = g.drawn(g.reads(g.reads(model, "all", rows="prompt only"), "mid", 0.0), clip, SHORT, **how)
+    node = g.drawn(g.reads(g.reads(model, "all", read_by="prompt only"), "mid", 0.0), clip, SHORT, **how)
     run = server.run(g.api)
     made = expected(core, texts, [(memories["all"], 1.0)], SHORT, **how, prompt_only=True)
     assert apart(latent(server, run, node) * SD15_SCALE, made) < 1e-3
@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_refused(server: ComfyServer, memories: dict[str, S
     said = refusal(lambda g, m, c: g.drawn(g.reads(g.add("ProbeFluxModel")[0], "all"), c))
     assert "made for emojicanvas (text width 128), but this is flux" in said
     assert "0.3 is not one of 0, 0.25" in refusal(lambda g, m, c: g.drawn(g.reads(m, "all", 0.3), c))
-    assert "rows: 'none' is not one of" in refusal(lambda g, m, c: g.drawn(g.reads(m, "all", rows="none"), c))
+    assert "read_by: 'none' is not one of" in refusal(lambda g, m, c: g.drawn(g.reads(m, "all", read_by="none"), c))
 
 
 # Learning

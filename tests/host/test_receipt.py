@@ -78,6 +78,10 @@ def test_it_is_saved_and_read_in_another_graph(server: ComfyServer, saved: Path)
     assert raw["pooled"]["before"]["n"] == 4 and raw["drawn"]["seeds"] == [5000, 5001]
     assert (raw["drawn"]["width"], raw["drawn"]["height"]) == (128, 128)
     assert raw["pooled"]["after"]["hits"] < raw["pooled"]["before"]["hits"]
+    assert "bomb" in raw["judge"]["labels"] and raw["judge"]["error"]["alarms"]["n"] and raw["carried"] == []
+    for counted in (*raw["words"], *raw["kept"]):
+        assert dict(counted["curve"])[0.5] == counted["after"]["hits"] and counted["after"]["corrected"]["high"] <= 1
+    assert raw["survival"][0]["after"]["corrected"] and raw["pooled"]["kept_after"]["corrected"]
     picture = Image.open(saved.with_name(f"{saved.stem}.receipt.png"))
     assert picture.width > 500 and picture.height > 500
     erasure = load(saved)
@@ -89,6 +93,16 @@ def test_it_is_saved_and_read_in_another_graph(server: ComfyServer, saved: Path)
     g = Graph()
     model, _, _ = g.demo()
     assert "WARNING" not in reported(server, f"loras/{saved.name}", model, g)
+
+
+def test_what_is_on_the_model_besides_is_named(server: ComfyServer) -> None:
+    """And the word's place may be written as in prompts of attacks."""
+    g = Graph()
+    model, clip, _ = g.demo()
+    before = g.erase(model, clip, "tulip", method=("uce", {}))[0]
+    said = g.show(receipt(g, erased(g), model=before, pictures=1, prompt="a {concept}")[REPORT])
+    text = shown(server.run(g.api), said)
+    assert "the model also carried: an erasure of tulip by uce" in text and 'pictures of "a {}"' in text
 
 
 def test_another_model_is_named(server: ComfyServer, saved: Path) -> None:
@@ -276,6 +290,22 @@ def test_attacks_on_something_else_are_refused(server: ComfyServer, record: dict
         server.run(g.api)
 
 
+def test_an_attack_beside_another_base_is_refused(server: ComfyServer) -> None:
+    """The base's fingerprint is that of the model, as after a small change to it: an erasure, say."""
+    g = Graph()
+    model, clip, vae = g.demo()
+    one = g.erase(model, clip, "bomb")
+    before = g.apply(model, g.erase(model, clip, "tulip", method=("uce", {}))[1], 0.05)
+    how = {"concept": "bomb", "attack": "rece_residual", "effort": 0.1, "prompts": "a {}", "pictures": 1, "steps": 2,
+           "cfg": 4.0, "seed": 5, "synonyms": ""}  # fmt: skip
+    named = {"model": one[0], "base_model": before, "clip": clip, "vae": vae, "judge": [model[0], 3]}
+    receipt(g, one[1], attacks=g.add("ErasureAttack", **named, **how)[0])
+    with pytest.raises(
+        ComfyError, match="attacks: RECE Residual was run beside a base_model that is not the receipt's model"
+    ):
+        server.run(g.api)
+
+
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_attacks_on_it_are_written_down(server: ComfyServer, strength: float) -> None:
     g = Graph()
@@ -299,13 +329,13 @@ def test_an_attack_on_the_erasure_and_a_memory_is_no_attack_on_the_erasure(serve
     memory = g.add("ErasureLearnSafePromptMemory", model=model, clip=clip, **learned)[1]
 
     def attack(to: Link) -> Link:
-        how = {"concept": "bomb", "attack": "synonyms", "effort": 0.1, "prompts": "a {concept}", "pictures": 1, "steps": 2,
+        how = {"concept": "bomb", "attack": "synonyms", "effort": 0.1, "prompts": "a {}", "pictures": 1, "steps": 2,
                "cfg": 4.0, "seed": 5, "synonyms": "grenade"}  # fmt: skip
         named = {"model": to, "base_model": model, "clip": clip, "vae": vae, "judge": [model[0], 3]}
         return g.add("ErasureAttack", **named, **how)[0]
 
     def applied(to: Link) -> Link:
-        return g.add("ErasureApplySafePromptMemory", model=to, memory=memory, strength=1.0, rows="both")[0]
+        return g.add("ErasureApplySafePromptMemory", model=to, memory=memory, strength=1.0, read_by="both")[0]
 
     both = g.show(receipt(g, one[1], model=applied(model), attacks=attack(applied(one[0])))[REPORT])
     assert "Synonyms: bomb in" in shown(server.run(g.api), both), "the memory is on the receipt's model, too"

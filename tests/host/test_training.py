@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,7 @@ def test_every_method_runs_from_its_node(server: ComfyServer, name: str) -> None
     run = server.run(g.api)
     text = shown(run, said)
     assert text.startswith("suppressed: cat, kitty; kept: dog\n") and "\ntrained in 0:" in text
+    assert re.search(r"\ntraining takes about \d+\.\d GB of cpu memory, by estimate", text)
     made = saved(server, f"trained-{name}")
     assert made.header.method == name and made.deltas
     assert any(d.dense().any() for d in made.deltas.values())

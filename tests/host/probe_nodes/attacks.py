@@ -33,7 +33,8 @@ class Attacks(Probe):
         records = []
         for record in results:
             plain = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-            plain |= {"asking": record.asking.to_json(), "attacked": record.attacked.to_json()}
+            rates = {name: getattr(record, name) for name in ("asking", "attacked", "ceiling")}
+            plain |= {name: rate and rate.to_json() for name, rate in rates.items()}
             records.append(plain | {"judge": dataclasses.asdict(record.judge), "budget": dict(record.budget)})
         return self.answer({"records": records})
 

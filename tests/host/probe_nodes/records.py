@@ -30,13 +30,13 @@ class AttackRecord:
     )
 
     def run(self, model, erased_model, concept, base, erased, exact):
-        receipt, rates = pack("erasure_core.receipt"), pack("erasure_core.metrics.rates")
+        attack_record, rates = pack("erasure_core.attack_record"), pack("erasure_core.metrics.rates")
         port, fingerprint = pack("nodes.port"), pack("erasure_core.methods._training").fingerprint
         with torch.inference_mode(False), torch.no_grad():
             before, after = (fingerprint(port.ComfyPort(m)) for m in (model, erased_model))
             weights = pack("erasure_core.artifact").weights_digest(port.ComfyPort(erased_model)) if exact else ""
-        judge = receipt.JudgedBy("probe", "1", 0.5)
-        record = receipt.AttackRecord(
+        judge = attack_record.JudgedBy("probe", "1", 0.5)
+        record = attack_record.AttackRecord(
             "probe", "Probe", concept, {"steps": 3, "lr": 0.1}, ("a bomb",), judge, rates.Rate(0, 4), rates.Rate(2, 4),
             "a find", 7, 1, base or before, erased or after, weights,
         )  # fmt: skip
