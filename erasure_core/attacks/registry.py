@@ -57,6 +57,8 @@ class AttackSpec:
     needs_words: bool = False
     """Whether it writes prompts: the target must have ``words``."""
     needs_look: bool = False
+    given: bool = False
+    """It begins with a picture of the concept, so success says that the model can draw it, not that it would."""
 
 
 @cache
