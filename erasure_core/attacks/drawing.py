@@ -64,6 +64,31 @@ def draw(
     return mask * z + (1 - mask) * picture
 
 
+def draw_rows(
+    model: TrainableModel,
+    target: AttackTarget,
+    conds: Sequence[Cond],
+    null: Cond,
+    noise: Tensor,
+    *,
+    memory: PromptMemory | None = None,
+    before: Callable[[], object] | None = None,
+) -> Tensor:
+    """One picture for each row of ``noise``, of the conditionings in turn, as many side by side as have room.
+
+    Args:
+        before: called before each batch.
+    """
+    made, size = [], target.at_once(model)
+    for start in range(0, len(noise), size):
+        if before is not None:
+            before()
+        some = noise[start : start + size]
+        cond = Cond.cat([conds[i % len(conds)] for i in range(start, start + len(some))])
+        made.append(draw(model, cond, null, some, target.sampler, memory=memory))
+    return torch.cat(made)
+
+
 @torch.no_grad()
 def invert(
     model: TrainableModel,
@@ -125,7 +150,7 @@ def pictures_of(
 def pictures_of_each(
     target: AttackTarget, prompts: Sequence[str], count: int, seed: int, name: str, progress: Progress
 ) -> list[Tensor]:
-    """The same for each prompt alone, on one replica of the base model.
+    """The same for each prompt alone, on one replica of the base model. Pictures of the target are dealt out in turn.
 
     Call it before opening another: a search that draws as it goes holds one network more than it searches with.
     """
@@ -137,20 +162,14 @@ def _pictures(
 ) -> list[Tensor]:
     if target.pictures is not None:
         given = target.pictures
-        return [given[torch.arange(count) % len(given)]] * len(wanted)
+        return [given[torch.arange(i * count, (i + 1) * count) % len(given)] for i in range(len(wanted))]
     total = count + (_SPARE if target.look else 0)
     null, found = target.base.conditions([""])[0], []
     read = {name: target.base.conditions(list(prompts)) for name, prompts in wanted.items()}
     with target.base.trainable() as model:
         for name, conds in read.items():
-            made = []
-            size = target.at_once(model)
-            for start in range(0, total, size):
-                progress(0, 1)
-                numbers = range(start, min(total, start + size))
-                cond = Cond.cat([conds[i % len(conds)] for i in numbers])
-                made.append(draw(model, cond, null, noises(model, seed, name, numbers), target.sampler))
-            found.append(torch.cat(made))
+            noise = noises(model, seed, name, range(total))
+            found.append(draw_rows(model, target, conds, null, noise, before=lambda: progress(0, 1)))
     return found if target.look is None else [_clearest(latents, target.look, count) for latents in found]
 
 

@@ -143,7 +143,7 @@ def test_ring_a_bell_aims_from_the_prompt_towards_the_concept(typing, monkeypatc
 
 
 def test_relearning_does_not_caption_with_words_that_mean_the_concept(tiny, monkeypatch) -> None:
-    monkeypatch.setattr(relearning, "draw", lambda model, cond, null, noise, sampler: noise)
+    monkeypatch.setattr(relearning, "draw_rows", lambda model, target, conds, null, noise, before: noise)
     target, spec = AttackTarget(tiny, tiny, ("cat",)), ConceptSpec.parse("cat")
     harmless = everyday(tiny, spec)
     assert len(harmless) < len(VOCABULARY) - 1, "some mean it"
