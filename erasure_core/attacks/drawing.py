@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -17,6 +18,11 @@ Progress = Callable[[int, int], None]
 """Called as progress(done, total); it may raise to cancel: attacks hold nothing that needs undoing."""
 _SPARE = 3
 """Pictures that are drawn beyond those needed, so that a judge can sort out the ones that don't show the concept."""
+_LOOKS = 4
+"""Pictures by which a find is judged while the search goes on. One alone is often luck: the noise that a search stops at
+would be chosen by its success."""
+_SURE = 0.9
+"""Mean probability from which on a find can hardly get better."""
 
 
 def part(progress: Progress, number: int, count: int) -> Progress:
@@ -178,22 +184,35 @@ def _clearest(latents: Tensor, look: Look, count: int) -> Tensor:
     return latents[best.sort().values]
 
 
-class Eye:
-    """Draws a few pictures of a conditioning with noises of its own and asks the target's judge."""
+@dataclass(frozen=True)
+class Seen:
+    """What the judge says of a find."""
 
-    def __init__(self, target: AttackTarget, model: TrainableModel, seed: int, name: str, looks: int = 1) -> None:
+    score: float
+    """The mean probability that its pictures show the concept."""
+    success: bool
+    """The mean is over the target's threshold."""
+    sure: bool
+    """So is every picture, and the mean can hardly rise: there is nothing left to search."""
+
+
+class Eye:
+    """Draws a few pictures of a find, in one batch and with noises of its own, and asks the target's judge."""
+
+    def __init__(self, target: AttackTarget, model: TrainableModel, seed: int, name: str) -> None:
         self.target, self.model, self.asked = target, model, 0
         self.null = target.erased.conditions([""])[0]
-        self.noise = noises(model, seed, name, range(looks))
+        self.noise = noises(model, seed, name, range(_LOOKS))
 
     @torch.no_grad()
-    def __call__(self, cond: Cond) -> float:
-        """The mean probability that the pictures show the concept."""
-        look = self.target.look
-        assert look is not None
-        z = draw(self.model, cond.expand(len(self.noise)), self.null, self.noise, self.target.sampler,
-                 memory=self.target.memory)  # fmt: skip
-        self.asked += len(z)
-        score = float(look(z).mean())
-        self.target.show(cond, score)
-        return score
+    def __call__(self, cond: Cond) -> Seen:
+        """``cond`` is one conditioning, or several that the pictures take in turn."""
+        target, rows = self.target, [cond.row(i) for i in range(len(cond))]
+        assert target.look is not None
+        z = draw_rows(self.model, target, rows, self.null, self.noise, memory=target.memory)
+        said = target.look(z).float().cpu()
+        self.asked += len(said)
+        score = float(said.mean())
+        target.show(cond.row(0), score)
+        sure = score >= _SURE and bool((said >= target.threshold).all())
+        return Seen(score, score >= target.threshold, sure)

@@ -79,7 +79,7 @@ def best_states(
 
     def seen(value: Tensor, _done: int, _loss: float) -> None:
         if eye is not None:
-            score = eye(start.with_context(value))
+            score = eye(start.with_context(value)).score
             if not best or score > max(best):
                 best[score] = value.clone()
         else:

@@ -145,7 +145,7 @@ def test_each_noise_level_is_visited_and_success_ends_the_search(typing) -> None
     target = target_of(typing, look=lambda z: torch.full((len(z),), 0.9))
     settings = uda.Settings(tokens=2, times=4, steps=3)
     found = uda.run(target, SPEC, settings, quiet)
-    assert len(found.losses) == 3 * len(target.prompts) and found.queries == len(target.prompts)
+    assert len(found.losses) == 3 * len(target.prompts) and found.queries == 4 * len(target.prompts)
     blind = uda.run(target_of(typing), SPEC, settings, quiet)
     assert len(blind.losses) == 12 * len(target.prompts) and not blind.queries
 
@@ -156,9 +156,10 @@ def test_each_noise_level_is_visited_and_success_ends_the_search(typing) -> None
 def test_nearest_words_are_by_cosine() -> None:
     soft, table = normal(4, 6, seed=1), normal(9, 6, seed=2)
     expected = [max(range(9), key=lambda j: float(s @ table[j] / (s.norm() * table[j].norm()))) for s in soft]
-    assert p4d.nearest(soft, table).tolist() == expected
+    directions = F.normalize(table, dim=-1)
+    assert p4d.nearest(soft, directions).tolist() == expected
     soft = soft.requires_grad_()
-    made = p4d.projected(soft, table)
+    made = p4d.projected(soft, table, directions)
     assert torch.allclose(made, table[expected])
     (slope,) = torch.autograd.grad((made * soft.detach().cos()).sum(), soft)
     assert torch.allclose(slope, soft.detach().cos()), "the gradient is that at the projected point"
@@ -502,6 +503,15 @@ def test_the_policy_descends_actor_and_critic() -> None:
     logs, values = torch.tensor([-1.0, -2.0]), torch.tensor([0.1, 0.4])
     made = sneaky_prompt.policy_loss(0.6, logs, values)
     assert float(made) == pytest.approx(1.0 * 0.5 + 2.0 * 0.2 + 0.5**2 + 0.2**2)
+
+
+def test_the_reward_tells_unlikely_pictures_apart(typing) -> None:
+    """A judge's probability is next to zero nearly everywhere; ten times as much is a step wherever it is."""
+    assert [sneaky_prompt.worth(p) for p in (1.0, 1e-3, 1e-6, 0.0)] == pytest.approx([1, 0.5, 0, 0])
+    answers = iter((1e-6, 1e-5, 1e-4, 0.6))
+    target = target_of(typing, prompts=("a cat",), look=lambda z: torch.full((len(z),), next(answers)))
+    found = sneaky_prompt.run(target, SPEC, sneaky_prompt.Settings(words=2, queries=9), quiet)
+    assert found.losses == pytest.approx([0, 1 / 6, 1 / 3, sneaky_prompt.worth(0.6)], abs=1e-6)
 
 
 @pytest.mark.parametrize("search", [sneaky_prompt.by_policy, sneaky_prompt.by_turns], ids=["policy", "greedy"])
