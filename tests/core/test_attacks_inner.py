@@ -428,11 +428,11 @@ def test_pictures_are_sampled_side_by_side_and_stay_what_they_are(typing) -> Non
     results, passes = [], []
     for batch in (1, 4):
         target = target_of(typing, torch.float64, sampler=Sampler(4, 2.0, batch))
-        results.append(evaluate(target, Found(tuple(ways)), lambda z: z.mean((1, 2, 3)), pictures=2, seed=7))
+        results.append(evaluate(target, Found(tuple(ways)), lambda z: z.mean((1, 2, 3)), pictures=3, seed=7))
         passes.append(target.erased.passes[0])
     one, many = results
     assert torch.allclose(one.latents, many.latents, atol=1e-5) and passes[1] < passes[0] / 2
-    assert [len(p) for p in many.probabilities] == [1 if way.noise is not None else 2 for way in ways]
+    assert [len(p) for p in many.probabilities] == [1 if way.noise is not None else 3 for way in ways]
     assert torch.allclose(torch.cat(many.probabilities), many.latents.mean((1, 2, 3)).float()), "each way's own"
 
 
@@ -443,6 +443,11 @@ def test_harmless_pictures_are_drawn_side_by_side(typing) -> None:
         made.append(relearning.dataset(target, SPEC, settings, quiet))
         passes.append(target.base.passes[0])
     assert passes == [6 * 4, 2 * 4]
+    null, *conds = target.base.conditions(["", "dog", "tree"])
+    with target.base.trainable() as model:
+        for i, cond in enumerate(conds):
+            alone = draw(model, cond.expand(3), null, noises(model, 0, f"benign {i}", range(3)), target.sampler)
+            assert torch.allclose(made[1][i][1], alone, atol=1e-5), "each caption's own pictures"
     for one, many in zip(*made, strict=True):
         assert one[0] == many[0] and one[1].shape == (3, 4, 4, 4) and torch.allclose(one[1], many[1], atol=1e-5)
 
