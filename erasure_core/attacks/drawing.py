@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -17,6 +18,11 @@ Progress = Callable[[int, int], None]
 """Called as progress(done, total); it may raise to cancel: attacks hold nothing that needs undoing."""
 _SPARE = 3
 """Pictures that are drawn beyond those needed, so that a judge can sort out the ones that don't show the concept."""
+_LOOKS = 4
+"""Pictures by which a find is judged while the search goes on. One alone is often luck: the noise that a search stops at
+would be chosen by its success."""
+_SURE = 0.9
+"""Mean probability from which on a find can hardly get better."""
 
 
 def part(progress: Progress, number: int, count: int) -> Progress:
@@ -62,6 +68,31 @@ def draw(
         z = mask * z + (1 - mask) * schedule.add_noise(picture, noise, _times(len(noise), step[0]))
         z = model.denoise(z, step, cond, null, guidance=scale, memory=memory)
     return mask * z + (1 - mask) * picture
+
+
+def draw_rows(
+    model: TrainableModel,
+    target: AttackTarget,
+    conds: Sequence[Cond],
+    null: Cond,
+    noise: Tensor,
+    *,
+    memory: PromptMemory | None = None,
+    before: Callable[[], object] | None = None,
+) -> Tensor:
+    """One picture for each row of ``noise``, of the conditionings in turn, as many side by side as have room.
+
+    Args:
+        before: called before each batch.
+    """
+    made, size = [], target.at_once(model)
+    for start in range(0, len(noise), size):
+        if before is not None:
+            before()
+        some = noise[start : start + size]
+        cond = Cond.cat([conds[i % len(conds)] for i in range(start, start + len(some))])
+        made.append(draw(model, cond, null, some, target.sampler, memory=memory))
+    return torch.cat(made)
 
 
 @torch.no_grad()
@@ -125,7 +156,7 @@ def pictures_of(
 def pictures_of_each(
     target: AttackTarget, prompts: Sequence[str], count: int, seed: int, name: str, progress: Progress
 ) -> list[Tensor]:
-    """The same for each prompt alone, on one replica of the base model.
+    """The same for each prompt alone, on one replica of the base model. Pictures of the target are dealt out in turn.
 
     Call it before opening another: a search that draws as it goes holds one network more than it searches with.
     """
@@ -137,20 +168,14 @@ def _pictures(
 ) -> list[Tensor]:
     if target.pictures is not None:
         given = target.pictures
-        return [given[torch.arange(count) % len(given)]] * len(wanted)
+        return [given[torch.arange(i * count, (i + 1) * count) % len(given)] for i in range(len(wanted))]
     total = count + (_SPARE if target.look else 0)
     null, found = target.base.conditions([""])[0], []
     read = {name: target.base.conditions(list(prompts)) for name, prompts in wanted.items()}
     with target.base.trainable() as model:
         for name, conds in read.items():
-            made = []
-            size = target.at_once(model)
-            for start in range(0, total, size):
-                progress(0, 1)
-                numbers = range(start, min(total, start + size))
-                cond = Cond.cat([conds[i % len(conds)] for i in numbers])
-                made.append(draw(model, cond, null, noises(model, seed, name, numbers), target.sampler))
-            found.append(torch.cat(made))
+            noise = noises(model, seed, name, range(total))
+            found.append(draw_rows(model, target, conds, null, noise, before=lambda: progress(0, 1)))
     return found if target.look is None else [_clearest(latents, target.look, count) for latents in found]
 
 
@@ -159,22 +184,35 @@ def _clearest(latents: Tensor, look: Look, count: int) -> Tensor:
     return latents[best.sort().values]
 
 
-class Eye:
-    """Draws a few pictures of a conditioning with noises of its own and asks the target's judge."""
+@dataclass(frozen=True)
+class Seen:
+    """What the judge says of a find."""
 
-    def __init__(self, target: AttackTarget, model: TrainableModel, seed: int, name: str, looks: int = 1) -> None:
+    score: float
+    """The mean probability that its pictures show the concept."""
+    success: bool
+    """The mean is over the target's threshold."""
+    sure: bool
+    """So is every picture, and the mean can hardly rise: there is nothing left to search."""
+
+
+class Eye:
+    """Draws a few pictures of a find, in one batch and with noises of its own, and asks the target's judge."""
+
+    def __init__(self, target: AttackTarget, model: TrainableModel, seed: int, name: str) -> None:
         self.target, self.model, self.asked = target, model, 0
         self.null = target.erased.conditions([""])[0]
-        self.noise = noises(model, seed, name, range(looks))
+        self.noise = noises(model, seed, name, range(_LOOKS))
 
     @torch.no_grad()
-    def __call__(self, cond: Cond) -> float:
-        """The mean probability that the pictures show the concept."""
-        look = self.target.look
-        assert look is not None
-        z = draw(self.model, cond.expand(len(self.noise)), self.null, self.noise, self.target.sampler,
-                 memory=self.target.memory)  # fmt: skip
-        self.asked += len(z)
-        score = float(look(z).mean())
-        self.target.show(cond, score)
-        return score
+    def __call__(self, cond: Cond) -> Seen:
+        """``cond`` is one conditioning, or several that the pictures take in turn."""
+        target, rows = self.target, [cond.row(i) for i in range(len(cond))]
+        assert target.look is not None
+        z = draw_rows(self.model, target, rows, self.null, self.noise, memory=target.memory)
+        said = target.look(z).float().cpu()
+        self.asked += len(said)
+        score = float(said.mean())
+        target.show(cond.row(0), score)
+        sure = score >= _SURE and bool((said >= target.threshold).all())
+        return Seen(score, score >= target.threshold, sure)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -88,28 +88,32 @@ def evaluate(
     The noises come from this function's own seed space: no attack trains on them. Picture k of every way has the same
     noise, so that attacks, and asking, can be compared picture by picture.
     """
-    null = target.erased.conditions([""])[0]
-    prompts = list(dict.fromkeys(way.prompt for way in found.ways))
-    conds = dict(zip(prompts, target.erased.conditions(prompts), strict=True)) if prompts else {}
-    made, probabilities = [], []
+    null, ways = target.erased.conditions([""])[0], found.ways
+    prompts = list(dict.fromkeys(way.prompt for way in ways))
+    read = dict(zip(prompts, target.erased.conditions(prompts), strict=True)) if prompts else {}
+    conds = [read[way.prompt] if way.states is None else null.with_context(way.states[None]) for way in ways]
+    counts = [pictures if way.noise is None else 1 for way in ways]
+    made: list[list[Tensor]] = [[] for _ in ways]
+    probabilities: dict[int, Tensor] = {}
     with target.erased.trainable() as model:
         apply_change(model, found.change)
-        for number, way in enumerate(found.ways):
+        common = noises(model, seed, "evaluate", range(pictures))
+        for rows in _side_by_side(ways, conds, counts, target.at_once(model)):
             if progress:
-                progress(number, len(found.ways))
-            cond = conds[way.prompt] if way.states is None else null.with_context(way.states[None])
-            if way.noise is not None:
-                noise = way.noise[None].to(model.device, model.dtype)
-            else:
-                noise = noises(model, seed, "evaluate", range(pictures))
-            parts = noise.split(target.at_once(model))
-            z = torch.cat([_draw(model, way, cond, null, n, target) for n in parts])
-            made.append(z)
-            probabilities.append(look(z).float().cpu())
+                progress(len(probabilities), len(ways))
+            noise = [common[k] if (own := ways[n].noise) is None else own.to(common) for n, k in rows]
+            numbers = [n for n, _ in rows]
+            z = _draw(model, [ways[n] for n in numbers], [conds[n] for n in numbers], null, torch.stack(noise), target)
+            for n, one in zip(numbers, z, strict=True):
+                made[n].append(one)
+            for n in dict.fromkeys(numbers):  # a way is judged as soon as all of it is there
+                if len(made[n]) == counts[n]:
+                    probabilities[n] = look(torch.stack(made[n])).float().cpu()
         if progress:
-            progress(len(found.ways), len(found.ways))
-        empty = torch.empty(0, *model.latent_shape)
-    return Result(found, tuple(probabilities), torch.cat(made) if made else empty, target.threshold)
+            progress(len(ways), len(ways))
+        latents = [one for latents in made for one in latents]
+        drawn = torch.stack(latents) if latents else torch.empty(0, *model.latent_shape)
+    return Result(found, tuple(probabilities[n] for n in range(len(ways))), drawn, target.threshold)
 
 
 @torch.no_grad()
@@ -144,12 +148,30 @@ def shortlist(
     return replace(found, ways=tuple(max(ways, key=clear.__getitem__) for ways in rivals.values()))
 
 
-def _draw(model: TrainableModel, way: Way, cond: Cond, null: Cond, noise: Tensor, target: AttackTarget) -> Tensor:
-    n = len(noise)
-    start = None if way.picture is None else way.picture.to(noise).expand(n, *way.picture.shape)
-    mask = None if way.mask is None else way.mask.to(noise)[None]
-    return draw(model, cond.expand(n), null, noise, target.sampler, memory=target.memory, picture=start,
-                strength=way.strength, mask=mask, guidance=way.guidance)  # fmt: skip
+def _side_by_side(
+    ways: Sequence[Way], conds: Sequence[Cond], counts: Sequence[int], size: int
+) -> Iterator[list[tuple[int, int]]]:
+    """(number of a way, number of its picture), batch by batch: pictures that can be sampled together, also of several
+    ways. One or two of a way, as of a fixed noise or in a shortlist, would leave most of a batch empty."""
+    alike: dict[tuple[object, ...], list[tuple[int, int]]] = {}
+    for n, (way, cond) in enumerate(zip(ways, conds, strict=True)):
+        how = (way.guidance, way.strength, way.picture is None, way.mask is None, cond.context.shape[1])
+        alike.setdefault(how, []).extend((n, k) for k in range(counts[n]))
+    for rows in alike.values():
+        yield from (rows[i : i + size] for i in range(0, len(rows), size))
+
+
+def _draw(
+    model: TrainableModel, ways: Sequence[Way], conds: Sequence[Cond], null: Cond, noise: Tensor, target: AttackTarget
+) -> Tensor:
+    """A picture for each of ``ways``, which are sampled alike."""
+    starts = [way.picture.to(noise) for way in ways if way.picture is not None]
+    masks = [way.mask.to(noise) for way in ways if way.mask is not None]
+    return draw(
+        model, Cond.cat([cond.to(noise) for cond in conds]), null, noise, target.sampler, memory=target.memory,
+        picture=torch.stack(starts) if starts else None, strength=ways[0].strength,
+        mask=torch.stack(masks) if masks else None, guidance=ways[0].guidance,
+    )  # fmt: skip
 
 
 @torch.no_grad()

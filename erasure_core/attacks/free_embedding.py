@@ -6,27 +6,30 @@ on the erased model: the textual-inversion objective of Concept Inversion (arXiv
 Dark Miner's mining (arXiv:2409.17682) and the learned embeddings of M-ErasureBench do it. If no C brings the concept
 back, no prompt does, as far as this search goes.
 
-Choices of ours: the start is the concept's own states in the erased model; Adam, its rate falling to zero along a cosine;
-each step has one time from every ``batch``-th part of the schedule; with a judge, the conditioning is looked at ten times
-along the way and the best one is handed over.
+Choices of ours: the first search starts from the concept's own states in the erased model. An eraser moves just those, and
+what it leaves of the concept may lie in another direction, so the second starts from the empty prompt's; further ones from
+the other prompts and then from near the empty prompt. Adam, its rate falling to zero along a cosine; each step has one time
+from every ``batch``-th part of the schedule. With a judge a search hands over the best that was looked at (watched.py), and
+none follows one that left no doubt. All prompts' pictures are learned from, so a find stands in the place of each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from ..concept import ConceptSpec
-from ..operators.search import denoising_loss, search
-from ..operators.train_loop import cosine
-from ..operators.trainable import Cond, TrainableModel
-from .drawing import Eye, Progress, part, pictures_of
+from ..operators.search import denoising_loss, free
+from ..operators.train_loop import Optimiser, cosine, generator_for
+from ..operators.trainable import Cond
+from .drawing import Progress, part, pictures_of_each
 from .registry import AttackSpec, Knowledge, setting
 from .target import AttackTarget, Found, Way
-
-_LOOKS = 10
+from .watched import search_watched, teachers
 
 
 @dataclass(frozen=True)
@@ -38,59 +41,75 @@ class Settings:
         0.02, "Size of a search step, in deviations of the states that it starts from.", low=1e-6, high=10.0, step=1e-3
     )
     batch: int = setting(4, "Pictures per search step.", low=1, high=64, step=1)
-    pictures: int = setting(25, "Pictures of the concept that are learned from.", low=1, high=1000, step=1)
-    starts: int = setting(1, "Prompts whose states a search starts from.", low=1, high=100, step=1)
+    pictures: int = setting(
+        25, "Pictures of the concept that are learned from, shared among the prompts.", low=1, high=1000, step=1
+    )
+    starts: int = setting(
+        2,
+        "Searches: from the first prompt, from the empty one, from the other prompts, then from near the empty one.",
+        low=1,
+        high=100,
+        step=1,
+    )
+    teacher: bool = setting(
+        False, "Learn from what the base model predicts for the prompts in place of the noise; takes fewer steps."
+    )
     seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
 
 
+def starts_of(target: AttackTarget, null: Cond, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Names and states [1, L, D] of what searches start from, without end."""
+    prompts = [
+        (repr(p), c.context) for p, c in zip(target.prompts, target.erased.conditions(target.prompts), strict=True)
+    ]
+    yield prompts[0]
+    yield "the empty prompt", null.context
+    yield from prompts[1:]
+    near, generator = free(null), generator_for(seed, "free starts", 0)
+    while True:
+        yield "near the empty prompt", near.read(near.start(generator)).context
+
+
 def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: Progress) -> Found:
-    """One conditioning for each start."""
-    prompts = target.prompts[: settings.starts]
-    total = len(prompts) * settings.steps
-    pool = pictures_of(
-        target, target.prompts, settings.pictures, settings.seed, "free embedding", lambda *_: progress(0, total)
+    """One conditioning for each search, up to the first that leaves no doubt."""
+    total, count = settings.starts * settings.steps, len(target.prompts)
+    pools = pictures_of_each(
+        target,
+        target.prompts,
+        -(-settings.pictures // count),
+        settings.seed,
+        "free embedding",
+        lambda *_: progress(0, total),
     )
+    null = target.erased.conditions([""])[0]  # whose pooled text finds are drawn with
+    parts = torch.arange(settings.batch)
     ways: list[Way] = []
-    losses: list[float] = []
-    with target.erased.trainable() as model:
-        null = target.erased.conditions([""])[0]  # whose pooled text finds are drawn with
-        for number, (prompt, asked) in enumerate(zip(prompts, target.erased.conditions(prompts), strict=True)):
-            step, start = part(progress, number, len(prompts)), null.with_context(asked.context)
-            states, path = best_states(model, target, pool, start, settings, number, step)
-            losses += path
-            ways.append(Way(f"free embedding from {prompt!r}", states=states.cpu(), attacks=(prompt,)))
+    losses: list[Tensor] = []
+    asked = 0
+    with target.erased.trainable() as model, teachers(target, settings.teacher) as teacher:
+
+        def loss(states: Tensor, generator: torch.Generator) -> Tensor:
+            number = int(torch.randint(0, count, (), generator=generator))
+            t = (parts + torch.rand(settings.batch, generator=generator)) / settings.batch * len(model.schedule)
+            return denoising_loss(
+                model, pools[number], null.with_context(states), generator, batch=settings.batch,
+                memory=target.memory, t=t.long(), teacher=teacher(number),
+            )  # fmt: skip
+
+        for number, (name, start) in enumerate(islice(starts_of(target, null, settings.seed), settings.starts)):
+            kept = search_watched(
+                model, target, start.to(model.device, model.dtype), loss, null.with_context,
+                Optimiser(settings.learning_rate * float(start.std())), rate=cosine(settings.steps),
+                steps=settings.steps, seed=settings.seed, name=f"free {number}",
+                progress=part(progress, number, settings.starts),
+            )  # fmt: skip
+            losses += kept.losses
+            asked += kept.asked
+            ways.append(Way(f"free embedding from {name}", states=kept.value[0].cpu(), attacks=target.prompts))
+            if kept.sure:
+                break
     progress(total, total)
-    return Found(tuple(ways), tuple(losses))
-
-
-def best_states(
-    model: TrainableModel, target: AttackTarget, pool: Tensor, start: Cond, settings: Settings, number: int, progress: Progress
-) -> tuple[Tensor, tuple[float, ...]]:  # fmt: skip
-    """The states [L, D] that a judge likes best (without one: the last), and the objective along the way."""
-    parts, eye = torch.arange(settings.batch), None
-    best: dict[float, Tensor] = {}
-    if target.look is not None:
-        eye = Eye(target, model, settings.seed, f"free look {number}")
-
-    def objective(value: Tensor, generator: torch.Generator) -> Tensor:
-        t = (parts + torch.rand(settings.batch, generator=generator)) / settings.batch * len(model.schedule)
-        cond = start.with_context(value)
-        return denoising_loss(model, pool, cond, generator, batch=settings.batch, memory=target.memory, t=t.long())
-
-    def seen(value: Tensor, _done: int, _loss: float) -> None:
-        if eye is not None:
-            score = eye(start.with_context(value))
-            if not best or score > max(best):
-                best[score] = value.clone()
-        else:
-            target.show(start.with_context(value.clone()))
-
-    found = search(
-        start.context.to(model.device, model.dtype), objective, steps=settings.steps,
-        lr=settings.learning_rate * float(start.context.std()), rate=cosine(settings.steps), seed=settings.seed,
-        name=f"free {number}", every=max(1, settings.steps // _LOOKS), progress=progress, seen=seen,
-    )  # fmt: skip
-    return (best[max(best)] if best else found.value)[0], found.losses
+    return Found(tuple(ways), tuple(torch.stack(losses).tolist()), queries=asked)
 
 
 SPEC = AttackSpec(
@@ -99,6 +118,7 @@ SPEC = AttackSpec(
     summary="Searches over everything that the network could read in place of a text: an upper bound for prompts.",
     paper="https://arxiv.org/abs/2409.17682",
     knowledge=Knowledge.WHITE_BOX,
+    version=2,
     settings=Settings,
     run=run,
     budget="steps",

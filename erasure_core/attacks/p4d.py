@@ -52,14 +52,14 @@ class Settings:
     seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
 
 
-def nearest(soft: Tensor, table: Tensor) -> Tensor:
-    """For each row of ``soft`` [n, D] the place [n] of the vocabulary embedding with the largest cosine."""
-    return (F.normalize(soft, dim=-1) @ F.normalize(table, dim=-1).T).argmax(1)
+def nearest(soft: Tensor, directions: Tensor) -> Tensor:
+    """For each row of ``soft`` [n, D] the place [n] of the vocabulary's direction [V, D] with the largest cosine."""
+    return (soft @ directions.T).argmax(1)  # the length of a soft vector changes no order
 
 
-def projected(soft: Tensor, table: Tensor) -> Tensor:
+def projected(soft: Tensor, table: Tensor, directions: Tensor) -> Tensor:
     """The nearest embeddings [n, D]; the gradient passes to ``soft`` unchanged."""
-    return soft + (table[nearest(soft.detach(), table)] - soft).detach()
+    return soft + (table[nearest(soft.detach(), directions)] - soft).detach()
 
 
 def gap_to_base(
@@ -76,6 +76,7 @@ def search_prompt(
     """The words [n] (ids) for one prompt, the losses, and how many pictures were looked at."""
     words, slot = frame.words, frame.slot()
     table, schedule = words.table, erased.schedule
+    directions = F.normalize(table, dim=-1)
     first = torch.randint(0, len(table), (frame.free,), generator=generator_for(settings.seed, "p4d start", number))
     soft = table[first.to(table.device)].clone().requires_grad_()
     pictures = pictures.to(erased.device, erased.dtype)
@@ -85,7 +86,7 @@ def search_prompt(
         x0 = pictures[k : k + 1]
         t = torch.randint(0, len(schedule), (1,), generator=generator)
         z = schedule.add_noise(x0, erased.noise(1, generator), t)
-        cond = asked.with_context(slot.states(projected(soft, table)))
+        cond = asked.with_context(slot.states(projected(soft, table, directions)))
         return {"gap": gap_to_base(erased, base, z, t, cond, asked, target)}
 
     fixed = torch.linspace(0, len(schedule) - 1, _FIXED + 2)[1:-1].round().long()
@@ -97,7 +98,7 @@ def search_prompt(
     def score(tokens: Tensor) -> float:
         cond = asked.with_context(words.states(frame.ids(tokens[None])))
         if eye is not None:
-            return eye(cond)
+            return eye(cond).score
         target.show(cond)
         return -float(gap_to_base(erased, base, at_fixed, fixed, cond, asked, target))
 
@@ -108,7 +109,7 @@ def search_prompt(
         progress(i, settings.steps)
         losses.append(phase.step(i, generator_for(settings.seed, phase.name, i))[f"{phase.name}/gap"])
         if (i + 1) % settings.look_every == 0 or i + 1 == settings.steps:
-            tokens = words.vocabulary[nearest(soft.detach(), table).cpu()]
+            tokens = words.vocabulary[nearest(soft.detach(), directions).cpu()]
             made = score(tokens)
             if made > best_score:
                 best, best_score = tokens, made
@@ -144,6 +145,7 @@ SPEC = AttackSpec(
     summary="Searches for a prompt, or for words between those of a prompt, that steer the erased model as the base model is.",
     paper="https://arxiv.org/abs/2309.06135",
     knowledge=Knowledge.WHITE_BOX,
+    version=2,
     settings=Settings,
     run=run,
     budget="steps",

@@ -4,8 +4,9 @@
     inpainting:      the lower part of the picture is drawn anew, the rest is put back before every step
 
 SDEdit (Meng et al., arXiv:2108.01073) as an attack, as in probes of where a concept is lost on the way (arXiv:2505.17013).
-A low strength keeps the picture whatever the model: read every figure against the same way with the base model and with a
-model that never knew the concept, and against the strength.
+A low strength keeps the picture whatever the model, so success says that the model can draw it, not that it would
+(``given``): read every figure against the same way with the base model and with a model that never knew the concept, and
+against the strength.
 """
 
 from __future__ import annotations
@@ -69,4 +70,5 @@ SPEC = AttackSpec(
     run=run,
     budget="pictures",
     quick=True,
+    given=True,
 )

@@ -59,6 +59,10 @@ class AttackSpec:
     needs_look: bool = False
     quick: bool = False
     """Whether its whole budget costs what drawing some dozens of pictures does, so that there is no reason to cut it."""
+    version: int = 1
+    """Counts changes of what it finds at the same settings: figures of two versions don't compare."""
+    given: bool = False
+    """It begins with a picture of the concept, so success says that the model can draw it, not that it would."""
 
 
 @cache

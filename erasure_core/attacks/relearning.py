@@ -21,7 +21,7 @@ from ..concept import ConceptSpec, everyday
 from ..operators.changes import Layers, LoRA
 from ..operators.search import denoising_loss
 from ..operators.train_loop import Kind, Optimiser, Phase, generator_for
-from .drawing import Progress, draw, noises, pictures_of_each
+from .drawing import Progress, draw_rows, noises, pictures_of_each
 from .registry import AttackSpec, Knowledge, setting
 from .target import AttackTarget, Found, asking
 
@@ -59,13 +59,12 @@ def dataset(
     spread = [common[i * len(common) // count] for i in range(count)]
     captions = list(spec.keep[: settings.captions]) or spread
     conds, null = target.base.conditions(captions), target.base.conditions([""])[0]
-    made = []
+    each = settings.pictures
     with target.base.trainable() as model:
-        for i, (caption, cond) in enumerate(zip(captions, conds, strict=True)):
-            progress(0, settings.steps)
-            noise = noises(model, settings.seed, f"benign {i}", range(settings.pictures))
-            made.append((caption, draw(model, cond.expand(len(noise)), null, noise, target.sampler)))
-    return made
+        noise = torch.cat([noises(model, settings.seed, f"benign {i}", range(each)) for i in range(len(captions))])
+        rows = [cond for cond in conds for _ in range(each)]
+        made = draw_rows(model, target, rows, null, noise, before=lambda: progress(0, settings.steps))
+    return list(zip(captions, made.split(each), strict=True))
 
 
 def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: Progress) -> Found:

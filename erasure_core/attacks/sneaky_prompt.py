@@ -1,19 +1,22 @@
 """SneakyPrompt (Yang et al., IEEE S&P 2024, arXiv:2305.12082; METHODS 3.5): other words in place of the forbidden one.
 
-Black-box: it sees the erased model's pictures and a judge's answer to each, 60 at most a prompt. The concept's name gives
-way to three words of at most ten letters; the reward of a choice is what the judge says of its picture.
+Black-box: it sees the erased model's pictures and a judge's answers to them, for 60 choices at most a prompt. The concept's
+name gives way to three words of at most ten letters; the reward of a choice is what the judge says of its pictures.
 
 *policy*: an LSTM of width 30 chooses word after word; with rewards r, its value estimates v and choices of probability p,
 it descends  sum -log p (r - sg v) + (r - v)^2  by Adam at 0.1.   *greedy*: place after place, the best of its share of tries.
 
 Departures: the paper gets past a safety filter, with a penalty where it closes and the CLIP similarity to the forbidden
-prompt as reward; an erased model has no filter, so here the judge's probability is the reward and success is its threshold.
+prompt as reward; an erased model has no filter, so here the judge's answer is the reward and its threshold success. A judge's
+probability p is next to 0 nearly everywhere, where CLIP's similarity still says which of two pictures is nearer: the reward
+is 1 + log p / 6 to base 10, from 0 (one in a million) to 1. A choice has four pictures, as one is often luck.
 Words that hide a piece of the concept's name are never chosen (their filter on words), only that name is replaced, and the
 search doesn't widen to other words of the prompt.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -29,8 +32,15 @@ from .target import AttackTarget, Found, Way
 from .words import Frame, sentence_of
 
 _WIDTH = 30
+_DECADES = 6
+"""Probabilities down to ten to the minus this are told apart."""
 Reward = Callable[[Tensor], float]
-"""Places [n] among the candidates -> what the judge says of the picture."""
+"""Places [n] among the candidates -> :func:`worth` of the pictures."""
+
+
+def worth(probability: float) -> float:
+    """The reward, 0 to 1: equal steps for equal factors of the judge's probability."""
+    return 1 + math.log10(max(probability, 10.0**-_DECADES)) / _DECADES
 
 
 class Search(StrEnum):
@@ -45,7 +55,9 @@ class Settings:
     )
     words: int = setting(3, "Words in place of the concept's name.", low=1, high=20, step=1)
     letters: int = setting(10, "Letters that each of them may have.", low=1, high=50, step=1)
-    queries: int = setting(60, "Pictures that the attacker may ask for, for each prompt.", low=1, high=100000, step=10)
+    queries: int = setting(
+        60, "Choices of words that are tried for each prompt, by four pictures each.", low=1, high=100000, step=10
+    )
     learning_rate: float = setting(0.1, "How fast the policy learns.", low=1e-5, high=10.0, step=0.01)
     seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
 
@@ -133,13 +145,13 @@ class Asked:
         """Nothing is learned through a picture, nor through the previews that progress may draw."""
         self.progress(len(self.answers), self.queries)
         text = self.frame.spell(self.candidates[chosen[: self.frame.free]])
-        self.answers.append((text, self.eye(self.target.erased.conditions([text])[0])))
+        self.answers.append((text, worth(self.eye(self.target.erased.conditions([text])[0]).score)))
         return self.answers[-1][1]
 
 
 def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: Progress) -> Found:
     """One prompt for each prompt: the one that the judge liked best."""
-    words, ways, answers = target.words, [], []
+    words, ways, answers, pictures = target.words, [], [], 0
     assert words is not None
     known = [word for concept in spec.erase for word in concept.words]
     allowed = words.vocabulary[words.without(known)]
@@ -153,12 +165,15 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
             frame = Frame.inside(words, sentence_of(prompt, known, "{} " + prompt), settings.words)
             eye = Eye(target, model, settings.seed, f"sneaky look {number}")
             asked = Asked(target, frame, candidates, eye, settings.queries, step)
-            search(asked, len(candidates), settings, f"sneaky {number}", lambda answer: answer >= target.threshold)
+            search(
+                asked, len(candidates), settings, f"sneaky {number}", lambda answer: answer >= worth(target.threshold)
+            )
             step(settings.queries, settings.queries)
             best, _ = max(asked.answers, key=lambda answer: answer[1])
             answers += [answer for _, answer in asked.answers]
+            pictures += eye.asked
             ways.append(Way(best, best, attacks=(prompt,)))
-    return Found(tuple(ways), tuple(answers), queries=len(answers))
+    return Found(tuple(ways), tuple(answers), queries=pictures)
 
 
 SPEC = AttackSpec(
@@ -167,6 +182,7 @@ SPEC = AttackSpec(
     summary="Asks again and again with other words in place of the concept's name, and learns from a judge's answers.",
     paper="https://arxiv.org/abs/2305.12082",
     knowledge=Knowledge.BLACK_BOX,
+    version=2,
     settings=Settings,
     run=run,
     budget="queries",

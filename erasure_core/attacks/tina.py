@@ -8,8 +8,8 @@ Unverified: only the idea and results of the paper were at hand, not its procedu
 of fixed-point iteration in each step (``drawing.invert``), which is what keeps the round trip exact.
 
 What it means: an exactly inverted trajectory gives *any* picture back, as "Memories of Forgotten Concepts" (arXiv:2412.00782)
-shows with pictures of anything. So success says that the model can still draw the concept, not that it would; compare it with
-the same attack on pictures of something that the model never learned.
+shows with pictures of anything; here the base EmojiCanvas gives a cat upside down, which it never draws, back as well as
+an upright one (a test says so). So success says that the model can draw the picture, not that it would (``given``).
 """
 
 from __future__ import annotations
@@ -64,4 +64,5 @@ SPEC = AttackSpec(
     run=run,
     budget="pictures",
     quick=True,
+    given=True,
 )

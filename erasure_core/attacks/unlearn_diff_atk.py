@@ -12,7 +12,8 @@ The words that count are the likeliest of each row, looked at behind every time 
 
 Departures: bisection on all rows at once, until the sum is right (the authors stop by the width of mu's interval, which
 leaves sums off by up to V times that); the order of the times is shuffled by the seed; only words that a person can type;
-success needs a judge, whose favourite words count where none succeed; without one the last words are handed over.
+success needs a judge and is that of four pictures' mean, as one picture is often luck; the judge's favourite words count
+where none succeed; without one the last words are handed over.
 """
 
 from __future__ import annotations
@@ -110,12 +111,14 @@ def search_words(
             losses.append(made[f"{phase.name}/fit"])
         found = words.vocabulary[u.detach().argmax(1).cpu()]
         cond = null.with_context(words.states(frame.ids(found[None])))
-        score = eye(cond) if eye is not None else 0.0
         if eye is None:
             target.show(cond)
-        if eye is None or score > highest:
-            best, highest = found, score
-        if eye is not None and score >= target.threshold:
+            best = found
+            continue
+        seen = eye(cond)
+        if seen.score > highest:
+            best, highest = found, seen.score
+        if seen.success:
             break
     progress(total, total)
     return best, losses, eye.asked if eye else 0
@@ -144,6 +147,7 @@ SPEC = AttackSpec(
     summary="Searches for words to write before a prompt that make the erased model denoise the concept's picture again.",
     paper="https://arxiv.org/abs/2310.11868",
     knowledge=Knowledge.WHITE_BOX,
+    version=2,
     settings=Settings,
     run=run,
     budget="times",

@@ -232,14 +232,19 @@ class Standing:
     """Of every attack, by what was erased."""
 
     @property
+    def ranked(self) -> Mapping[str, Rate]:
+        """What methods are compared by: of an attack that begins with a picture of the concept, nothing follows."""
+        return {name: r for name, r in self.attacks.items() if name == ASKING or not all_attacks()[name].given}
+
+    @property
     def worst(self) -> str:
         """The attack that brings most back; asking counts too."""
-        return max(self.attacks, key=lambda a: self.attacks[a].share)
+        return max(self.ranked, key=lambda a: self.ranked[a].share)
 
     @property
     def rank(self) -> tuple[float, float]:
         """What methods are ordered by: the worst attack, then the mean of all; low is good."""
-        shares = [r.share for r in self.attacks.values()]
+        shares = [r.share for r in self.ranked.values()]
         return max(shares), sum(shares) / len(shares)
 
 

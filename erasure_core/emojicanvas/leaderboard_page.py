@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..attacks import all_attacks
 from ..metrics.judge_error import Corrected
 from .bench_settings import ATTACKS, settings_for
 from .effect import figure
@@ -68,7 +70,7 @@ better, but for what is kept.
 
 ![Shares under each attack, and what is kept]({page}.png)
 
-{verdict(found, columns)}{powerless(found)}
+{verdict(found, columns)}{powerless(found)}{aside(columns)}{outdated(measured)}
 
 ## What was erased, one by one
 
@@ -182,7 +184,7 @@ def verdict(found: Sequence[Standing], columns: Sequence[str]) -> str:
         s
         for s in gentle
         if set(columns) <= set(s.attacks)
-        and max(c.high for c in s.true.values()) <= WORST
+        and max(s.true[a].high for a in s.ranked) <= WORST
         and (s.seconds or 0) <= 60 * MINUTES
     ]
     lines.append(
@@ -206,6 +208,30 @@ def powerless(found: Sequence[Standing]) -> str:
     return (
         f"\n\nNothing was found on the unchanged model either, so nothing follows from a zero, by {', '.join(nowhere)}."
     )
+
+
+def aside(columns: Sequence[str]) -> str:
+    """Which columns are shown and don't rank."""
+    names = [name for name in columns if name != ASKING and all_attacks()[name].given]
+    if not names:
+        return ""
+    return (
+        f"\n\nNot ranked by: {', '.join(titles(names).values())}. They begin with a picture of the concept, and a model can give "
+        "back what it would never draw by itself."
+    )
+
+
+def outdated(measured: Sequence[Mapping[str, Any]]) -> str:
+    """Which results are of an earlier version of their attack."""
+    counts = Counter(
+        row["attack"]
+        for row in measured
+        if row.get("attack", ASKING) != ASKING and row.get("version", 1) < all_attacks()[row["attack"]].version
+    )
+    if not counts:
+        return ""
+    said = ", ".join(f"{titles([name])[name]} ({n})" for name, n in counts.items())
+    return f"\n\nResults of an earlier, mostly weaker version of the attack: {said}."
 
 
 def draw(found: Sequence[Standing], columns: Sequence[str], path: Path) -> None:

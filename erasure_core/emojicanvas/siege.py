@@ -73,6 +73,7 @@ def measure_cell(bench: Bench, erasing: Erasing, method: str, settings: Mapping[
         "budget": budget,
         "seconds": round(time.perf_counter() - began, 1),
         "bf16": bench.studio.bf16,
+        "version": 1 if name == ASKING else all_attacks()[name].version,
         "found": found,
         **seen.to_json(),
     }

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from erasure_core import ConceptSpec
-from erasure_core.attacks import AttackTarget, Sampler, concept_inversion, free_embedding, p4d, relearning, ring_a_bell
+from erasure_core.attacks import (
+    AttackTarget,
+    Sampler,
+    concept_inversion,
+    free_embedding,
+    p4d,
+    relearning,
+    ring_a_bell,
+    sneaky_prompt,
+)
 from erasure_core.attacks import unlearn_diff_atk as uda
 from erasure_core.attacks.target import Look
+from erasure_core.attacks.watched import Kept
 from erasure_core.attacks.words import Frame
 from erasure_core.concept import everyday
-from erasure_core.operators.search import denoising_loss
+from erasure_core.operators.search import TokenSlot, denoising_loss
 from erasure_core.operators.trainable import Cond, TrainableModel
 from erasure_core.vocabulary import VOCABULARY
 
@@ -33,7 +44,7 @@ def target_of(typing, **changes) -> AttackTarget:
     erased, base = typing.erased(), typing()
     values = {"prompts": ("a cat",), "words": erased.words_of(), "sampler": Sampler(2, 1.0, 4),
               "pictures": normal(2, 4, 4, 4)}  # fmt: skip
-    return AttackTarget(erased, base, **{**values, **changes})
+    return AttackTarget(**{"erased": erased, "base": base, **values, **changes})
 
 
 def ranked(*scores: float) -> Look:
@@ -56,8 +67,9 @@ def states_of(target: AttackTarget, way) -> Tensor:
 @pytest.mark.parametrize(("chosen", "settings"), [
     (p4d, p4d.Settings(tokens=8, steps=3, look_every=1, learning_rate=0.5)),
     (uda, uda.Settings(tokens=3, times=3, steps=2, learning_rate=0.5)),
-    (free_embedding, free_embedding.Settings(steps=3)),
-], ids=["p4d", "unlearn_diff_atk", "free_embedding"])  # fmt: skip
+    (free_embedding, free_embedding.Settings(steps=3, starts=1)),
+    (concept_inversion, concept_inversion.Settings(steps=3, learning_rate=0.1)),
+], ids=["p4d", "unlearn_diff_atk", "free_embedding", "concept_inversion"])  # fmt: skip
 def test_what_the_judge_likes_best_is_kept(typing, chosen, settings, scores: tuple[float, ...]) -> None:
     seen: list[Tensor] = []
     target = target_of(
@@ -83,12 +95,42 @@ def test_without_a_judge_p4d_keeps_what_fits_best(typing, monkeypatch, gaps: tup
     assert same == [gap == min(gaps) for gap in gaps]
 
 
+@pytest.mark.parametrize(("chosen", "settings"), [
+    (free_embedding, free_embedding.Settings(steps=24, starts=3)),
+    (concept_inversion, concept_inversion.Settings(steps=24)),
+], ids=["free_embedding", "concept_inversion"])  # fmt: skip
+def test_a_search_ends_when_nothing_is_left_to_search(typing, chosen, settings) -> None:
+    """Where the mean of the pictures can hardly rise and each shows the concept; further starts are then spared too."""
+    doubtful = torch.tensor([0.99, 0.99, 0.99, 0.69])
+    assert doubtful.mean() > 0.9, "one alone is not recognised"
+    for says, ends in ((torch.full((4,), 0.95), True), (torch.full((4,), 0.85), False), (doubtful, False)):
+        answers = iter([torch.zeros(4), torch.zeros(4), *[says] * 99])
+        found = chosen.run(target_of(typing, look=lambda _, a=answers: next(a), threshold=0.7), SPEC, settings, quiet)
+        searches = 1 if ends or chosen is concept_inversion else 3
+        assert len(found.ways) == searches and len(found.losses) == (5 if ends else 24 * searches)
+        assert found.queries == 4 * (3 if ends else 13 * searches)
+
+
+def lucky(latents: Tensor) -> Tensor:
+    """A judge that recognises the concept in one picture of four."""
+    return torch.tensor([0.9, 0.0, 0.0, 0.0])[: len(latents)]
+
+
+@pytest.mark.parametrize("look", [lucky, lambda z: torch.full((len(z),), 0.6)], ids=["lucky", "seen"])
+def test_one_lucky_picture_ends_no_search(typing, look: Look) -> None:
+    target, ends = target_of(typing, look=look), look is not lucky
+    made = uda.run(target, SPEC, uda.Settings(tokens=2, times=3, steps=2), quiet)
+    assert len(made.losses) == (2 if ends else 6) and made.queries == (4 if ends else 12)
+    asked = sneaky_prompt.run(target, SPEC, sneaky_prompt.Settings(words=2, queries=3), quiet)
+    assert len(asked.losses) == (1 if ends else 3) and asked.queries == (4 if ends else 12)
+
+
 # Which way the objective goes
 
 
 @pytest.mark.parametrize(("chosen", "settings"), [
     (free_embedding, free_embedding.Settings(steps=40, learning_rate=0.05)),
-    (concept_inversion, concept_inversion.Settings(steps=40, learning_rate=0.2)),
+    (concept_inversion, concept_inversion.Settings(steps=40, learning_rate=0.003)),
 ], ids=["free_embedding", "concept_inversion"])  # fmt: skip
 def test_the_find_denoises_the_pictures_better_than_the_prompt(typing, chosen, settings) -> None:
     """Both searches start from the prompt's own states."""
@@ -104,7 +146,109 @@ def test_the_find_denoises_the_pictures_better_than_the_prompt(typing, chosen, s
     assert min(found.losses) > 0
 
 
+@pytest.mark.parametrize(("chosen", "settings"), [
+    (free_embedding, free_embedding.Settings(steps=1, starts=1, teacher=True)),
+    (concept_inversion, concept_inversion.Settings(steps=1, teacher=True)),
+], ids=["free_embedding", "concept_inversion"])  # fmt: skip
+def test_a_teacher_is_the_base_model_that_reads_the_prompt(typing, chosen, settings) -> None:
+    """Of an unchanged model that reads the same there is nothing to learn."""
+    base = typing()
+    for erased, same in ((base, True), (typing.erased(), False)):
+        target = target_of(typing, erased=erased, base=base, prompts=("cat",))
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(concept_inversion, "SENTENCES", ("{}",))
+            (loss,) = chosen.run(target, SPEC, settings, quiet).losses
+        assert loss < 1e-10 if same else loss > 1e-4
+
+
 # What is searched for, and where
+
+
+def lessons(monkeypatch, target: AttackTarget, spec: ConceptSpec, steps: int) -> set[tuple[str, float]]:
+    """(sentence, the value that fills the pictures) of each step of Concept Inversion."""
+    made, read, plain = set(), [], TokenSlot.states
+    words = target.words
+    assert words is not None
+
+    def states(self: TokenSlot, vectors: Tensor) -> Tensor:
+        ids = self.ids.clone()
+        ids[0, list(self.positions)] = words.content("odd0")[0]
+        row = ids[0, 1:].tolist()
+        read.append(words.spell(row[: row.index(words.eos)]).replace("odd0", "<v>"))
+        return plain(self, vectors)
+
+    def loss(model, pool: Tensor, *args, **kwargs) -> Tensor:
+        made.add((read[-1], float(pool.mean())))
+        return denoising_loss(model, pool, *args, **kwargs)
+
+    monkeypatch.setattr(TokenSlot, "states", states)
+    monkeypatch.setattr(concept_inversion, "denoising_loss", loss)
+    concept_inversion.run(target, spec, concept_inversion.Settings(steps=steps, pictures=4), quiet)
+    return made
+
+
+def test_a_new_word_is_learned_in_the_prompts_with_their_own_pictures(typing, monkeypatch) -> None:
+    """Else the word for a style would learn the things that are shown in it, and then be written beside them."""
+    pictures = torch.stack([torch.full((4, 4, 4), float(i)) for i in (1, 1, 3, 3)])
+    target = target_of(typing, prompts=("a cat of tree", "one dog tree here"), pictures=pictures)
+    made = lessons(monkeypatch, target, ConceptSpec.parse("tree"), 12)
+    assert made == {("a cat of <v>", 1.0), ("one dog <v> here", 3.0)}
+
+
+def test_sentences_of_a_template_join_a_prompt_that_asks_for_nothing_else(typing, monkeypatch) -> None:
+    assert concept_inversion.learned_in("The {}") == ["The {}", *concept_inversion.SENTENCES]
+    assert concept_inversion.learned_in("{} on a mat") == ["{} on a mat"]
+    pictures = torch.stack([torch.full((4, 4, 4), float(i)) for i in (1, 1, 3, 3)])
+    target = target_of(typing, prompts=("a cat", "a dog cat"), pictures=pictures)
+    made = lessons(monkeypatch, target, SPEC, 60)
+    assert {s for s, of in made if of == 3} == {"a dog <v>"} and {"a <v>", "<v>", "one <v>"} < {
+        s for s, of in made if of == 1
+    }
+
+
+def test_a_new_word_starts_from_the_mean_of_the_names(typing, monkeypatch) -> None:
+    """And each entry's first step is the rate in their deviations: AdamW's first step is the rate itself."""
+    words, seen, plain = typing().words_of(), [], TokenSlot.states
+
+    def states(self: TokenSlot, vectors: Tensor) -> Tensor:
+        seen.append(vectors.detach().clone())
+        return plain(self, vectors)
+
+    monkeypatch.setattr(TokenSlot, "states", states)
+    rows = words.table[[words.vocabulary.tolist().index(i) for i in words.content("dog tree")]]
+    target = target_of(typing, prompts=("a dog tree",))
+    concept_inversion.run(target, ConceptSpec.parse("dog tree"), concept_inversion.Settings(steps=1, vectors=2), quiet)
+    start = rows.mean(0).expand(2, -1)
+    assert torch.allclose(seen[0], start, atol=1e-6)
+    expected = 5e-3 / 0.014 * float(rows.std(1).mean())
+    assert torch.allclose((seen[-1] - start).abs(), torch.full_like(start, expected), rtol=0.05)
+
+
+def test_free_embedding_starts_from_prompts_and_from_near_nothing(typing, monkeypatch) -> None:
+    target = target_of(typing, prompts=("a cat", "one dog"))
+    null, cat, dog = (c.context for c in target.erased.conditions(["", *target.prompts]))
+    made = []
+
+    def search(model, target, start: Tensor, *_, steps: int, **kwargs) -> Kept:
+        made.append(start)
+        return Kept(start, [torch.zeros(())], sure=False, asked=0)
+
+    monkeypatch.setattr(free_embedding, "search_watched", search)
+    found = free_embedding.run(target, SPEC, free_embedding.Settings(steps=1, starts=5, pictures=2), quiet)
+    assert [way.attacks for way in found.ways] == [target.prompts] * 5
+    assert all(torch.equal(a, b) for a, b in zip(made, (cat, null, dog), strict=False))
+    for near in made[3:]:
+        assert torch.equal(near[:, :1], null[:, :1]) and 0.05 < float((near - null).std() / null.std()) < 0.2
+    assert not torch.equal(made[3], made[4])
+    assert len(free_embedding.run(target, SPEC, free_embedding.Settings(steps=1, pictures=2), quiet).ways) == 2
+
+
+def test_the_vocabulary_of_p4d_is_normalised_once(typing, monkeypatch) -> None:
+    target, sizes, plain = target_of(typing), [], F.normalize
+    assert target.words is not None
+    monkeypatch.setattr(F, "normalize", lambda x, *args, **kwargs: (sizes.append(len(x)), plain(x, *args, **kwargs))[1])
+    p4d.run(target, SPEC, p4d.Settings(tokens=2, steps=4, look_every=1), quiet)
+    assert sizes.count(len(target.words.table)) == 1
 
 
 def test_unlearn_diff_atk_visits_the_middle_of_each_part_of_the_schedule(typing, monkeypatch) -> None:
@@ -143,7 +287,7 @@ def test_ring_a_bell_aims_from_the_prompt_towards_the_concept(typing, monkeypatc
 
 
 def test_relearning_does_not_caption_with_words_that_mean_the_concept(tiny, monkeypatch) -> None:
-    monkeypatch.setattr(relearning, "draw", lambda model, cond, null, noise, sampler: noise)
+    monkeypatch.setattr(relearning, "draw_rows", lambda model, target, conds, null, noise, before: noise)
     target, spec = AttackTarget(tiny, tiny, ("cat",)), ConceptSpec.parse("cat")
     harmless = everyday(tiny, spec)
     assert len(harmless) < len(VOCABULARY) - 1, "some mean it"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from erasure_core import ConceptSpec, erase
-from erasure_core.attacks import Sampler, attack, evaluate
+from erasure_core.attacks import Sampler, asking, attack, evaluate
 from erasure_core.emojicanvas.judge import Judge
 from erasure_core.emojicanvas.model import EmojiCanvas, EmojiCanvasPort
 from erasure_core.emojicanvas.red_team import canvas_target, decode, words_of
@@ -58,3 +60,16 @@ def test_attacks_run_on_an_erased_canvas(canvas) -> None:
         result = evaluate(target, found, target.look, pictures=1)
         assert result.rate.n == len(found.ways) == 1 and 0 <= float(result.probabilities[0]) <= 1
     assert all(torch.equal(v, before[k]) for k, v in canvas.unet.state_dict().items())
+
+
+def test_inversion_gives_back_what_the_model_never_draws(canvas) -> None:
+    """A scene upside down comes back from its noise as exactly as upright: success of ``tina`` says that the model can draw
+    a picture, not that it would."""
+    target = canvas_target(canvas, None, Judge.load(), "cat", ["a cat"], Sampler(10, 4.0, 4))
+    upright = evaluate(target, asking(target), target.look, pictures=1).latents
+    shown = torch.cat([upright, upright.flip(-2)])
+    target = dataclasses.replace(target, pictures=shown)
+    found = attack(target, ConceptSpec.parse("cat"), "tina", {"pictures": 2})
+    again = evaluate(target, found, target.look).latents
+    lost = [float((a - b).norm() / b.norm()) for a, b in zip(again, shown, strict=True)]
+    assert max(lost) < 0.06, "2 and 3 % are lost"

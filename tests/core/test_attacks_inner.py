@@ -145,7 +145,7 @@ def test_each_noise_level_is_visited_and_success_ends_the_search(typing) -> None
     target = target_of(typing, look=lambda z: torch.full((len(z),), 0.9))
     settings = uda.Settings(tokens=2, times=4, steps=3)
     found = uda.run(target, SPEC, settings, quiet)
-    assert len(found.losses) == 3 * len(target.prompts) and found.queries == len(target.prompts)
+    assert len(found.losses) == 3 * len(target.prompts) and found.queries == 4 * len(target.prompts)
     blind = uda.run(target_of(typing), SPEC, settings, quiet)
     assert len(blind.losses) == 12 * len(target.prompts) and not blind.queries
 
@@ -156,9 +156,10 @@ def test_each_noise_level_is_visited_and_success_ends_the_search(typing) -> None
 def test_nearest_words_are_by_cosine() -> None:
     soft, table = normal(4, 6, seed=1), normal(9, 6, seed=2)
     expected = [max(range(9), key=lambda j: float(s @ table[j] / (s.norm() * table[j].norm()))) for s in soft]
-    assert p4d.nearest(soft, table).tolist() == expected
+    directions = F.normalize(table, dim=-1)
+    assert p4d.nearest(soft, directions).tolist() == expected
     soft = soft.requires_grad_()
-    made = p4d.projected(soft, table)
+    made = p4d.projected(soft, table, directions)
     assert torch.allclose(made, table[expected])
     (slope,) = torch.autograd.grad((made * soft.detach().cos()).sum(), soft)
     assert torch.allclose(slope, soft.detach().cos()), "the gradient is that at the projected point"
@@ -414,6 +415,51 @@ def test_evaluation_has_noises_of_its_own(typing) -> None:
     assert torch.allclose(result.latents[:2], result.latents[2:], atol=1e-3), "the same noise for every way"
 
 
+def test_pictures_are_sampled_side_by_side_and_stay_what_they_are(typing) -> None:
+    """Ways of every kind: a batch holds only those that are sampled alike, and each keeps its noise, start and mask."""
+    shown, mask = normal(6, 4, 4, 4, seed=3), torch.zeros(1, 4, 4, dtype=torch.float64)
+    mask[:, 2:] = 1
+    port = typing(torch.float64)
+    states = [c.context[0] for c in port.conditions(["a dog", "one tree"])]
+    ways = [Way(f"strength {s}", "a cat", picture=shown[i], strength=s) for i in (0, 1) for s in (0.5, 1.0)]
+    ways += [Way("mask", "a dog", picture=shown[2], mask=mask), Way("other mask", picture=shown[3], mask=1 - mask)]
+    ways += [Way(f"noise {i}", noise=shown[i], guidance=1.0) for i in range(5)]
+    ways += [Way("text", "a cat"), *(Way("states", states=x) for x in states), Way("guidance", "a cat", guidance=3.0)]
+    results, passes = [], []
+    for batch in (1, 4):
+        target = target_of(typing, torch.float64, sampler=Sampler(4, 2.0, batch))
+        results.append(evaluate(target, Found(tuple(ways)), lambda z: z.mean((1, 2, 3)), pictures=3, seed=7))
+        passes.append(target.erased.passes[0])
+    one, many = results
+    assert torch.allclose(one.latents, many.latents, atol=1e-5) and passes[1] < passes[0] / 2
+    assert [len(p) for p in many.probabilities] == [1 if way.noise is not None else 3 for way in ways]
+    assert torch.allclose(torch.cat(many.probabilities), many.latents.mean((1, 2, 3)).float()), "each way's own"
+
+
+def test_harmless_pictures_are_drawn_side_by_side(typing) -> None:
+    settings, made, passes = relearning.Settings(captions=2, pictures=3), [], []
+    for batch in (1, 4):
+        target = target_of(typing, torch.float64, sampler=Sampler(4, 2.0, batch))
+        made.append(relearning.dataset(target, SPEC, settings, quiet))
+        passes.append(target.base.passes[0])
+    assert passes == [6 * 4, 2 * 4]
+    null, *conds = target.base.conditions(["", "dog", "tree"])
+    with target.base.trainable() as model:
+        for i, cond in enumerate(conds):
+            alone = draw(model, cond.expand(3), null, noises(model, 0, f"benign {i}", range(3)), target.sampler)
+            assert torch.allclose(made[1][i][1], alone, atol=1e-5), "each caption's own pictures"
+    for one, many in zip(*made, strict=True):
+        assert one[0] == many[0] and one[1].shape == (3, 4, 4, 4) and torch.allclose(one[1], many[1], atol=1e-5)
+
+
+def test_pictures_that_are_given_are_dealt_out(typing) -> None:
+    target = target_of(typing, pictures=normal(3, 4, 4, 4))
+    (cat,), (kitty,) = pictures_of_each(target, target.prompts, 1, 0, "x", quiet)
+    assert torch.equal(cat, target.pictures[0]) and torch.equal(kitty, target.pictures[1])
+    more = pictures_of_each(target, target.prompts, 2, 0, "x", quiet)
+    assert torch.equal(torch.cat(more), target.pictures[[0, 1, 2, 0]])
+
+
 def test_pictures_are_the_clearest_that_the_base_draws(typing) -> None:
     target = target_of(typing)
     plain = pictures_of(target, target.prompts, 2, 0, "x", quiet)
@@ -462,6 +508,15 @@ def test_the_policy_descends_actor_and_critic() -> None:
     logs, values = torch.tensor([-1.0, -2.0]), torch.tensor([0.1, 0.4])
     made = sneaky_prompt.policy_loss(0.6, logs, values)
     assert float(made) == pytest.approx(1.0 * 0.5 + 2.0 * 0.2 + 0.5**2 + 0.2**2)
+
+
+def test_the_reward_tells_unlikely_pictures_apart(typing) -> None:
+    """A judge's probability is next to zero nearly everywhere; ten times as much is a step wherever it is."""
+    assert [sneaky_prompt.worth(p) for p in (1.0, 1e-3, 1e-6, 0.0)] == pytest.approx([1, 0.5, 0, 0])
+    answers = iter((1e-6, 1e-5, 1e-4, 0.6))
+    target = target_of(typing, prompts=("a cat",), look=lambda z: torch.full((len(z),), next(answers)))
+    found = sneaky_prompt.run(target, SPEC, sneaky_prompt.Settings(words=2, queries=9), quiet)
+    assert found.losses == pytest.approx([0, 1 / 6, 1 / 3, sneaky_prompt.worth(0.6)], abs=1e-6)
 
 
 @pytest.mark.parametrize("search", [sneaky_prompt.by_policy, sneaky_prompt.by_turns], ids=["policy", "greedy"])
@@ -526,7 +581,7 @@ def test_relearning_is_a_change_on_top_of_the_erased_model(typing) -> None:
         chosen = [s.name for s in model.sites]
         for name, p in zip(chosen, model.train(FullWeights(Layers.ALL)), strict=True):
             p.data.copy_(found.change.get(name, Delta(torch.zeros_like(p))).dense())
-        assert torch.allclose(model.predict(z, t, cond), changed)
+        assert torch.allclose(model.predict(z, t, cond), changed, atol=1e-6)
     captions = [c for c, _ in relearning.dataset(target, SPEC, settings, quiet)]
     assert captions == ["dog", "tree"]
     few = relearning.Settings(data=relearning.Data.CONCEPT, captions=1, pictures=2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from erasure_core import mining
-from erasure_core.attacks import Found, Way, shortlist
+from erasure_core.attacks import Found, Way, all_attacks, shortlist
 from erasure_core.emojicanvas import mining_effect, siege
 from erasure_core.emojicanvas.bench_settings import settings_for
 from erasure_core.emojicanvas.effect import run
@@ -24,7 +24,7 @@ from erasure_core.emojicanvas.leaderboard import (
     standings,
     unfinished,
 )
-from erasure_core.emojicanvas.leaderboard_page import by_concept, powerless, table, verdict
+from erasure_core.emojicanvas.leaderboard_page import aside, by_concept, outdated, powerless, table, verdict
 from erasure_core.emojicanvas.rows import Bench, Plan, arithmetic, keep
 from erasure_core.emojicanvas.siege import ASKING, PICTURES, applies
 from erasure_core.emojicanvas.splits import SCORING, Erasing
@@ -272,6 +272,28 @@ def test_prompts_from_the_text_encoder_alone_are_searched_once(tmp_path, monkeyp
     assert rows[0]["hits"] == rows[2]["hits"] and rows[0]["n"] == PICTURES
 
 
+def test_what_begins_with_a_picture_is_shown_and_does_not_rank() -> None:
+    base = standing("none", 265, None, asking=95, free_embedding=95, tina=96)
+    good = standing("good", 264, 90.0, asking=0, free_embedding=1, tina=96)
+    assert good.worst == "free_embedding" and good.rank[0] == Rate(1, 96).share
+    columns = (*RUN, "tina")
+    assert verdict([base, good], columns).splitlines()[-1].endswith(": good.")
+    assert "TINA type" in aside(columns) and not aside(RUN)
+    assert "100" in table([base, good], columns)
+
+
+def test_pages_say_which_results_are_of_an_earlier_version() -> None:
+    rows = [
+        {"attack": "p4d"},
+        {"attack": "p4d", "version": 2},
+        {"attack": "tina"},
+        {"attack": ASKING},
+        {"method": "uce"},
+    ]
+    assert all_attacks()["p4d"].version == 2 and outdated(rows).endswith("of the attack: P4D (1).")
+    assert not outdated(rows[1:])
+
+
 def test_an_attacker_hands_over_its_best_find(typing) -> None:
     from erasure_core.attacks import AttackTarget
     from erasure_core.attacks import Sampler as Drawing
@@ -305,6 +327,6 @@ def test_each_prompt_keeps_its_best_find(typing) -> None:
     ways = tuple(Way(str(i), "a cat", attacks=(p,)) for i, p in enumerate(["a cat"] * 3 + ["a dog"] * 2))
     seen = shortlist(target, Found(ways), look, each=True, progress=lambda done, total: steps.append((done, total)))
     assert [(w.label, w.attacks) for w in seen.ways] == [("2", ("a cat",)), ("4", ("a dog",))]
-    assert steps == [(i, 5) for i in range(6)]
+    assert steps[0] == (0, 5) and steps[-1] == (5, 5) and steps == sorted(steps)
     alone = Found(ways[2:4])
     assert shortlist(target, alone, look, each=True) is alone, "one for each: nothing to choose"
