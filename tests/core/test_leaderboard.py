@@ -237,7 +237,11 @@ def test_no_method_is_called_robust_unless_its_worst_attack_says_so() -> None:
     assert verdict([base], RUN).startswith("The table is not complete")
     assert "| weak |" in table([base, weak], ["asking", "free_embedding"])
     assert "| weak | Free Embedding | 42 % [29, 56] | 42 % [29, 56] |" in by_concept([base, weak])
-    few = dataclasses.replace(good, true={**good.true, "synonyms": Corrected(0.0, 0.0, 0.3)})
+    few = dataclasses.replace(
+        good,
+        attacks={**good.attacks, "synonyms": Rate(0, 8)},
+        true={**good.true, "synonyms": Corrected(0.0, 0.0, 0.3)},
+    )
     assert verdict([base, few], RUN).splitlines()[-1].endswith(": none."), "the highest upper end, whosever it is"
 
 
