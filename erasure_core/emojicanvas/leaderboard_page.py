@@ -216,8 +216,8 @@ def aside(columns: Sequence[str]) -> str:
     if not names:
         return ""
     return (
-        f"\n\nNot ranked by: {', '.join(titles(names).values())}. They begin with a picture of the concept, and a model can give "
-        "back what it would never draw by itself."
+        f"\n\nNot ranked by: {', '.join(titles(names).values())}. They begin with a picture of the concept, and a model can "
+        "give back what it would never draw by itself."
     )
 
 
