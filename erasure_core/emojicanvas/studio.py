@@ -31,8 +31,8 @@ class Sampler:
 class Studio:
     """Draws shots with and without an erasure and lets the judge look at them; base pictures are drawn once.
 
-    ``bf16``: draw, and let methods train, in bfloat16: other pictures than float32's, and no others to the judge
-    (docs/emojicanvas.md). So figures of machines that are fast in one or the other stand beside each other.
+    ``bf16``: draw, and let methods train, in bfloat16: other pictures than float32's, though alike (docs/emojicanvas.md).
+    Figures of machines that are fast in one or the other stand beside each other, and say which they are.
     """
 
     def __init__(self, model: EmojiCanvas, judge: Judge, sampler: Sampler, folder: Path, batch: int = 32) -> None:
