@@ -143,6 +143,10 @@ class Schedule:
             raise ValueError(f"progress must lie between 0 (noise) and 1 (clean), got {progress}")
         return max(0, len(self) - 1 - math.floor(progress * len(self) + 1e-6))  # 0.29 * 100 is 28.999...
 
+    def indices(self, places: Tensor) -> Tensor:
+        """Indices of places in [0, 1), 1 the noisiest. A place next to 1 may have been rounded up to it."""
+        return (places * len(self)).long().clamp(max=len(self) - 1)
+
     def progress_at(self, t: int) -> float:
         """Where the share of index ``t`` begins; ``time_at(progress_at(t)) == t``."""
         return (len(self) - 1 - t) / len(self)
@@ -172,6 +176,11 @@ class Schedule:
             return x0
         a, s = self.scales(torch.full_like(at, to), z)
         return a * x0 + s * noise
+
+
+def spread(n: int, generator: torch.Generator) -> Tensor:
+    """Places [n] in [0, 1), one at random in each n-th part, in order."""
+    return (torch.arange(n) + torch.rand(n, generator=generator)) / n
 
 
 def progress_of_steps_done(done: int, steps: int) -> float:

@@ -26,6 +26,7 @@ from ..concept import ConceptSpec
 from ..operators.search import denoising_loss, free
 from ..operators.train_loop import Optimiser, cosine, generator_for
 from ..operators.trainable import Cond
+from ..schedule import spread
 from .drawing import Progress, part, pictures_of_each
 from .registry import AttackSpec, Knowledge, setting
 from .target import AttackTarget, Found, Way
@@ -82,7 +83,6 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
         lambda *_: progress(0, total),
     )
     null = target.erased.conditions([""])[0]  # whose pooled text finds are drawn with
-    parts = torch.arange(settings.batch)
     ways: list[Way] = []
     losses: list[Tensor] = []
     asked = 0
@@ -90,10 +90,10 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
 
         def loss(states: Tensor, generator: torch.Generator) -> Tensor:
             number = int(torch.randint(0, count, (), generator=generator))
-            t = (parts + torch.rand(settings.batch, generator=generator)) / settings.batch * len(model.schedule)
+            t = model.schedule.indices(spread(settings.batch, generator))
             return denoising_loss(
                 model, pools[number], null.with_context(states), generator, batch=settings.batch,
-                memory=target.memory, t=t.long(), teacher=teacher(number),
+                memory=target.memory, t=t, teacher=teacher(number),
             )  # fmt: skip
 
         for number, (name, start) in enumerate(islice(starts_of(target, null, settings.seed), settings.starts)):

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..devices import moved
 from ..operators.regress import predictions_of
 from ..operators.trainable import Cond, TrainableModel, Weights
+from ..schedule import spread
 from ._training import ERASE, NULL, TO, Wanted, one_of
 
 
@@ -73,7 +74,7 @@ def once(
     """``count`` views of each concept that are made now, at places spread evenly; later the nearest place is taken."""
     stores = []
     for concept in concepts:
-        where = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+        where = spread(count, generator)
         parts = []
         for places in where.split(batch):
             tick()
@@ -82,7 +83,7 @@ def once(
 
     def source(wanted: Sequence[Wanted], where: Tensor, _prompts: Sequence[str], _generator: torch.Generator) -> Views:
         numbers = [next(n for n, c in enumerate(concepts) if c is own) for own in wanted]
-        rows = (where * count).long()
+        rows = (where * count).long().clamp(max=count - 1)  # a place next to 1 may have been rounded up to it
         return Views.cat([stores[n].at(row[None]) for n, row in zip(numbers, rows, strict=True)])
 
     return source

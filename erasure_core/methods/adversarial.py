@@ -142,7 +142,7 @@ class Settings:
 
 def times(model: TrainableModel, settings: Settings, where: Tensor) -> Tensor:
     """Schedule indices of places in [0, 1) among the times that are trained, 1 the noisiest."""
-    return ((settings.least_noise + (1 - settings.least_noise) * where) * len(model.schedule)).long()
+    return model.schedule.indices(settings.least_noise + (1 - settings.least_noise) * where)
 
 
 def relative(prediction: Tensor, target: Tensor, original: Mapping[str, Tensor]) -> Tensor:

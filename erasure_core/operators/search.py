@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..devices import moved
+from ..schedule import spread
 from .memory import PromptMemory
 from .train_loop import Kind, Optimiser, Phase, Progress, constant, cosine, generator_for
 from .trainable import Cond, TrainableModel, Weights
@@ -212,10 +213,10 @@ def mine(
         batch = population
     else:
         start = variable.start(generator).to(model.device, model.dtype)
-    latents, parts = latents.to(model.device, model.dtype), torch.arange(batch)
+    latents = latents.to(model.device, model.dtype)
 
     def objective(value: Tensor, generator: torch.Generator) -> Tensor:
-        t = ((parts + torch.rand(batch, generator=generator)) / batch * len(model.schedule)).long()
+        t = model.schedule.indices(spread(batch, generator))
         if not population:
             return denoising_loss(model, latents, variable.read(value), generator, batch=batch, t=t, teacher=teacher)
         cond = Cond.cat([variable.read(x) for x in value])

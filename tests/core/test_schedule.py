@@ -18,6 +18,7 @@ from erasure_core.schedule import (
     progress_of_steps_done,
     progress_of_steps_remaining,
     space_of,
+    spread,
 )
 
 pytestmark = pytest.mark.core
@@ -46,6 +47,16 @@ def test_the_schedule_is_stable_diffusions() -> None:
     assert torch.allclose(SD.signal.square() + SD.noise.square(), torch.ones(1000, dtype=torch.float64))
     x0, n = X0.float(), N.float()
     assert torch.allclose(SD.add_noise(x0, n, T), diffusion.add_noise(x0, n, T), atol=1e-6)
+
+
+def test_places_become_indices() -> None:
+    """One in every part; and one that float32 rounds up to the end of the schedule is its last index."""
+    schedule = Schedule.from_alphas_cumprod(torch.linspace(0.99, 0.01, 50))
+    last = torch.tensor(7.0) + torch.tensor(1 - 2.0**-24)
+    assert float(last / 8) == 1.0
+    assert schedule.indices(torch.stack([torch.tensor(0.0), torch.tensor(0.5), last / 8])).tolist() == [0, 25, 49]
+    places = spread(10, torch.Generator().manual_seed(1))
+    assert (places * 10).long().tolist() == list(range(10)) and len(set((places * 10 % 1).tolist())) == 10
 
 
 def test_flow_is_a_straight_line_from_noise() -> None:
