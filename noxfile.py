@@ -4,6 +4,7 @@
     nox -s tests                        every test but the slow ones
     nox -s tests -- -m core             only what needs no ComfyUI; any pytest option goes behind the --
     nox -s tests -- -m slow             the slow ones
+    nox -s tests -- -n 0                one after the other, for a debugger
     nox -s bench -- NAME ...            one experiment on the EmojiCanvas testbed
     nox -s bench -- speed sd15 sdxl     how long erasing takes on checkpoints of full size
     nox -s train                        rebuild the EmojiCanvas model from the drawings
@@ -59,10 +60,12 @@ def host(session: nox.Session) -> str:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """Run pytest, on all tests unless paths are given."""
+    """Run pytest, on all tests unless paths are given, in a few processes side by side."""
     python = host(session)
     paths = [] if any(arg.startswith("tests/") for arg in session.posargs) else ["tests"]
-    session.run(python, "-m", "pytest", "-c", "tests/pytest.ini", *paths, *session.posargs)
+    # By file: what a file's tests share is made once. Each process starts a ComfyUI of its own, hence no more than four.
+    side_by_side = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+    session.run(python, "-m", "pytest", "-c", "tests/pytest.ini", *side_by_side, *paths, *session.posargs)
 
 
 @nox.session(venv_backend="none")

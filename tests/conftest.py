@@ -1,12 +1,18 @@
-"""Marks by folder, and the rule for slow tests."""
+"""Marks by folder, the rule for slow tests, and how tests side by side share the cores."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
+
+# Before anything imports PyTorch, and for the ComfyUI processes that tests start: with as many threads as cores in each of
+# several workers, all of them would wait for each other.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
 @pytest.hookimpl(tryfirst=True)

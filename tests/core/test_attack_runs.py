@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -228,6 +230,7 @@ def test_free_embedding_starts_from_prompts_and_from_near_nothing(typing, monkey
     target = target_of(typing, prompts=("a cat", "one dog"))
     null, cat, dog = (c.context for c in target.erased.conditions(["", *target.prompts]))
     made = []
+    close = functools.partial(torch.allclose, atol=1e-6)  # encoded side by side with other prompts
 
     def search(model, target, start: Tensor, *_, steps: int, **kwargs) -> Kept:
         made.append(start)
@@ -236,9 +239,9 @@ def test_free_embedding_starts_from_prompts_and_from_near_nothing(typing, monkey
     monkeypatch.setattr(free_embedding, "search_watched", search)
     found = free_embedding.run(target, SPEC, free_embedding.Settings(steps=1, starts=5, pictures=2), quiet)
     assert [way.attacks for way in found.ways] == [target.prompts] * 5
-    assert all(torch.equal(a, b) for a, b in zip(made, (cat, null, dog), strict=False))
+    assert all(close(a, b) for a, b in zip(made, (cat, null, dog), strict=False))
     for near in made[3:]:
-        assert torch.equal(near[:, :1], null[:, :1]) and 0.05 < float((near - null).std() / null.std()) < 0.2
+        assert close(near[:, :1], null[:, :1]) and 0.05 < float((near - null).std() / null.std()) < 0.2
     assert not torch.equal(made[3], made[4])
     assert len(free_embedding.run(target, SPEC, free_embedding.Settings(steps=1, pictures=2), quiet).ways) == 2
 

@@ -31,9 +31,9 @@ def client(server: ComfyServer) -> ComfyClient:
     return server.client()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(server: ComfyServer) -> Iterator[Browser]:
-    """The real page in headless Chromium."""
+    """The real page in headless Chromium, which takes half a core for as long as it is open."""
     if reason := why_not():
         pytest.skip(reason)
     with Browser(server.url) as browser:
