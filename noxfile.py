@@ -7,6 +7,7 @@
     nox -s tests -- -n 0                one after the other, for a debugger
     nox -s bench -- NAME ...            one experiment on the EmojiCanvas testbed
     nox -s bench -- speed sd15 sdxl     how long erasing takes on checkpoints of full size
+    nox -s bench -- receipt             how long a receipt takes on the demo model
     nox -s train                        rebuild the EmojiCanvas model from the drawings
     nox -s lint
 
@@ -77,10 +78,10 @@ def demo(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
     """Run one experiment: `nox -s bench -- NAME ...`."""
-    if session.posargs[:1] == ["speed"]:  # at full size, in ComfyUI
-        session.run(host(session), "tools/bench_speed.py", *session.posargs[1:])
-        return
-    session.run(host(session), "-m", "erasure_core.emojicanvas.bench", *session.posargs)
+    name, *rest = session.posargs or ["--help"]
+    in_comfyui = {"speed": "tools/bench_speed.py", "receipt": "tools/bench_receipt.py"}
+    command = [in_comfyui[name]] if name in in_comfyui else ["-m", "erasure_core.emojicanvas.bench", name]
+    session.run(host(session), *command, *rest)
 
 
 @nox.session(venv_backend="none")

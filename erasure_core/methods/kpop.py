@@ -78,7 +78,8 @@ class Settings(TrainSettings):
 ALONE = 4.0
 """The key's steps alone at the end, for each alternating one."""
 _DRAWN, _STOPS = 64, 8
-"""These steps learn from so many pictures, or one for each word if those are more, each looked at after so many steps."""
+"""These steps learn from so many pictures (fewer where they look at fewer), one for each word at least, each looked at after so
+many of its steps."""
 
 
 @dataclass(frozen=True)
@@ -130,15 +131,15 @@ class Underway:
         return z, self.t[chosen], Cond.cat([self.words[i] for i in chosen.tolist()])
 
 
-def underway(model: TrainableModel, prompts: Prompts, settings: Settings, progress: Progress) -> Underway:
-    """The concept as the frozen network draws it from each of its words in turn, looked at on the way."""
+def underway(model: TrainableModel, prompts: Prompts, settings: Settings, steps: int, progress: Progress) -> Underway:
+    """The concept as the frozen network draws it from each of its words in turn, looked at on the way, for ``steps`` steps."""
     generator, null = generator_for(settings.seed, "underway", -1), prompts.null.on(model.device, model.dtype)
     named = [prompts[word].on(model.device, model.dtype) for word, _ in prompts.pairs]
     ways = list(pairwise(model.schedule.trajectory(settings.sample_steps)))
     latents: list[Tensor] = []
     times: list[int] = []
     words: list[Cond] = []
-    count = max(_DRAWN, len(named))
+    count = max(min(_DRAWN, steps * settings.batch), len(named))
     for start in range(0, count, model.at_once):
         conds = [named[i % len(named)] for i in range(start, min(start + model.at_once, count))]
         z, together = model.noise(len(conds), generator), Cond.cat(conds)
@@ -208,7 +209,7 @@ def hide(
             prompts.null.context[0], settings.rows, settings.placement, generator, shared=settings.shared
         ).to(model.device)
         wait: Progress = lambda _done, _total: progress(0, together + further)  # noqa: E731
-        drawn = underway(model, prompts, settings, wait) if further else None
+        drawn = underway(model, prompts, settings, further, wait) if further else None
         steps = phases(model, memory, prompts, settings, together, drawn, further)
         trainer = Trainer(model, steps, together + further, seed=settings.seed)
         trainer.run(progress, aids.watch, checkpoint=kept(aids, port, model, spec, "kpop", settings))

@@ -153,12 +153,15 @@ def test_stopping_and_starting_loses_nothing(measured, monkeypatch, capsys) -> N
     lost = tasks[-1].results(bench)[0]
     before = {p: p.stat().st_mtime_ns for t in tasks for p in t.results(bench)}
     kept = json.loads(lost.read_text(encoding="utf-8"))
+    speed = json.loads(Path("docs/results/leaderboard.json").read_text(encoding="utf-8"))["seconds_a_picture"]
     lost.unlink()
     leaderboard(bench, CONTEST, jobs=1, plan=True)
     assert not lost.exists() and f"{len(tasks)} tasks, {len(tasks) - 1} of them done" in capsys.readouterr().out
     leaderboard(bench, CONTEST, jobs=1, report=True)
     page = Path("docs/results/leaderboard.md").read_text(encoding="utf-8")
     assert not lost.exists() and "| uce |" in page, "the page of what there is"
+    timed = json.loads(Path("docs/results/leaderboard.json").read_text(encoding="utf-8"))["seconds_a_picture"]
+    assert timed == speed, "a report times nothing"
     leaderboard(bench, dataclasses.replace(CONTEST, chosen={}), jobs=1, report=True)
     assert Path("docs/results/leaderboard.md").read_text(encoding="utf-8") == page, (
         "a method measured before stays on it"
@@ -262,6 +265,8 @@ def test_what_fails_on_the_unchanged_model_is_not_run_on_others(measured, tmp_pa
 
 def test_prompts_from_the_text_encoder_alone_are_searched_once(tmp_path, monkeypatch) -> None:
     there, searched = bench_in(tmp_path / "cells"), []
+    monkeypatch.setattr(siege, "PICTURES", 4)
+    monkeypatch.setattr(siege, "_LOOKS", 2)
 
     def search(target, spec, name, settings):
         searched.append(name)
@@ -273,7 +278,7 @@ def test_prompts_from_the_text_encoder_alone_are_searched_once(tmp_path, monkeyp
         siege.measure_cell(there, erasing, "none", {}, name, {}) for name in ("mma_diffusion", "p4d", "mma_diffusion")
     ]
     assert searched == ["mma_diffusion", "p4d"] and rows[0]["found"] == rows[2]["found"]
-    assert rows[0]["hits"] == rows[2]["hits"] and rows[0]["n"] == PICTURES
+    assert rows[0]["hits"] == rows[2]["hits"] and rows[0]["n"] == 4
 
 
 def test_what_begins_with_a_picture_is_shown_and_does_not_rank() -> None:

@@ -100,7 +100,7 @@ def test_the_key_learns_alone_from_pictures_on_their_way(tiny) -> None:
     settings = kpop.Settings(**SMALL)
     with tiny.trainable() as model:
         prompts = Prompts(tiny, SPEC)
-        made = kpop.underway(model, prompts, settings, quiet)
+        made = kpop.underway(model, prompts, settings, 100, quiet)
         stops = model.schedule.trajectory(settings.sample_steps)
         each = min(len(stops) - 1, 8)
         assert len(made.latents) == len(made.t) == len(made.words) == 64 * each
@@ -116,6 +116,8 @@ def test_the_key_learns_alone_from_pictures_on_their_way(tiny) -> None:
         assert torch.equal(made.t[found], t) and torch.equal(
             words.context, Cond.cat([made.words[i] for i in found]).context
         )
+        few = kpop.underway(model, prompts, settings, 2, quiet)
+        assert len(few.t) == max(2 * settings.batch, len(prompts.pairs)) * each, "no more than these steps look at"
 
 
 @pytest.mark.parametrize("cut", [2, 5])
@@ -125,7 +127,7 @@ def test_kpop_resumed_equals_run_through(tiny, cut: int) -> None:
     def trainer(model):
         memory = PromptMemory(2, 16, Placement.MID, torch.Generator().manual_seed(1), shared=True)
         prompts = Prompts(tiny, SPEC)
-        drawn = kpop.underway(model, prompts, settings, quiet)
+        drawn = kpop.underway(model, prompts, settings, 3, quiet)
         return Trainer(model, kpop.phases(model, memory, prompts, settings, 4, drawn, 3), 7, seed=1), memory
 
     with tiny.trainable() as model:

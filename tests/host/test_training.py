@@ -370,7 +370,7 @@ def test_a_training_that_was_cut_off_goes_on(server: ComfyServer) -> None:
     def graph(resume: bool, name: str) -> tuple[Graph, str]:
         g = Graph()
         model, clip, _ = g.demo()
-        node = g.erase(model, clip, "frog", keep="dog", method=small("esd", iterations=400))
+        node = g.erase(model, clip, "frog", keep="dog", method=small("esd", iterations=200))
         g.api[node]["inputs"]["resume"] = resume
         g.save(node[1], name, folder="erasure")
         return g, node
