@@ -4,6 +4,7 @@ ComfyUI's around it, so that it does not matter what is loaded, offloaded or kep
 from __future__ import annotations
 
 import inspect
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,8 @@ class Demand:
     """Further copies of what is trained, such as a running average."""
     pictures: int = 3
     """Latents whose activations are kept at the same time."""
+    latents: int = 0
+    """Latents that it holds from the first step to the last."""
     precise: bool = False
     """Whether it computes in float32 where others compute in half precision."""
     relief: str = "Close what else uses that memory"
@@ -218,7 +221,7 @@ class Footprint:
     """Weights that can be stored in half precision."""
     others: int
     trained: int
-    """What is trained, its gradient, and Adam's two moments."""
+    """What is trained, its gradient, and Adam's two moments; latents that are held all the while."""
     activations: int
     checkpointed: int
     """Activations when the blocks are computed again."""
@@ -282,9 +285,9 @@ def footprint(
         blocks = list(bytes_of.values())
         amount = sum(p.numel() * 4 for p in parameters)
         del out
-    n = demand.pictures
+    n, held = demand.pictures, demand.latents * math.prod(shape) * 4
     return Footprint(
-        matrices, sum(sizes.values()) - matrices, amount * (4 + demand.copies),
+        matrices, sum(sizes.values()) - matrices, amount * (4 + demand.copies) + held,
         n * (outside + sum(blocks)), n * (outside + entering + max(blocks, default=0)),
     )  # fmt: skip
 

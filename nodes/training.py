@@ -49,14 +49,15 @@ def decoder(model, vae=None) -> Decode:
 
 
 def demand_of(settings: Any, method: MethodSpec, concepts: int) -> Demand:
-    """What ``method`` holds with these settings. Random prompts that are held count too, and embeddings that are searched side
-    by side."""
+    """What ``method`` holds with these settings. Random prompts that are held count too, embeddings that are searched side by
+    side, and noised pictures with the original's predictions: four latents a view of each concept, two of what is kept."""
     layers, rank = getattr(settings, "layers", Layers.ALL), getattr(settings, "rank", 0)
     at_once = getattr(settings, "batch", 1) * (method.predictions + getattr(settings, "anchors", 0))
     return Demand(
         LoRA(layers, rank * (concepts if method.rank_each else 1)) if rank else FullWeights(layers),
         copies=int(getattr(settings, "average", None) is not None),
         pictures=max(at_once, getattr(settings, "population", 0)),
+        latents=getattr(settings, "views", 0) * (4 * concepts + 2),
         precise=method.precise,
     )
 

@@ -75,6 +75,7 @@ def test_replica_is_the_live_network(server: ComfyServer, kind: str) -> None:
     assert seen["gradients"] and seen["inference"] == 0
     assert seen["untouched"] and seen["freed"]
     assert 0 < seen["bytes"]["checkpointed"] < seen["bytes"]["plain"] / 2 and seen["bytes"]["weights"] > 1e7
+    assert seen["bytes"]["ten latents"] == 10 * 4 * 16 * 16 * 4
     assert seen["kept"] <= seen["bytes"]["plain"] < 1.03 * seen["kept"], (
         "the estimate is what a pass keeps, and no less"
     )
@@ -270,6 +271,7 @@ def test_several_concepts_in_the_shell(server: ComfyServer) -> None:
         assert three[0] == one[0] * (3 if name in ("spm", "cpe") else 1), name
         assert three[1] == one[1], name
         assert (one[1] > 0) == (all_methods()[name].predictions > 0), name
+    assert found["viewing"] == [0, 60, 140], "of each concept a latent and three predictions; of what is kept, one"
     cat, bomb, rose, house = (float(len(word)) for word in ("cat", "bomb", "rose", "house"))
     assert found["shown"] == [[cat, house], [bomb, house], [rose, house], [cat, house]]
     assert found["named"] == ["cat", "house"]

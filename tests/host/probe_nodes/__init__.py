@@ -193,6 +193,7 @@ class Replica(Probe):
                 kept = self.kept(own, replica.Demand().what, cond.row(0))
             how = (model, own.schedule, own.prediction, own.latent_shape, replica.Demand(pictures=1))
             need, plain = replica.footprint(*how), replica.footprint(*how, fused=False)
+            holding = replica.footprint(*how[:-1], replica.Demand(pictures=1, latents=10))
             in_pieces = replica._attends_in_pieces(torch.device("cpu"), torch.float32)
             math = torch.nn.attention.SDPBackend.MATH
             with torch.nn.attention.sdpa_kernel(math):
@@ -211,7 +212,12 @@ class Replica(Probe):
                 "inference": inference,
                 "freed": all(p.device.type == "meta" for p in own.net.parameters()),
                 "untouched": all(torch.equal(v, before[k]) for k, v in memory.items()),
-                "bytes": {"plain": need.activations, "checkpointed": need.checkpointed, "weights": need.matrices},
+                "bytes": {
+                    "plain": need.activations,
+                    "checkpointed": need.checkpointed,
+                    "weights": need.matrices,
+                    "ten latents": holding.trained - need.trained,
+                },
                 "kept": kept,
                 "with matrices": plain.activations,
                 "in pieces": [in_pieces, by_formula],
@@ -310,6 +316,11 @@ class Shell(Probe):
             settings = method.settings()
             made = [training.demand_of(settings, method, n) for n in (1, 3)]
             demands[name] = [(getattr(d.what, "rank", 0), d.pictures) for d in made]
+        adversarial = core.all_methods()["adversarial"]
+        viewing = [
+            training.demand_of(adversarial.settings(views=v), adversarial, n).latents
+            for v, n in ((0, 1), (10, 1), (10, 3))
+        ]
         spec = core.ConceptSpec.parse("cat\nbomb\nrose", "", "house, tree")
         watcher, shown = training.watcher_of(spec, lambda z: torch.zeros(len(z), 8, 8, 3)), []
         watcher.encode(lambda texts: [core.operators.trainable.Cond(torch.full((1, 1, 1), len(t))) for t in texts])
@@ -325,7 +336,9 @@ class Shell(Probe):
         watcher._model = Model()
         for _ in range(4):
             watcher._draw()
-        return answer({"demands": demands, "shown": shown, "named": watcher._in_turn(watcher._prompts)})
+        return answer(
+            {"demands": demands, "viewing": viewing, "shown": shown, "named": watcher._in_turn(watcher._prompts)}
+        )
 
 
 class Memory(Probe):
