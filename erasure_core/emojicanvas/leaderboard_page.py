@@ -271,6 +271,13 @@ def draw(found: Sequence[Standing], columns: Sequence[str], path: Path) -> None:
     right.set_ylim(min(low, 85), max(high, 101))  # a point is no difference, and must not look like one
     right.grid(alpha=0.3)
     figure.canvas.draw()  # labels are moved in the final layout
-    adjust_text(labels, ax=right, expand=(1.2, 2.0), arrowprops={"arrowstyle": "-", "color": "grey", "lw": 0.5})
+    adjust_text(
+        labels,
+        ax=right,
+        expand=(1.2, 2.0),
+        force_text=(0.4, 0.8),
+        iter_lim=2000,
+        arrowprops={"arrowstyle": "-", "color": "grey", "lw": 0.5},
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)

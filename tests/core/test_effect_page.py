@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from erasure_core import all_methods
 from erasure_core.emojicanvas import rows
 from erasure_core.emojicanvas.effect import figure, in_terms_of_papers, singles, true_shares
 from erasure_core.emojicanvas.rows import MEASURES, timed
@@ -13,6 +17,7 @@ from erasure_core.metrics.judge_error import JudgeError
 from erasure_core.metrics.rates import Rate
 
 pytestmark = pytest.mark.core
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 
 def row(kind: str, **shares: int) -> dict[str, Any]:
@@ -104,3 +109,14 @@ def test_work_beside_is_noticed_over_a_whole_training(monkeypatch, seconds: floa
     monkeypatch.setattr(rows.os, "getloadavg", lambda: loads)
     monkeypatch.setattr(rows.torch, "get_num_threads", lambda: 1)
     assert rows._busy(seconds) is busy
+
+
+@pytest.mark.parametrize("page", sorted(RESULTS.glob("*.json")), ids=lambda p: p.stem)
+def test_what_was_measured_can_still_be_found(page: Path) -> None:
+    """Results are found by their settings: a setting that is new needs a name in the old ones too."""
+    known = json.loads(page.read_text(encoding="utf-8"))
+    measured = known.get("measured", {}).get("rows", {}) if isinstance(known, dict) else {}
+    for one in measured.values():
+        if one.get("settings"):  # neither the unchanged model's nor a memory's
+            names = {field.name for field in dataclasses.fields(all_methods()[one["method"]].settings)}
+            assert one["settings"].keys() == names, one["method"]
