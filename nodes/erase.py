@@ -29,8 +29,8 @@ from .training import Decode, Watcher, decoder, demand_of, watcher_of
 from .types import CATEGORY, Dark, Erasure, Judge, Method, Pairs
 
 _RELIEF = (
-    "Connect a Method node with a smaller batch or rank, or with fewer layers, where it has them; UCE, RECE and SPEED need "
-    "hardly any"
+    "Connect a Method node with a smaller batch or rank, or with fewer layers or views, where it has them; UCE, RECE and SPEED "
+    "need hardly any"
 )
 _KEPT_EVERY = 10.0
 """Seconds from one writing of a training's state to the next."""
