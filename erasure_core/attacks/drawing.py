@@ -169,14 +169,24 @@ def _pictures(
     if target.pictures is not None:
         given = target.pictures
         return [given[torch.arange(i * count, (i + 1) * count) % len(given)] for i in range(len(wanted))]
+    keys = {name: (name, *prompts, count, seed) for name, prompts in wanted.items()}
+    if new := {name: wanted[name] for name, key in keys.items() if key not in target.drawn}:
+        for name, latents in _drawn(target, new, count, seed, progress).items():
+            target.drawn[keys[name]] = latents
+    return [target.drawn[key] for key in keys.values()]
+
+
+def _drawn(
+    target: AttackTarget, wanted: Mapping[str, Sequence[str]], count: int, seed: int, progress: Progress
+) -> dict[str, Tensor]:
     total = count + (_SPARE if target.look else 0)
-    null, found = target.base.conditions([""])[0], []
+    null, found = target.base.conditions([""])[0], {}
     read = {name: target.base.conditions(list(prompts)) for name, prompts in wanted.items()}
     with target.base.trainable() as model:
         for name, conds in read.items():
             noise = noises(model, seed, name, range(total))
-            found.append(draw_rows(model, target, conds, null, noise, before=lambda: progress(0, 1)))
-    return found if target.look is None else [_clearest(latents, target.look, count) for latents in found]
+            found[name] = draw_rows(model, target, conds, null, noise, before=lambda: progress(0, 1))
+    return found if target.look is None else {n: _clearest(z, target.look, count) for n, z in found.items()}
 
 
 def _clearest(latents: Tensor, look: Look, count: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -44,6 +44,9 @@ class AttackTarget:
     """A prompt memory that belongs to the erased model: every prediction reads it."""
     pictures: Tensor | None = None
     """Clean, scaled latents [k, C, h, w] that show the concept; drawn from ``base`` where not given."""
+    drawn: MutableMapping[Hashable, Tensor] = field(default_factory=dict)
+    """What ``base`` drew for attacks already. Targets that share base, prompts, judge and sampler may share it: what differs
+    from erasure to erasure is then all that is computed for each."""
     sampler: Sampler = Sampler()
     watch: Callable[[Cond, float | None], object] | None = None
     """Shown what a search is at, now and then, and what the judge says of it. For previews: nothing comes back."""

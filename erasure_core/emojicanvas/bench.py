@@ -2,7 +2,7 @@
 
     python -m erasure_core.emojicanvas.bench base         # is the model good? docs/results/base.{json,png}
     python -m erasure_core.emojicanvas.bench effect --method uce rece   # docs/results/effect.{json,md}
-    python -m erasure_core.emojicanvas.bench leaderboard --quick          # methods under attack: docs/results/leaderboard.*
+    python -m erasure_core.emojicanvas.bench leaderboard                  # methods under attack: docs/results/leaderboard.*
     python -m erasure_core.emojicanvas.bench mining       # does a search bring it back? docs/results/mining.{json,md}
     python -m erasure_core.emojicanvas.bench memory       # safe prompt memories: docs/results/memory.{json,md}
     python -m erasure_core.emojicanvas.bench pairs        # SDEdit pairs, judged both ways: docs/results/pairs.{json,md,png}
@@ -36,8 +36,8 @@ from .bench_settings import parse_settings, settings_for
 from .concepts import OBJECTS, STYLES, prompt
 from .effect import effect, tune
 from .judge import Judge
-from .leaderboard import CONCEPTS, QUICK_ATTACKS, QUICK_CONCEPTS, Contest, budgets, leaderboard
-from .leaderboard_page import PAGE
+from .leaderboard import CONCEPTS, QUICK_ATTACKS, QUICK_CONCEPTS, QUICK_METHODS, Contest, budgets, leaderboard
+from .leaderboard_page import PAGE, QUICK_PAGE
 from .memory_effect import memory_effect
 from .mining_effect import METHODS, mining_effect
 from .pair_page import pairs_page
@@ -114,7 +114,10 @@ def main() -> None:
         "what", choices=("base", "effect", "leaderboard", "memory", "mining", "pairs", "passes", "peak", "tune")
     )
     parser.add_argument(
-        "--method", nargs="+", choices=list(all_methods()), help=f"default: all; mining: {' '.join(METHODS)}"
+        "--method",
+        nargs="+",
+        choices=list(all_methods()),
+        help=f"default: all; mining: {' '.join(METHODS)}; see --quick",
     )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="a setting, or METHOD.NAME=VALUE"
@@ -123,8 +126,12 @@ def main() -> None:
     parser.add_argument(
         "--budget", nargs="+", action="extend", default=[], metavar="ATTACK.SETTING=VALUE", help="for the leaderboard"
     )
-    parser.add_argument("--quick", action="store_true", help="leaderboard: two concepts, the three cheapest attacks")
-    parser.add_argument("--page", default=PAGE, help="leaderboard: name of its page under docs/results")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"leaderboard: two concepts, the three cheapest attacks, {' '.join(QUICK_METHODS)}; a page of its own",
+    )
+    parser.add_argument("--page", help="leaderboard: name of its page under docs/results")
     parser.add_argument("--plan", action="store_true", help="leaderboard: only say what it will cost")
     parser.add_argument("--report", action="store_true", help="leaderboard: only write the page of what is measured")
     parser.add_argument(
@@ -181,7 +188,8 @@ def main() -> None:
     if a.what == "base":
         base(plan.studio(), a.seeds or 8)
         return
-    methods = a.method or (METHODS if a.what == "mining" else list(all_methods()))
+    few = {"mining": METHODS, "leaderboard": QUICK_METHODS if a.quick else ()}.get(a.what)
+    methods = a.method or few or list(all_methods())
     chosen = {m: settings_for(m, parse_settings(m, a.set)) for m in methods}
     bench = Bench(plan)
     bench.recall()
@@ -202,7 +210,7 @@ def main() -> None:
         return
     if a.what == "leaderboard":
         attacks = a.attack or (QUICK_ATTACKS if a.quick else all_attacks())
-        contest = Contest(chosen, list(attacks), budgets(a.budget), a.page)
+        contest = Contest(chosen, list(attacks), budgets(a.budget), a.page or (QUICK_PAGE if a.quick else PAGE))
         leaderboard(bench, contest, jobs=a.jobs, ray=a.ray, fresh=a.fresh, plan=a.plan, report=a.report)
         return
     (effect if a.what == "effect" else tune)(bench, chosen, a.fresh, a.jobs)

@@ -1,39 +1,36 @@
 """Every method under every attack, in one table: what is still drawn, what is kept, what it cost.
 
-The work is a list of tasks (engines.py); each is announced with what it should take before it starts. Costs are those of
-the last run that was committed, scaled by how fast this machine draws a picture with as many jobs at once.
+The work is a list of tasks (engines.py); what they should take (costs.py) is said before they start.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from ..attacks import all_attacks
 from ..methods import all_methods
 from ..metrics.judge_error import Corrected
 from ..metrics.rates import Rate, pooled
-from .bench_settings import settings_for
+from .bench_settings import settings_for, typed
+from .costs import UNKNOWN, Costs, clock, pace_of
 from .engines import Task, cluster, processes
-from .leaderboard_page import PAGE, write_page
-from .rows import RESULTS, Bench, errors_by_kind, judge_error, timed
-from .siege import ASKING, applies, cell_path
+from .leaderboard_page import PAGE, QUICK_PAGE, write_page
+from .rows import Bench, errors_by_kind, judge_error, timed
+from .siege import ASKING, applies
 
 CONCEPTS = ("cat", "rose", "cigarette", "beer", "brindlewash", "neon")
 """Four objects and two styles."""
 QUICK_CONCEPTS = ("rose", "neon")
 QUICK_ATTACKS = ("rece_residual", "free_embedding", "synonyms")
 """The cheapest strong ones: in closed form, by gradient, by other words."""
-_UNKNOWN = 60.0
-"""Seconds for a task that nobody has timed yet."""
+QUICK_METHODS = ("esd", "leco", "rece", "speed", "uce")
+"""Those that are done soonest; what else was measured stands beside them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,52 +59,6 @@ class Contest:
         ]
 
 
-class Costs:
-    """Seconds of one core that a task takes, from earlier runs; on this machine, unless it is only to ``report``."""
-
-    def __init__(self, bench: Bench, jobs: int, report: bool = False) -> None:
-        path = RESULTS / "leaderboard.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        before = known.get("seconds_a_picture")
-        self.speed: float = before if report and before else drawing_seconds(bench, jobs)
-        factor = self.speed / before if before else 1.0
-        self.seconds: dict[str, float] = {k: round(factor * v, 1) for k, v in known.get("seconds", {}).items()}
-        """By kind of task, as this machine would take them."""
-
-    def of(self, task: Task) -> float:
-        return self.seconds.get(_kind(task), _UNKNOWN)
-
-    def unknown(self, tasks: Sequence[Task]) -> list[str]:
-        return sorted({_kind(t) for t in tasks} - set(self.seconds))
-
-
-def _kind(task: Task) -> str:
-    return task.attack or f"erase with {task.method}"
-
-
-def drawing_seconds(bench: Bench, jobs: int) -> float:
-    """Seconds that one of the testbed's pictures takes here, eight at once, while ``jobs`` draw side by side: cores that are
-    all busy are slower than one alone."""
-    model, sampler = bench.studio.model, bench.plan.sampler
-
-    def draw(_: int) -> float:
-        began = time.perf_counter()
-        model.generate(["a house"] * 8, list(range(8)), steps=sampler.steps, cfg=sampler.cfg, bf16=bench.studio.bf16)
-        return (time.perf_counter() - began) / 8
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // jobs))
-    try:
-        with ThreadPoolExecutor(jobs) as pool:  # PyTorch lets go of the interpreter while it computes
-            return min(statistics.median(pool.map(draw, range(jobs))) for _ in range(2))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def clock(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
-
-
 def leaderboard(
     bench: Bench,
     contest: Contest,
@@ -126,9 +77,22 @@ def leaderboard(
         plan: only say what it will cost.
         report: only write the page, from what is measured.
     """
-    tasks = contest.tasks(bench)
+    if not report:
+        measure(bench, contest.tasks(bench), jobs=jobs, ray=ray, fresh=fresh, plan=plan)
+    if plan:
+        return
+    if contest.page in (PAGE, QUICK_PAGE):  # methods that were measured before stand beside these
+        others = {m: settings_for(m) for m in all_methods()}
+        contest = dataclasses.replace(contest, chosen=others | dict(contest.chosen))
+    write_page(bench, contest, standings(bench, contest))
+
+
+def measure(bench: Bench, tasks: Sequence[Task], *, jobs: int, ray: str, fresh: bool, plan: bool) -> None:
+    """Say what the missing results will cost, and measure them."""
     todo = unfinished(bench, tasks, fresh)
-    costs = Costs(bench, 1 if ray else jobs, report)
+    pace = pace_of(bench, 1 if ray else jobs)
+    bench.plan = dataclasses.replace(bench.plan, pace=round(pace, 4))
+    costs = Costs(bench, pace)
     total = sum(map(costs.of, todo))
     side = "a cluster" if ray else f"{jobs} processes"
     print(
@@ -136,31 +100,28 @@ def leaderboard(
         f"{clock(total / max(1, jobs))} with {side}"
     )
     if unknown := costs.unknown(todo):
-        print(f"not timed before, counted as {_UNKNOWN:.0f} s each: {', '.join(unknown)}")
+        print(f"not timed before, counted as {UNKNOWN:.0f} s each: {', '.join(unknown)}")
     if plan:
         return
-    if report:
-        todo = []
     for task in todo if fresh else ():
         for path in task.results(bench):
             path.unlink(missing_ok=True)
-    # Attacks need erasures, so these are finished first, then what the unchanged model shows under attack. The bar counts
+    # Attacks need erasures, and what the unchanged model shows under attack says which attacks are pointless. The bar counts
     # seconds of one core, and learns what they take here.
+    began = time.monotonic()
     with tqdm(total=round(total), unit="s", smoothing=0.05, disable=not todo) as bar:
         stages: list[Callable[[Task], bool]] = [
-            lambda t: not t.attack,
-            lambda t: bool(t.attack) and t.method == "none",
+            lambda t: not t.attack or t.method == "none",
             lambda t: bool(t.attack) and t.method != "none" and not pointless(bench, t),
         ]
         for belongs in stages:
             for task in _run(bench, [t for t in todo if belongs(t)], jobs, ray):
-                bar.set_description(f"{_kind(task)}: {bench.plan.erasings()[task.number].label}")
+                bar.set_description(
+                    f"{task.attack or f'erase with {task.method}'}: {bench.plan.erasings()[task.number].label}"
+                )
                 bar.update(round(costs.of(task)))
-    cost = {"seconds": costs.seconds | timings(bench, tasks), "speed": costs.speed}
-    if contest.page == PAGE:  # methods that were measured before stand beside these
-        others = {m: settings_for(m) for m in all_methods()}
-        contest = dataclasses.replace(contest, chosen=others | dict(contest.chosen))
-    write_page(bench, contest, standings(bench, contest), cost)
+    if todo:
+        print(f"{len(todo)} tasks in {clock(time.monotonic() - began)}")
 
 
 def pointless(bench: Bench, task: Task) -> bool:
@@ -191,30 +152,6 @@ def _run(bench: Bench, tasks: Sequence[Task], jobs: int, ray: str) -> Iterator[T
     if not tasks:
         return iter(())
     return cluster(bench, tasks, ray) if ray else processes(bench, tasks, jobs)
-
-
-def timings(bench: Bench, tasks: Sequence[Task]) -> dict[str, float]:
-    """Median seconds of each kind of task, from what was measured. Drawing for a row that doesn't say how long that took is
-    counted as for the others."""
-    found: dict[str, list[float]] = {}
-    drawings: list[float] = []
-    unsaid: list[str] = []
-    for task in tasks:
-        erasing = bench.plan.erasings()[task.number]
-        if task.attack:
-            path = cell_path(bench, erasing, task.method, task.settings, task.attack, task.budget)
-            row = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        else:
-            row = bench.row(erasing, task.method, task.settings)
-        if row is not None:
-            drawn = None if task.attack else row.get("drawing_seconds")
-            if drawn is not None:
-                drawings.append(drawn)
-            elif not task.attack:
-                unsaid.append(_kind(task))
-            found.setdefault(_kind(task), []).append((row["seconds"] or 0.0) + (drawn or 0.0))
-    usual = statistics.median(drawings) if drawings else 0.0
-    return {k: round(statistics.median(v) + usual * (k in unsaid), 1) for k, v in found.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,6 +237,5 @@ def budgets(pairs: Sequence[str]) -> dict[str, dict[str, Any]]:
         fields = {f.name: f.default for f in dataclasses.fields(known[attack].settings)} if attack in known else {}
         if name not in fields:
             raise SystemExit(f"--budget {pair}: write ATTACK.SETTING=VALUE; attacks are {', '.join(known)}")
-        default: Any = fields[name]
-        out.setdefault(attack, {})[name] = type(default)(text)
+        out.setdefault(attack, {})[name] = typed(text, fields[name])
     return out

@@ -27,6 +27,7 @@ _HARDEST = "free_embedding"
 """No page calls a method robust without it."""
 PAGE = "leaderboard"
 """The page of all methods; others have names of their own."""
+QUICK_PAGE = "leaderboard_quick"
 _SEEN = {
     "adversarial": "An earlier version of adversarial had been tried on the rose, before its noise window and relative losses "
     "were added; their values were chosen on a tulip.",
@@ -35,7 +36,7 @@ _SEEN = {
 """Where a method has met what it is scored on."""
 
 
-def write_page(bench: Bench, contest: Contest, found: Sequence[Standing], cost: Mapping[str, Any]) -> None:
+def write_page(bench: Bench, contest: Contest, found: Sequence[Standing]) -> None:
     """docs/results/{page}.{md,json,png}."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     page, attacks = contest.page, contest.attacks
@@ -100,15 +101,7 @@ nothing; "-": not run on every concept.
         for s in found
     ]
     (RESULTS / f"{page}.json").write_text(
-        json.dumps(
-            {
-                "seconds_a_picture": round(cost["speed"], 4),
-                "seconds": cost["seconds"],
-                "rows": rows,
-                **record,
-            },
-            indent=1,
-        ),
+        json.dumps({"rows": rows, **record}, indent=1),
         encoding="utf-8",
     )
     draw(found, columns, RESULTS / f"{page}.png")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, MutableMapping, Sequence
 from functools import cache
 
 import torch
@@ -50,8 +50,12 @@ def canvas_target(
     sampler: Sampler = SAMPLER,
     *,
     bf16: bool = False,
+    drawn: MutableMapping[Hashable, Tensor] | None = None,
 ) -> AttackTarget:
-    """The model with ``erasure`` (None: the base model itself) and a judge of ``concept``, an object or a style."""
+    """The model with ``erasure`` (None: the base model itself) and a judge of ``concept``, an object or a style.
+
+    ``drawn``: base pictures of targets that differ in their erasure alone (:attr:`AttackTarget.drawn`).
+    """
 
     @torch.no_grad()
     def look(latents: Tensor) -> Tensor:
@@ -59,4 +63,7 @@ def canvas_target(
         return judge.judge(pictures.contiguous()).probability(concept)
 
     erased, base = EmojiCanvasPort(model, erasure, bf16=bf16), EmojiCanvasPort(model, bf16=bf16)
-    return AttackTarget(erased, base, tuple(prompts), words_of(model), look, judge.threshold, sampler=sampler)
+    return AttackTarget(
+        erased, base, tuple(prompts), words_of(model), look, judge.threshold,
+        drawn={} if drawn is None else drawn, sampler=sampler,
+    )  # fmt: skip

@@ -8,7 +8,8 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,8 @@ class Plan:
     only: tuple[str, ...] = ()
     """Erase these alone, of what the split erases, by :attr:`Erasing.key`."""
     keep: Keep = Keep.NAMED
+    pace: float | None = None
+    """Seconds that a picture takes where this is measured, if known. Kept with results, for costs elsewhere."""
 
     def studio(self) -> Studio:
         return Studio(EmojiCanvas.load(self.model), Judge.load(self.judge), self.sampler, self.folder, self.batch)
@@ -131,6 +134,8 @@ class Bench:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.studio = plan, plan.studio()
+        self.drawn: dict[str, dict[Hashable, Tensor]] = defaultdict(dict)
+        """By what is erased: base pictures that attacks on it have drawn already."""
         for folder in ("rows", "erasures", "attacks"):
             (plan.folder / folder).mkdir(exist_ok=True)
 
@@ -215,6 +220,7 @@ class Bench:
             "settings": dict(settings),
             **cost,
             "bf16": self.studio.bf16,
+            "pace": self.plan.pace,
             "drawing_seconds": round(time.perf_counter() - began, 1),
             "kept_distance": round(moved, 4),
             **{k: v.to_json() for k, v in found.items()},

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..attacks import AttackTarget, Found, Knowledge, Way, all_attacks, asking, attack, evaluate, shortlist
 from ..metrics.rates import Rate
-from .bench_settings import ATTACKS
+from .bench_settings import ATTACKS, plain
 from .concepts import OBJECT, prompt
 from .red_team import canvas_target
 from .rows import Bench, keep
@@ -42,7 +42,8 @@ def applies(name: str, erasing: Erasing) -> bool:
 
 def budget_of(name: str, erasing: Erasing, changed: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of an attack on the testbed that differ from its paper's."""
-    budget = {**ATTACKS.get(name, {}), **changed}
+    default = {} if name == ASKING else plain(all_attacks()[name].settings())
+    budget = {k: v for k, v in {**ATTACKS.get(name, {}), **changed}.items() if v != default[k]}
     if name == "synonyms":
         budget["words"] = ", ".join(OBJECT[erasing.objects[0]].unseen)
     return budget
@@ -63,7 +64,7 @@ def measure_cell(bench: Bench, erasing: Erasing, method: str, settings: Mapping[
     erasure = None if method == "none" else bench.erase(erasing, method, settings)[0]
     concept = (*erasing.objects, *erasing.styles)[0]
     target = canvas_target(bench.studio.model, erasure, bench.studio.judge, concept, prompts_of(bench, erasing),
-                           bf16=bench.studio.bf16)  # fmt: skip
+                           bf16=bench.studio.bf16, drawn=bench.drawn[erasing.label])  # fmt: skip
     budget, began = budget_of(name, erasing, changed), time.perf_counter()
     seen, found = _attacked(bench, erasing, target, name, budget)
     row = {
@@ -73,6 +74,7 @@ def measure_cell(bench: Bench, erasing: Erasing, method: str, settings: Mapping[
         "budget": budget,
         "seconds": round(time.perf_counter() - began, 1),
         "bf16": bench.studio.bf16,
+        "pace": bench.plan.pace,
         "version": 1 if name == ASKING else all_attacks()[name].version,
         "found": found,
         **seen.to_json(),

@@ -460,6 +460,24 @@ def test_pictures_that_are_given_are_dealt_out(typing) -> None:
     assert torch.equal(torch.cat(more), target.pictures[[0, 1, 2, 0]])
 
 
+def test_what_the_base_draws_is_shared_between_erasures(typing) -> None:
+    """Targets with one ``drawn`` draw each picture once, the same as without; other prompts and counts are other pictures."""
+    settings = relearning.Settings(captions=2, pictures=1)
+
+    def of(target: AttackTarget) -> list[Tensor]:
+        one, two = pictures_of_each(target, target.prompts, 2, 0, "x", quiet)
+        more = pictures_of(target, target.prompts, 3, 0, "x", quiet)
+        return [one, two, more, *(pool for _, pool in relearning.dataset(target, SPEC, settings, quiet))]
+
+    shared: dict = {}
+    alone, first, second = (target_of(typing), *(target_of(typing, drawn=shared) for _ in range(2)))
+    made = [of(target) for target in (alone, first, second)]
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*made, strict=True))
+    assert first.base.passes == alone.base.passes and second.base.passes[0] == 0
+    others = target_of(typing, drawn=shared, prompts=("one kitty here", "a cat"))
+    assert not torch.equal(pictures_of(others, others.prompts, 3, 0, "x", quiet), made[0][2])
+
+
 def test_pictures_are_the_clearest_that_the_base_draws(typing) -> None:
     target = target_of(typing)
     plain = pictures_of(target, target.prompts, 2, 0, "x", quiet)

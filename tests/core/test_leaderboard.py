@@ -11,10 +11,12 @@ import torch
 
 from erasure_core import mining
 from erasure_core.attacks import Found, Way, all_attacks, shortlist
-from erasure_core.emojicanvas import mining_effect, siege
+from erasure_core.emojicanvas import bench as bench_command
+from erasure_core.emojicanvas import mining_effect, rows, siege
 from erasure_core.emojicanvas.bench_settings import settings_for
+from erasure_core.emojicanvas.costs import UNKNOWN, Costs
 from erasure_core.emojicanvas.effect import run
-from erasure_core.emojicanvas.engines import cluster
+from erasure_core.emojicanvas.engines import Task, cluster
 from erasure_core.emojicanvas.leaderboard import (
     Contest,
     Standing,
@@ -33,6 +35,8 @@ from erasure_core.emojicanvas.weights import BUNDLE, JUDGE
 from erasure_core.metrics.judge_error import Corrected, corrected
 from erasure_core.metrics.rates import Rate
 
+ROOT = Path(__file__).resolve().parents[2]
+TIMED = ("seconds", "busy", "drawing_seconds", "pace")
 CONTEST = Contest({"uce": settings_for("uce")}, ["rece_residual"], {"rece_residual": {"variants": 1}})
 
 
@@ -67,7 +71,8 @@ def test_every_cell_is_measured_and_the_page_says_what_it_says(measured) -> None
     assert "| uce |" in page and "RECE Residual" in page and "nox -s bench -- leaderboard" in page
     results = Path(bench.plan.folder).parent / "docs/results"
     known = json.loads((results / "leaderboard.json").read_text(encoding="utf-8"))
-    assert known["seconds"]["rece_residual"] > 0 and known["seconds_a_picture"] > 0
+    made = [row for rows in known["measured"].values() for row in rows.values()]
+    assert len(made) == 6 and all(row["pace"] > 0 for row in made), "a picture's seconds, for costs elsewhere"
     assert (results / "leaderboard.png").stat().st_size > 5000
 
 
@@ -80,6 +85,25 @@ def test_another_page_stands_beside_the_first(measured, tmp_path, monkeypatch) -
     assert sorted(p.name for p in (tmp_path / "docs/results").iterdir()) == [
         f"one_rose.{x}" for x in ("json", "md", "png")
     ]
+
+
+def test_a_quick_one_leaves_the_other_page_alone(tmp_path, monkeypatch) -> None:
+    """Other methods that were measured stand beside those asked for, and what they need isn't measured again."""
+    asked: list[tuple[Bench, Contest]] = []
+    monkeypatch.setattr(bench_command, "leaderboard", lambda bench, contest, **_: asked.append((bench, contest)))
+    monkeypatch.setattr(rows, "RESULTS", ROOT / "docs/results")
+    for name in ("set_num_threads", "set_flush_denormal"):  # of the whole process
+        monkeypatch.setattr(torch, name, lambda _: None)
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ["--quick"], ["--quick", "--method", "cpe"], ["--quick", "--page", "mine"]):
+        monkeypatch.setattr("sys.argv", ["bench", "leaderboard", *more])
+        bench_command.main()
+    full, quick, one, own = (contest for _, contest in asked)
+    assert (full.page, quick.page, own.page) == ("leaderboard", "leaderboard_quick", "mine")
+    assert (
+        set(quick.chosen) < set(full.chosen) and set(quick.attacks) < set(full.attacks) and set(one.chosen) == {"cpe"}
+    )
+    assert all(not unfinished(bench, contest.tasks(bench)) for bench, contest in asked[1:]), "the full one knows it all"
 
 
 def test_mining_is_measured_once_and_said(tmp_path, monkeypatch) -> None:
@@ -153,15 +177,14 @@ def test_stopping_and_starting_loses_nothing(measured, monkeypatch, capsys) -> N
     lost = tasks[-1].results(bench)[0]
     before = {p: p.stat().st_mtime_ns for t in tasks for p in t.results(bench)}
     kept = json.loads(lost.read_text(encoding="utf-8"))
-    speed = json.loads(Path("docs/results/leaderboard.json").read_text(encoding="utf-8"))["seconds_a_picture"]
     lost.unlink()
     leaderboard(bench, CONTEST, jobs=1, plan=True)
     assert not lost.exists() and f"{len(tasks)} tasks, {len(tasks) - 1} of them done" in capsys.readouterr().out
-    leaderboard(bench, CONTEST, jobs=1, report=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("erasure_core.emojicanvas.leaderboard.pace_of", lambda *_: pytest.fail("a report times nothing"))
+        leaderboard(bench, CONTEST, jobs=1, report=True)
     page = Path("docs/results/leaderboard.md").read_text(encoding="utf-8")
     assert not lost.exists() and "| uce |" in page, "the page of what there is"
-    timed = json.loads(Path("docs/results/leaderboard.json").read_text(encoding="utf-8"))["seconds_a_picture"]
-    assert timed == speed, "a report times nothing"
     leaderboard(bench, dataclasses.replace(CONTEST, chosen={}), jobs=1, report=True)
     assert Path("docs/results/leaderboard.md").read_text(encoding="utf-8") == page, (
         "a method measured before stays on it"
@@ -171,8 +194,26 @@ def test_stopping_and_starting_loses_nothing(measured, monkeypatch, capsys) -> N
     assert "variants=1 --set uce.ridge=0.002 --method" in Path("docs/results/harder.md").read_text(encoding="utf-8")
     leaderboard(bench, CONTEST, jobs=1)
     again = json.loads(lost.read_text(encoding="utf-8"))
-    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in kept.items() if k != "seconds"}
+    assert {k: v for k, v in again.items() if k not in TIMED} == {k: v for k, v in kept.items() if k not in TIMED}
     assert all(p.stat().st_mtime_ns == t for p, t in before.items() if p != lost)
+
+
+def test_costs_are_counted_in_pictures(tmp_path) -> None:
+    """Results of machines of any pace tell what a task takes on this one; those that don't say theirs tell nothing."""
+    bench = bench_in(tmp_path)
+    for name, row in {
+        "rows/fast": {"method": "esd", "seconds": 5.0, "drawing_seconds": 50.0, "pace": 0.5},
+        "rows/slow": {"method": "esd", "seconds": 20.0, "drawing_seconds": 200.0, "pace": 2.0},
+        "rows/unsaid": {"method": "esd", "seconds": 999.0, "drawing_seconds": 999.0, "pace": None},
+        "rows/none": {"method": "none", "seconds": None, "drawing_seconds": 100.0, "pace": 1.0},
+        "attacks/some": {"method": "esd", "attack": "p4d", "seconds": 30.0, "pace": 0.5},
+        "attacks/prompts": {"ways": []},
+    }.items():
+        keep(tmp_path / f"{name}.json", row)
+    costs = Costs(bench, 4.0)
+    tasks = [Task(0, "none", {}), Task(0, "esd", {}), Task(0, "esd", {}, "p4d"), Task(0, "uce", {}, "tina")]
+    assert [costs.of(task) for task in tasks] == pytest.approx([400.0, 440.0, 240.0, UNKNOWN])
+    assert costs.unknown(tasks) == ["tina"]
 
 
 def test_a_ray_cluster_measures_the_same(measured, tmp_path) -> None:
@@ -187,8 +228,7 @@ def test_a_ray_cluster_measures_the_same(measured, tmp_path) -> None:
         assert len(list(cluster(other, part, "local"))) == len(part)
         for task in part:
             one, two = (json.loads(task.results(b)[0].read_text(encoding="utf-8")) for b in (bench, other))
-            timed = ("seconds", "busy", "drawing_seconds")
-            assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
+            assert {k: v for k, v in one.items() if k not in TIMED} == {k: v for k, v in two.items() if k not in TIMED}
 
 
 def test_what_is_attacked() -> None:
@@ -196,6 +236,9 @@ def test_what_is_attacked() -> None:
     assert not applies("p4d", Erasing(objects=("cat", "rose")))
     assert budgets(["p4d.steps=7", "free_embedding.learning_rate=0.5"]) == {
         "p4d": {"steps": 7}, "free_embedding": {"learning_rate": 0.5}}  # fmt: skip
+    assert budgets(["concept_inversion.teacher=False"]) == {"concept_inversion": {"teacher": False}}
+    tried = siege.budget_of("concept_inversion", Erasing(objects=("cat",)), {"teacher": False})
+    assert tried == {"steps": 600}, "a default is no change, whoever says it: results keep their names"
     with pytest.raises(SystemExit, match="write ATTACK"):
         budgets(["steps=7"])
 
