@@ -21,7 +21,7 @@ from .bench_settings import settings_for, typed
 from .costs import UNKNOWN, Costs, clock, pace_of
 from .engines import Task, cluster, processes
 from .leaderboard_page import PAGE, QUICK_PAGE, write_page
-from .rows import Bench, errors_by_kind, judge_error, timed
+from .rows import Bench, errors_by_kind, judge_error, least_pace, timed
 from .siege import ASKING, applies
 
 CONCEPTS = ("cat", "rose", "cigarette", "beer", "brindlewash", "neon")
@@ -76,6 +76,9 @@ def leaderboard(
         ray: the address of a Ray cluster to use instead, or "local".
         plan: only say what it will cost.
         report: only write the page, from what is measured.
+
+    Raises:
+        SystemExit: there is nothing to write a page of.
     """
     if not report:
         measure(bench, contest.tasks(bench), jobs=jobs, ray=ray, fresh=fresh, plan=plan)
@@ -84,7 +87,13 @@ def leaderboard(
     if contest.page in (PAGE, QUICK_PAGE):  # methods that were measured before stand beside these
         others = {m: settings_for(m) for m in all_methods()}
         contest = dataclasses.replace(contest, chosen=others | dict(contest.chosen))
-    write_page(bench, contest, standings(bench, contest))
+    found = standings(bench, contest)
+    if not found:
+        wanted = ", ".join(e.key for e in bench.plan.erasings() if e.key != "together")
+        raise SystemExit(
+            f"no method was measured on all of {wanted} yet, so there is no page. --only takes fewer of them"
+        )
+    write_page(bench, contest, found)
 
 
 def measure(bench: Bench, tasks: Sequence[Task], *, jobs: int, ray: str, fresh: bool, plan: bool) -> None:
@@ -160,6 +169,7 @@ class Standing:
 
     method: str
     seconds: float | None
+    """Of one core of the fastest machine among those of the page."""
     kept_objects: Corrected
     kept_styles: Corrected
     attacks: Mapping[str, Rate]
@@ -193,8 +203,11 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
     singles = [e for e in bench.plan.erasings() if e.key != "together"]
     error = judge_error(bench, singles)
     of_kind = errors_by_kind(bench)
-    for method, settings in {"none": {}, **contest.chosen}.items():
-        rows = [row for e in singles if (row := bench.row(e, method, settings)) is not None]
+    methods = {"none": {}, **contest.chosen}
+    made = {m: [row for e in singles if (row := bench.row(e, m, s)) is not None] for m, s in methods.items()}
+    pace = least_pace(row for rows in made.values() for row in rows)
+    for method, settings in methods.items():
+        rows = made[method]
         each: dict[str, dict[str, Rate]] = {}
         for name in (ASKING, *contest.attacks):
             changed = contest.budgets.get(name, {})
@@ -212,7 +225,7 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
         out.append(
             Standing(
                 method,
-                timed(rows)[1],
+                timed(rows, pace)[1],
                 of_kind["object"].behind(pooled(Rate.from_json(r["kept_objects"]) for r in rows)),
                 of_kind["style"].behind(pooled(Rate.from_json(r["kept_styles"]) for r in rows)),
                 seen,

@@ -12,7 +12,7 @@ from ..attacks import all_attacks
 from ..metrics.judge_error import Corrected
 from .bench_settings import ATTACKS, settings_for
 from .effect import figure
-from .rows import RESULTS, Bench, arithmetic
+from .rows import RESULTS, Bench, arithmetic, least_pace
 from .siege import ASKING, PICTURES, titles
 
 if TYPE_CHECKING:
@@ -53,6 +53,12 @@ def write_page(bench: Bench, contest: Contest, found: Sequence[Standing]) -> Non
     settings = "\n".join(f"- {titles([a])[a]}: {_budget(a, contest.budgets.get(a, {}))}" for a in attacks)
     record = bench.record(task.results(bench)[0] for task in contest.tasks(bench))
     measured = [row for rows in record["measured"].values() for row in rows.values()]
+    pace = least_pace(record["measured"].get("rows", {}).values())
+    seconds = (
+        f" Seconds are to erase, of one core that draws a picture in {pace:.2f} s; those of other machines are scaled by that."
+        if pace
+        else ""
+    )
     text = f"""# {page.replace("_", " ").capitalize()}
 
 Methods under attack on EmojiCanvas. Made by `nox -s bench -- leaderboard{options} --method \
@@ -65,7 +71,7 @@ Shares of pictures that show the erased concept, or what is kept, after the erro
 {judge.version}: it recognises
 {judge.held_out["object"]} of the objects and {judge.held_out["style"]} of the styles in drawings that it never saw), with 95 %
 intervals that count the judge's error too. "none" is the unchanged model: the ceiling of every attack. Lower is
-better, but for what is kept.
+better, but for what is kept.{seconds}
 
 {table(found, columns)}
 

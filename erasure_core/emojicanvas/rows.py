@@ -246,12 +246,21 @@ def arithmetic(rows: Iterable[Mapping[str, Any]]) -> str:
     return f"Computed in bfloat16, {kinds.count(False)} of {len(kinds)} results in float32 (docs/emojicanvas.md)."
 
 
-def timed(rows: Iterable[Mapping[str, Any]]) -> tuple[bool, float | None]:
-    """(whether any row was made alone on the machine, the mean seconds of those that were; of all where none was)."""
+def timed(rows: Iterable[Mapping[str, Any]], pace: float | None = None) -> tuple[bool, float | None]:
+    """(whether any row was made alone on the machine, the mean seconds of those that were; of all where none was).
+
+    With ``pace`` they are as on a machine where a picture takes so long, of rows that say how long it took on theirs.
+    """
     known = [r for r in rows if r["seconds"] is not None]
-    alone = [r["seconds"] for r in known if not r.get("busy")]
-    seconds = alone or [r["seconds"] for r in known]
+    scaled = [r["seconds"] * (pace / r["pace"] if pace and r.get("pace") else 1.0) for r in known]
+    alone = [s for s, r in zip(scaled, known, strict=True) if not r.get("busy")]
+    seconds = alone or scaled
     return bool(alone) or not known, statistics.fmean(seconds) if seconds else None
+
+
+def least_pace(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """That of the fastest machine among those of ``rows``."""
+    return min((r["pace"] for r in rows if r.get("pace")), default=None)
 
 
 def judge_error(bench: Bench, erased: Sequence[Erasing]) -> JudgeError:

@@ -12,7 +12,7 @@ import pytest
 from erasure_core import all_methods
 from erasure_core.emojicanvas import rows
 from erasure_core.emojicanvas.effect import figure, in_terms_of_papers, singles, true_shares
-from erasure_core.emojicanvas.rows import MEASURES, timed
+from erasure_core.emojicanvas.rows import MEASURES, least_pace, timed
 from erasure_core.metrics.judge_error import JudgeError
 from erasure_core.metrics.rates import Rate
 
@@ -93,6 +93,9 @@ def test_seconds_are_of_what_ran_alone() -> None:
     assert timed(made) == (True, 5.0)
     assert timed(made[2:]) == (False, 50.0)
     assert timed(made[3:]) == (True, None), "the base takes none"
+    mixed = [{"seconds": 8.0, "pace": 2.0}, {"seconds": 3.0, "pace": 0.5}, {"seconds": 7.0, "pace": None}]
+    assert least_pace(mixed) == 0.5 and least_pace(made) is None
+    assert timed(mixed[:2], 0.5) == (True, 2.5) and timed(mixed[2:], 0.5) == (True, 7.0), "as on one machine"
 
 
 @pytest.mark.parametrize(

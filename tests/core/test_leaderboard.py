@@ -106,6 +106,13 @@ def test_a_quick_one_leaves_the_other_page_alone(tmp_path, monkeypatch) -> None:
     assert all(not unfinished(bench, contest.tasks(bench)) for bench, contest in asked[1:]), "the full one knows it all"
 
 
+def test_a_page_of_nothing_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="measured on all of rose yet"):
+        leaderboard(bench_in(tmp_path / "cells"), CONTEST, jobs=1, report=True)
+    assert not (tmp_path / "docs").exists()
+
+
 def test_mining_is_measured_once_and_said(tmp_path, monkeypatch) -> None:
     """On the base and on UCE; the base shows the rose when asked, and a second run reads what the first found."""
     monkeypatch.chdir(tmp_path)
