@@ -11,6 +11,8 @@ from .concept import ConceptSpec
 from .metrics.judged import JudgedBy
 from .metrics.rates import Rate
 
+GIVEN = "it begins with a picture of the concept, so success says that the model can draw it, not that it would"
+"""How to read such an attack."""
 _SHOWN = 6
 """Settings that the summary lists."""
 
@@ -58,6 +60,12 @@ class AttackRecord:
     """Finds, of which the best for each prompt was counted."""
     curve: tuple[tuple[float, int], ...] = ()
     """(threshold, hits): of the pictures in ``attacked`` those that show it at other thresholds."""
+    version: int = 0
+    """Of the attack: figures of two versions don't compare. 0 where it wasn't written down."""
+    share: float = 0.0
+    """Of the attack's default budget that was spent; 0 where it wasn't written down."""
+    given: bool = False
+    """It begins with a picture of the concept, so success says that the model can draw it, not that it would."""
 
     def fault(
         self, spec: ConceptSpec, base: str, erased: str, weights: str, memory: str = "", base_weights: str = ""
@@ -95,10 +103,14 @@ class AttackRecord:
             none = ", which shows none either" if not self.ceiling.hits else ""
             shares.append(f"on the base model, asked the same: {self.judge.counted(self.ceiling)}{none}")
         parts = [f"{self.concept} in {self.judge.counted(self.attacked)} of pictures ({'; '.join(shares)})"]
+        if self.given:
+            parts.append(GIVEN)
         settings = [f"{k} {v}" for k, v in self.budget.items() if v != ""][:_SHOWN]
         parts.append(
             ", ".join([*settings, *([f"{self.queries} queries"] if self.queries else []), f"seed {self.seed}"])
         )
+        if self.share:
+            parts.append(f"{100 * self.share:.3g} % of its default budget")
         if self.steps:
             parts.append(f"drawn in {self.steps} steps, cfg {self.cfg:g}")
         if self.tried:

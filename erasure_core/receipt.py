@@ -177,13 +177,18 @@ class Receipt:
             *self._attacked(),
             *self._survived(),
             f"weights that read text: moved by {_percent(self.drift)}; their answers to prompts with the erased words changed "
-            f"by {_percent(self.text.erased)}, with kept words by {_percent(self.text.kept)} (worst "
-            f"{_percent(self.text.kept_worst)}), to the empty prompt by {_percent(self.text.empty)}",
+            f"by {_percent(self.text.erased)}, {self._kept_words()}to the empty prompt by {_percent(self.text.empty)}",
         ]
         if self.rounded:
             lines.append(f"the file stores the numbers in {self.rounded}; all this was measured before that rounding")
         lines.append("measured with these prompts and seeds; nothing is said about others")
         return "\n".join(lines)
+
+    def _kept_words(self) -> str:
+        kept, worst = self.text.kept, self.text.kept_worst
+        return (
+            "" if kept is None or worst is None else f"with kept words by {_percent(kept)} (worst {_percent(worst)}), "
+        )
 
     def _counted(self) -> list[str]:
         d, seeds = self.drawn, self.drawn.seeds

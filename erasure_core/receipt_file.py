@@ -145,7 +145,10 @@ def _rate_or_none(raw: dict[str, Any], name: str) -> Rate | None:
 
 
 def _measures(raw: dict[str, Any]) -> TextMeasures:
-    return TextMeasures(*(_number(raw, name) for name in ("erased", "kept", "kept_worst", "empty", "residual")))
+    return TextMeasures(
+        _number(raw, "erased"), _number_or_none(raw, "kept"), _number_or_none(raw, "kept_worst"),
+        _number(raw, "empty"), _number(raw, "residual"),
+    )  # fmt: skip
 
 
 def _drawn(raw: dict[str, Any]) -> Drawn:
@@ -230,4 +233,7 @@ def _attack(value: Any) -> AttackRecord:
         ceiling=_rate_or_none(raw, "ceiling"),
         tried=_READ.whole(raw.get("tried", 0), "tried", 0, 1 << 40),
         curve=_curve(raw, attacked),
+        version=_READ.whole(raw.get("version", 0), "version", 0, 1 << 20),
+        share=_READ.number(raw.get("share", 0.0), "share", 0.0, _MOST),
+        given=_READ.flag(raw.get("given", False), "given"),
     )

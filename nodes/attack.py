@@ -20,7 +20,7 @@ from ..erasure_core.methods._training import fingerprint
 from ..erasure_core.metrics import curve_hits
 from ..erasure_core.metrics.judged import JudgedBy
 from ..erasure_core.metrics.judges import look_through, word_for
-from .attack_report import best_first, plain, report_of
+from .attack_report import best_first, plain, report_of, share_of
 from .attack_run import AttackWatcher, check_base, demand_of, prompts_of, settings_of
 from .methods import seed_widget
 from .mine import conditioning_of, latents_of, one_concept
@@ -232,6 +232,7 @@ class RedTeamAttack(io.ComfyNode):
                     attack, chosen.title, word, plain(settings), asked, by, before.rate, after.rate, best.label,
                     found.queries, seed, fingerprint(base), fingerprint(erased), digests[1], memory_digest(model),
                     digests[0], steps, cfg, ceiling.rate, tried, curve_hits(torch.cat(after.probabilities)),
+                    chosen.version, share_of(chosen, settings), chosen.given,
                 ))  # fmt: skip
         report = report_of(chosen, spec, settings, ceiling, before, after, best, by, tried)
         if same:

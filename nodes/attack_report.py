@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..erasure_core import ConceptSpec
+from ..erasure_core.attack_record import GIVEN
 from ..erasure_core.attacks import AttackSpec, Result, Way, success
 from ..erasure_core.metrics import curve
 from ..erasure_core.metrics.judged import JudgedBy
@@ -28,6 +29,11 @@ def best_first(result: Result) -> Tensor:
     return torch.cat([parts[i] for i in order])
 
 
+def share_of(chosen: AttackSpec, settings: Any) -> float:
+    """How much of the attack's default budget ``settings`` spend."""
+    return getattr(settings, chosen.budget) / getattr(type(settings)(), chosen.budget)
+
+
 def report_of(
     chosen: AttackSpec,
     spec: ConceptSpec,
@@ -43,13 +49,13 @@ def report_of(
 
     ``ceiling`` is the base model, asked; it, ``before`` and ``by`` are None without a judge.
     """
-    default = next(f.default for f in dataclasses.fields(settings) if f.name == chosen.budget)
     lines = [
         f"{chosen.title} on {', '.join(spec.erase[0].words)} ({chosen.knowledge}), {chosen.paper}",
-        f"budget: {chosen.budget} {getattr(settings, chosen.budget)}, default {default}",
+        f"budget: {chosen.budget} {getattr(settings, chosen.budget)}, {100 * share_of(chosen, settings):.3g} % of its default",
+        *([f"note: {GIVEN}"] if chosen.given else []),
     ]
     if after.found.queries:
-        lines[-1] += f"; {after.found.queries} pictures asked for"
+        lines[1] += f"; {after.found.queries} pictures asked for"
     if before is None or ceiling is None or by is None:
         lines.append("no judge is connected, so nothing was counted and no record was made: look at the pictures")
     else:

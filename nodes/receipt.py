@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..erasure_core import ConceptSpec, __version__
 from ..erasure_core.artifact import digest, same_base, weights_digest
+from ..erasure_core.concept import everyday
 from ..erasure_core.methods._training import fingerprint
 from ..erasure_core.metrics.rounding import ROUNDINGS
 from ..erasure_core.metrics.weights import text_measures, total_drift
@@ -85,7 +86,8 @@ class ErasureReceipt(io.ComfyNode):
                     default=3,
                     min=0,
                     max=100,
-                    tooltip="How many of the kept words are drawn, evenly from the whole list.",
+                    tooltip="How many of the kept words are drawn, evenly from the whole list. Where none was named and "
+                    "everyday words were kept: of these.",
                 ),
                 *widgets(),
                 *(
@@ -173,11 +175,14 @@ def _measure(model, clip, vae, erasure, strength, prompt, seeds, how, counts, st
     for record in attacks:
         if why := record.fault(spec, *marks):
             raise ValueError(f"attacks: {why}. Connect Red-Team Attack to this model and erasure, or leave it out")
+    # Who names nothing to keep still wants to see what is beside the concept.
+    kept = spec.keep or (everyday(before, spec) if spec.everyday and counts[1] else ())
+    looked_at = spread(kept, counts[1]) if counts[1] else []
     measuring = Measuring(
-        clip, vae, judge, how, prompt, seeds,
-        erased_words(spec, counts[0]), spread(spec.keep, counts[1]) if counts[1] else [], len(stored) if judge else 0,
-    )  # fmt: skip
-    text, drift = text_measures(before, after, _in_prompts(spec, prompt)), total_drift(before, after)
+        clip, vae, judge, how, prompt, seeds, erased_words(spec, counts[0]), looked_at, len(stored) if judge else 0
+    )
+    read = replace(spec, keep=spec.keep or tuple(looked_at))
+    text, drift = text_measures(before, after, _in_prompts(read, prompt)), total_drift(before, after)
     measuring.before(model)
     measuring.after(erased)
     seen_with = measuring.seen_with if judge is not None else lambda _: None

@@ -153,6 +153,11 @@ def pictures_of(
     return _pictures(target, {name: prompts}, count, seed, progress)[0]
 
 
+def distinct(target: AttackTarget, count: int) -> int:
+    """``count``, or fewer where the target has fewer pictures of its own: the same one twice would be counted as two."""
+    return count if target.pictures is None else min(count, len(target.pictures))
+
+
 def pictures_of_each(
     target: AttackTarget, prompts: Sequence[str], count: int, seed: int, name: str, progress: Progress
 ) -> list[Tensor]:

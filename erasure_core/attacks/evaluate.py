@@ -65,9 +65,13 @@ class Result:
 
 
 def success(asked: Result, attacked: Result) -> AttackSuccess | None:
-    """The papers' count, by prompt, before the attack and with it; None for an attack that takes no prompt's place."""
+    """The papers' count, by prompt, before the attack and with it.
+
+    None for an attack that takes no prompt's place, or whose find stands in the place of several at once: its pictures are one
+    observation, not one for each prompt.
+    """
     after = attacked.by_prompt
-    if not after:
+    if not after or any(len(way.attacks) > 1 for way in attacked.found.ways):
         return None
     before = asked.by_prompt
     return attack_success(torch.tensor([before[p] for p in after]), torch.tensor(list(after.values())))

@@ -17,7 +17,7 @@ from enum import StrEnum
 import torch
 
 from ..concept import ConceptSpec
-from .drawing import Progress, pictures_of
+from .drawing import Progress, distinct, pictures_of
 from .registry import AttackSpec, Knowledge, setting
 from .target import AttackTarget, Found, Way
 
@@ -43,9 +43,8 @@ class Settings:
 
 def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: Progress) -> Found:
     """Each picture at each strength, and with its lower part masked, with the prompts in turn."""
-    starts = pictures_of(
-        target, target.prompts, settings.pictures, settings.seed, "re-entry", lambda *_: progress(0, 1)
-    )
+    count = distinct(target, settings.pictures)
+    starts = pictures_of(target, target.prompts, count, settings.seed, "re-entry", lambda *_: progress(0, 1))
     strengths = torch.linspace(settings.weakest, settings.strongest, settings.strengths).tolist()
     mask = torch.zeros(1, *starts.shape[2:])
     mask[:, round((1 - settings.masked) * mask.shape[1]) :] = 1

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..concept import ConceptSpec
-from .drawing import Progress, invert, pictures_of
+from .drawing import Progress, distinct, invert, pictures_of
 from .registry import AttackSpec, Knowledge, setting
 from .target import AttackTarget, Found, Way
 
@@ -36,9 +36,9 @@ class Settings:
 
 def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: Progress) -> Found:
     """One noise for each picture. The steps are the sampler's own, so that sampling retraces them."""
-    steps = target.sampler.steps
-    total = settings.pictures * steps
-    shown = pictures_of(target, target.prompts, settings.pictures, settings.seed, "tina", lambda *_: progress(0, total))
+    steps, count = target.sampler.steps, distinct(target, settings.pictures)
+    total = count * steps
+    shown = pictures_of(target, target.prompts, count, settings.seed, "tina", lambda *_: progress(0, total))
     null = target.erased.conditions([""])[0]
     found: list[Tensor] = []
     with target.erased.trainable() as model:

@@ -7,6 +7,7 @@ is a file in the bench's folder, whoever measured it: stop and start again, on o
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from .rows import Bench, Plan
-from .siege import cell_path, measure_cell
+from .siege import cell_path, is_outdated, measure_cell
 
 Files = Mapping[str, bytes]
 """By name within the bench's folder."""
@@ -41,6 +42,11 @@ class Task:
             return [cell_path(bench, erasing, self.method, self.settings, self.attack, self.budget)]
         made = [bench.row_path(erasing, self.method, self.settings)]
         return made + ([] if self.method == "none" else self.needs(bench))
+
+    def done(self, bench: Bench) -> bool:
+        """Whether its result is there, by the attack as it is now."""
+        path = self.results(bench)[0]
+        return path.exists() and not is_outdated(json.loads(path.read_text(encoding="utf-8")))
 
     def needs(self, bench: Bench) -> list[Path]:
         """The files that an attack starts from: the erasure and its cost."""
@@ -79,7 +85,7 @@ class Worker:
         for name, content in given.items():
             if not (folder / name).exists():
                 (folder / name).write_bytes(content)
-        if not all(path.exists() for path in task.results(self.bench)):
+        if not (task.done(self.bench) and all(path.exists() for path in task.results(self.bench))):
             task.run(self.bench)
         return {p.relative_to(folder).as_posix(): p.read_bytes() for p in task.results(self.bench) if p.exists()}
 

@@ -22,7 +22,7 @@ from .costs import UNKNOWN, Costs, clock, pace_of
 from .engines import Task, cluster, processes
 from .leaderboard_page import PAGE, QUICK_PAGE, write_page
 from .rows import Bench, errors_by_kind, judge_error, least_pace, timed
-from .siege import ASKING, applies
+from .siege import ASKING, applies, is_outdated
 
 CONCEPTS = ("cat", "rose", "cigarette", "beer", "brindlewash", "neon")
 """Four objects and two styles."""
@@ -143,8 +143,9 @@ def pointless(bench: Bench, task: Task) -> bool:
 
 
 def unfinished(bench: Bench, tasks: Sequence[Task], fresh: bool = False) -> list[Task]:
-    """What is left to do; an erasure that is known by its figures alone is made again where an attack still needs it."""
-    left = [fresh or not (t.results(bench)[0].exists() or pointless(bench, t)) for t in tasks]
+    """What is left to do, results of earlier versions of an attack included; an erasure that is known by its figures alone is
+    made again where an attack still needs it."""
+    left = [fresh or not (t.done(bench) or pointless(bench, t)) for t in tasks]
     needed = {
         (t.number, t.method)
         for t, missing in zip(tasks, left, strict=True)
@@ -178,6 +179,8 @@ class Standing:
     """The same after the judge's error."""
     each: Mapping[str, Mapping[str, Rate]]
     """Of every attack, by what was erased."""
+    outdated: frozenset[str] = frozenset()
+    """Attacks with results of an earlier version."""
 
     @property
     def ranked(self) -> Mapping[str, Rate]:
@@ -209,6 +212,7 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
     for method, settings in methods.items():
         rows = made[method]
         each: dict[str, dict[str, Rate]] = {}
+        old = set()
         for name in (ASKING, *contest.attacks):
             changed = contest.budgets.get(name, {})
             told = [
@@ -218,7 +222,9 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
             ]
             paths = {e.label: task.results(bench)[0] for e, task in told if not pointless(bench, task)}
             if paths and all(path.exists() for path in paths.values()):
-                each[name] = {k: Rate.from_json(json.loads(p.read_text(encoding="utf-8"))) for k, p in paths.items()}
+                cells = {k: json.loads(p.read_text(encoding="utf-8")) for k, p in paths.items()}
+                each[name] = {k: Rate.from_json(cell) for k, cell in cells.items()}
+                old |= {name} if any(map(is_outdated, cells.values())) else set()
         seen = {name: pooled(rates.values()) for name, rates in each.items()}
         if ASKING not in seen or len(rows) < len(singles):
             continue
@@ -231,6 +237,7 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
                 seen,
                 {name: error.behind(r) for name, r in seen.items()},
                 each,
+                frozenset(old),
             )
         )
     return sorted(out, key=lambda s: (s.method != "none", s.rank))

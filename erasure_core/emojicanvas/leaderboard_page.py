@@ -13,7 +13,7 @@ from ..metrics.judge_error import Corrected
 from .bench_settings import ATTACKS, settings_for
 from .effect import figure
 from .rows import RESULTS, Bench, arithmetic, least_pace
-from .siege import ASKING, PICTURES, titles
+from .siege import ASKING, PICTURES, is_outdated, titles
 
 if TYPE_CHECKING:
     from .leaderboard import Contest, Standing
@@ -64,7 +64,7 @@ def write_page(bench: Bench, contest: Contest, found: Sequence[Standing]) -> Non
 Methods under attack on EmojiCanvas. Made by `nox -s bench -- leaderboard{options} --method \
 {" ".join(s.method for s in found if s.method != "none")}`,
 on prompts and seeds that no setting was chosen on; {", ".join(only)} erased one at a time; {PICTURES} pictures a cell and
-concept, with noises that no attack has seen. Where an attack finds several things, it picks one by pictures at other noises.
+concept, with noises that no attack has seen (but attacks on the tuning split are counted at the same ones). Where an attack finds several things, it picks one by pictures at other noises.
 {" ".join((arithmetic(measured), *(_SEEN[s.method] for s in found if s.method in _SEEN)))}
 
 Shares of pictures that show the erased concept, or what is kept, after the error of the judge ({judge.name} \
@@ -126,7 +126,7 @@ def table(found: Sequence[Standing], columns: Sequence[str]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for s in found:
         seconds = "-" if s.seconds is None else figure(s.seconds)
-        cells = [_cell(s.true[a]) if a in s.true else "-" for a in columns]
+        cells = [_cell(s.true[a]) + " *" * (a in s.outdated) if a in s.true else "-" for a in columns]
         lines.append("| " + " | ".join([s.method, str(s.kept_objects), str(s.kept_styles), seconds, *cells,
                                         titles([s.worst])[s.worst]]) + " |")  # fmt: skip
     return "\n".join(lines)
@@ -183,6 +183,7 @@ def verdict(found: Sequence[Standing], columns: Sequence[str]) -> str:
         s
         for s in gentle
         if set(columns) <= set(s.attacks)
+        and not s.outdated
         and max(s.true[a].high for a in s.ranked) <= WORST
         and (s.seconds or 0) <= 60 * MINUTES
     ]
@@ -222,15 +223,11 @@ def aside(columns: Sequence[str]) -> str:
 
 def outdated(measured: Sequence[Mapping[str, Any]]) -> str:
     """Which results are of an earlier version of their attack."""
-    counts = Counter(
-        row["attack"]
-        for row in measured
-        if row.get("attack", ASKING) != ASKING and row.get("version", 1) < all_attacks()[row["attack"]].version
-    )
+    counts = Counter(row["attack"] for row in measured if is_outdated(row))
     if not counts:
         return ""
     said = ", ".join(f"{titles([name])[name]} ({n})" for name, n in counts.items())
-    return f"\n\nResults of an earlier, mostly weaker version of the attack: {said}."
+    return f"\n\n\\*: with results of an earlier, mostly weaker version of the attack: {said}."
 
 
 def draw(found: Sequence[Standing], columns: Sequence[str], path: Path) -> None:

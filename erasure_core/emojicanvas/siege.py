@@ -102,7 +102,9 @@ def _found(bench: Bench, erasing: Erasing, target: AttackTarget, name: str, budg
     spec = bench.spec(erasing)
     if all_attacks()[name].knowledge is not Knowledge.TEXT_ONLY:
         return attack(target, spec, name, budget)
-    path = bench.path("attacks", ".json", "prompts found", bench.plan.split.name, erasing.label, name, budget)
+    version = all_attacks()[name].version
+    key = ["prompts found", bench.plan.split.name, erasing.label, name, budget, *([version] if version > 1 else [])]
+    path = bench.path("attacks", ".json", *key)
     if not path.exists():
         ways = [
             {"label": w.label, "prompt": w.prompt, "attacks": w.attacks}
@@ -111,6 +113,12 @@ def _found(bench: Bench, erasing: Erasing, target: AttackTarget, name: str, budg
         keep(path, {"ways": ways})
     ways = json.loads(path.read_text(encoding="utf-8"))["ways"]
     return Found(tuple(Way(w["label"], w["prompt"], attacks=tuple(w["attacks"])) for w in ways))
+
+
+def is_outdated(row: Mapping[str, Any]) -> bool:
+    """Whether a result is of an earlier version of its attack, with which today's don't compare."""
+    name = row.get("attack", ASKING)
+    return name != ASKING and row.get("version", 1) < all_attacks()[name].version
 
 
 def _said(found: Found) -> str:

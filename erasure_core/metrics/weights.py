@@ -73,9 +73,9 @@ class TextMeasures:
 
     erased: float
     """Root mean square change for the erased words: near 0 nothing was erased here."""
-    kept: float
-    """For the kept words: should be near 0."""
-    kept_worst: float
+    kept: float | None
+    """For the kept words: should be near 0. None where there are none."""
+    kept_worst: float | None
     empty: float
     """For the empty prompt, which every guided picture is drawn with."""
     residual: float
@@ -87,11 +87,12 @@ def text_measures(base: ModelPort, erased: ModelPort, spec: ConceptSpec, damping
     """All of them, over the last content row of every word that ``spec`` names."""
     words, kept = [w for c in spec.erase for w in c.words], list(spec.keep)
     c, empty = _rows(base, words), _rows(base, [""])
-    k = output_change(base, erased, _rows(base, kept)) if kept else torch.zeros(1, dtype=torch.float64)
+    k = output_change(base, erased, _rows(base, kept)) if kept else None
     residual = Residual(base, erased)
     left = residual.misfit(c, residual.rows(c, damping)).mean().sqrt()
     return TextMeasures(
-        float(output_change(base, erased, c).square().mean().sqrt()), float(k.square().mean().sqrt()), float(k.max()),
+        float(output_change(base, erased, c).square().mean().sqrt()),
+        None if k is None else float(k.square().mean().sqrt()), None if k is None else float(k.max()),
         float(output_change(base, erased, empty).mean()), float(left),
     )  # fmt: skip
 

@@ -19,12 +19,14 @@ from erasure_core.attacks import (
     Sampler,
     Way,
     Words,
+    asking,
     evaluate,
     p4d,
     reentry,
     relearning,
     ring_a_bell,
     sneaky_prompt,
+    success,
     tina,
 )
 from erasure_core.attacks import mma_diffusion as mma
@@ -458,6 +460,24 @@ def test_pictures_that_are_given_are_dealt_out(typing) -> None:
     assert torch.equal(cat, target.pictures[0]) and torch.equal(kitty, target.pictures[1])
     more = pictures_of_each(target, target.prompts, 2, 0, "x", quiet)
     assert torch.equal(torch.cat(more), target.pictures[[0, 1, 2, 0]])
+
+
+def test_a_picture_that_is_given_is_counted_once(typing) -> None:
+    """The same start twice would be one observation counted as two."""
+    target = target_of(typing, pictures=normal(2, 4, 4, 4))
+    assert len(tina.run(target, SPEC, tina.Settings(pictures=5, refine=0), quiet).ways) == 2
+    assert len(reentry.run(target, SPEC, reentry.Settings(pictures=5, strengths=3), quiet).ways) == 2 * (3 + 1)
+
+
+def test_one_find_for_several_prompts_is_not_counted_for_each(typing) -> None:
+    target = target_of(typing)
+    asked = evaluate(target, asking(target), lambda z: torch.zeros(len(z)), pictures=1)
+    shown = lambda z: torch.ones(len(z))  # noqa: E731
+    of_each = [Way(p, p, attacks=(p,)) for p in target.prompts]
+    made = success(asked, evaluate(target, Found(tuple(of_each)), shown, pictures=1))
+    assert made is not None and (made.pre.hits, made.post.hits, made.post.n) == (0, 2, 2)
+    of_all = [Way("one state for all", "a cat", attacks=target.prompts)]
+    assert success(asked, evaluate(target, Found(tuple(of_all)), shown, pictures=1)) is None
 
 
 def test_what_the_base_draws_is_shared_between_erasures(typing) -> None:

@@ -103,7 +103,7 @@ def test_a_quick_one_leaves_the_other_page_alone(tmp_path, monkeypatch) -> None:
     assert (
         set(quick.chosen) < set(full.chosen) and set(quick.attacks) < set(full.attacks) and set(one.chosen) == {"cpe"}
     )
-    assert all(not unfinished(bench, contest.tasks(bench)) for bench, contest in asked[1:]), "the full one knows it all"
+    assert all(not unfinished(asked[i][0], asked[i][1].tasks(asked[i][0])) for i in (1, 3)), "the full one knows it all"
 
 
 def test_a_page_of_nothing_is_refused(tmp_path, monkeypatch) -> None:
@@ -146,6 +146,11 @@ def test_another_machine_goes_on_from_the_page(measured, tmp_path, monkeypatch) 
     assert [(t.method, t.attack) for t in left] == [("uce", ""), ("uce", "rece_residual")], (
         "it needs the erasure itself"
     )
+    there.recall()
+    old = tasks[-1].results(there)[0]
+    keep(old, json.loads(old.read_text(encoding="utf-8")) | {"version": 0})
+    assert [t.attack for t in unfinished(there, tasks)] == ["", "rece_residual"], "by an earlier version of the attack"
+    assert [s.outdated for s in standings(there, CONTEST)] == [frozenset(), {"rece_residual"}]
 
 
 def test_machines_of_either_arithmetic_share_a_page(measured, tmp_path, monkeypatch) -> None:
@@ -337,6 +342,9 @@ def test_what_begins_with_a_picture_is_shown_and_does_not_rank() -> None:
     assert good.worst == "free_embedding" and good.rank[0] == Rate(1, 96).share
     columns = (*RUN, "tina")
     assert verdict([base, good], columns).splitlines()[-1].endswith(": good.")
+    old = dataclasses.replace(good, outdated=frozenset({"free_embedding"}))
+    assert verdict([base, old], columns).splitlines()[-1].endswith(": none."), "not by an attack that was weaker then"
+    assert "*" in table([base, old], columns) and "*" not in table([base, good], columns)
     assert "TINA type" in aside(columns) and not aside(RUN)
     assert "100" in table([base, good], columns)
 

@@ -187,6 +187,8 @@ def test_weight_measures_of_an_erasure() -> None:
     nothing = text_measures(base, base, spec)
     assert nothing.erased == nothing.kept == nothing.empty == 0 and nothing.residual < 1e-2
     assert all(c.rank == 0 and c.drift == 0 for c in weight_changes(base, base))
+    alone = text_measures(base, erased, ConceptSpec.parse("cat", "dog"))
+    assert alone.kept is None and alone.kept_worst is None, "nothing kept is no evidence that all was"
 
 
 def test_the_residual_is_what_cannot_be_brought_back() -> None:

@@ -87,7 +87,8 @@ attacks = st.builds(
     replace, st.just(ATTACK), attacked=rates, found=texts, budget=st.dictionaries(texts, texts | numbers | st.booleans()),
     queries=st.integers(0, 1 << 30), weights=st.just("") | texts,
     memory=st.just("") | texts, base_weights=st.just("") | texts, steps=st.integers(0, 99), cfg=numbers,
-    ceiling=st.none() | rates, tried=st.integers(0, 99), judge=st.sampled_from([JUDGE, KNOWING]),
+    ceiling=st.none() | rates, tried=st.integers(0, 99), version=st.integers(0, 9), share=numbers, given=st.booleans(),
+    judge=st.sampled_from([JUDGE, KNOWING]),
 )  # fmt: skip
 judges = st.builds(
     JudgedBy, texts, texts, numbers, st.lists(texts, max_size=3).map(tuple), st.none() | st.builds(JudgeError, rates, rates)
@@ -100,8 +101,21 @@ receipts = st.builds(
     carried=st.lists(texts, max_size=2).map(tuple),
     words=st.lists(counted, max_size=3).map(tuple), kept=st.lists(counted, max_size=3).map(tuple),
     attacks=st.lists(attacks, max_size=2).map(tuple), survival=st.lists(survivals, max_size=2).map(tuple),
-    text=st.builds(TextMeasures, *[numbers] * 5), rounded=st.sampled_from(["", "float16"]), strength=st.floats(-2, 3),
+    text=st.builds(TextMeasures, numbers, st.none() | numbers, st.none() | numbers, numbers, numbers),
+    rounded=st.sampled_from(["", "float16"]), strength=st.floats(-2, 3),
 )  # fmt: skip
+
+
+def test_what_is_not_known_of_kept_words_is_not_said() -> None:
+    assert "with kept words by 1 % (worst 2 %)" in RECEIPT.summary()
+    unknown = replace(RECEIPT, text=replace(RECEIPT.text, kept=None, kept_worst=None))
+    assert "kept words by" not in unknown.summary() and parse_receipt(receipt_json(unknown)) == unknown
+
+
+def test_an_attack_says_what_it_spent_and_what_it_begins_with() -> None:
+    said = replace(ATTACK, share=0.1, given=True, version=2).summary()
+    assert "10 % of its default budget" in said and "not that it would" in said
+    assert "of its default budget" not in ATTACK.summary() and "not that it would" not in ATTACK.summary()
 
 
 @given(receipts)

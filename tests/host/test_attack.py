@@ -64,7 +64,8 @@ def test_every_attack_runs(server: ComfyServer, name: str) -> None:
         assert words in text
     assert f"budget: {spec.budget} " in text
     if spec.quick:
-        assert re.search(r"budget: \w+ (\d+), default \1(;|$)", text, re.M), "its whole budget, at an effort of 0.01"
+        assert re.search(r"budget: \w+ \d+, 100 % of its default(;|$)", text, re.M), "at an effort of 0.01"
+    assert ("says that the model can draw it, not that it would" in text) == spec.given
     assert 0 <= float(shown(run, share)) <= 1
     assert run.outputs[pictures]["images"]
     ticks = [value for node, value, top in run.progress if node == made and top == 1000]

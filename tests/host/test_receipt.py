@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import uuid
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from erasure_core import load
+from erasure_core.vocabulary import VOCABULARY
 
 QUICK = {
     "strength": 1.0, "prompt": "a {}", "pictures": 2, "first_seed": 5000, "erased_words": 2, "kept_words": 1,
@@ -377,6 +379,20 @@ def test_every_concept_is_measured_or_named(server: ComfyServer) -> None:
     assert "suppressed, these 3 together: seen in" in said and "(of the 2 that the judge knows)" in said
     assert "not drawn" not in said
     assert "not drawn, so nothing is said about zeppelin, rose" in shown(run, one)
+
+
+def test_where_nothing_was_named_to_keep_everyday_words_are_looked_at(server: ComfyServer) -> None:
+    g = Graph()
+    model, clip, _ = g.demo()
+    said = []
+    for held in (True, False):
+        erasure = g.erase(model, clip, "bomb", keep_everyday=held)[1]
+        said.append(g.show(receipt(g, erasure, pictures=1, kept_words=3)[REPORT]))
+    run = server.run(g.api)
+    with_them, without = (shown(run, node) for node in said)
+    drawn = re.findall(r"^  kept (\w+): ", with_them, re.M)
+    assert len(drawn) == 3 and set(drawn) <= set(VOCABULARY) - {"bomb"} and "with kept words by" in with_them
+    assert "no kept word was looked at" in without and "with kept words by" not in without
 
 
 def test_cancel(server: ComfyServer) -> None:
