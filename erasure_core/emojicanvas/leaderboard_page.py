@@ -64,7 +64,8 @@ def write_page(bench: Bench, contest: Contest, found: Sequence[Standing]) -> Non
 Methods under attack on EmojiCanvas. Made by `nox -s bench -- leaderboard{options} --method \
 {" ".join(s.method for s in found if s.method != "none")}`,
 on prompts and seeds that no setting was chosen on; {", ".join(only)} erased one at a time; {PICTURES} pictures a cell and
-concept, with noises that no attack has seen (but attacks on the tuning split are counted at the same ones). Where an attack finds several things, it picks one by pictures at other noises.
+concept, with noises that no attack has seen (but attacks on the tuning split are counted at the same ones). Where an attack
+finds several things, it picks one by pictures at other noises.
 {" ".join((arithmetic(measured), *(_SEEN[s.method] for s in found if s.method in _SEEN)))}
 
 Shares of pictures that show the erased concept, or what is kept, after the error of the judge ({judge.name} \
