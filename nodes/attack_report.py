@@ -51,7 +51,7 @@ def report_of(
     """
     lines = [
         f"{chosen.title} on {', '.join(spec.erase[0].words)} ({chosen.knowledge}), {chosen.paper}",
-        f"budget: {chosen.budget} {getattr(settings, chosen.budget)}, {100 * share_of(chosen, settings):.3g} % of its default",
+        f"budget: {chosen.budget} {getattr(settings, chosen.budget)}, default {getattr(type(settings)(), chosen.budget)}",
         *([f"note: {GIVEN}"] if chosen.given else []),
     ]
     if after.found.queries:
