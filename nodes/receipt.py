@@ -176,8 +176,8 @@ def _measure(model, clip, vae, erasure, strength, prompt, seeds, how, counts, st
         if why := record.fault(spec, *marks):
             raise ValueError(f"attacks: {why}. Connect Red-Team Attack to this model and erasure, or leave it out")
     # Who names nothing to keep still wants to see what is beside the concept.
-    kept = spec.keep or (everyday(before, spec) if spec.everyday and counts[1] else ())
-    looked_at = spread(kept, counts[1]) if counts[1] else []
+    candidates = spec.keep or (everyday(before, spec) if spec.everyday and counts[1] else ())
+    looked_at = spread(candidates, counts[1])
     measuring = Measuring(
         clip, vae, judge, how, prompt, seeds, erased_words(spec, counts[0]), looked_at, len(stored) if judge else 0
     )

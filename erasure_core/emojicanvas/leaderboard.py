@@ -30,7 +30,7 @@ QUICK_CONCEPTS = ("rose", "neon")
 QUICK_ATTACKS = ("rece_residual", "free_embedding", "synonyms")
 """The cheapest strong ones: in closed form, by gradient, by other words."""
 QUICK_METHODS = ("esd", "leco", "rece", "speed", "uce")
-"""Those that are done soonest; what else was measured stands beside them."""
+"""Three in closed form and two that train soon; what else was measured stands beside them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def leaderboard(
         SystemExit: there is nothing to write a page of.
     """
     if not report:
-        measure(bench, contest.tasks(bench), jobs=jobs, ray=ray, fresh=fresh, plan=plan)
+        measure_missing(bench, contest.tasks(bench), jobs=jobs, ray=ray, fresh=fresh, plan=plan)
     if plan:
         return
     if contest.page in (PAGE, QUICK_PAGE):  # methods that were measured before stand beside these
@@ -96,7 +96,7 @@ def leaderboard(
     write_page(bench, contest, found)
 
 
-def measure(bench: Bench, tasks: Sequence[Task], *, jobs: int, ray: str, fresh: bool, plan: bool) -> None:
+def measure_missing(bench: Bench, tasks: Sequence[Task], *, jobs: int, ray: str, fresh: bool, plan: bool) -> None:
     """Say what the missing results will cost, and measure them."""
     todo = unfinished(bench, tasks, fresh)
     pace = pace_of(bench, 1 if ray else jobs)
@@ -171,6 +171,8 @@ class Standing:
     method: str
     seconds: float | None
     """Of one core of the fastest machine among those of the page."""
+    alone: bool
+    """Nothing else ran beside; otherwise ``seconds`` are an upper bound."""
     kept_objects: Corrected
     kept_styles: Corrected
     attacks: Mapping[str, Rate]
@@ -228,10 +230,12 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
         seen = {name: pooled(rates.values()) for name, rates in each.items()}
         if ASKING not in seen or len(rows) < len(singles):
             continue
+        alone, seconds = timed(rows, pace)
         out.append(
             Standing(
                 method,
-                timed(rows, pace)[1],
+                seconds,
+                alone,
                 of_kind["object"].behind(pooled(Rate.from_json(r["kept_objects"]) for r in rows)),
                 of_kind["style"].behind(pooled(Rate.from_json(r["kept_styles"]) for r in rows)),
                 seen,

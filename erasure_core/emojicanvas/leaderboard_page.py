@@ -126,11 +126,15 @@ def table(found: Sequence[Standing], columns: Sequence[str]) -> str:
     head = ["method", "kept objects", "kept styles", "seconds", *titles(list(columns)).values(), "worst"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for s in found:
-        seconds = "-" if s.seconds is None else figure(s.seconds)
+        seconds = "-" if s.seconds is None else _seconds(s)
         cells = [_cell(s.true[a]) + " *" * (a in s.outdated) if a in s.true else "-" for a in columns]
         lines.append("| " + " | ".join([s.method, str(s.kept_objects), str(s.kept_styles), seconds, *cells,
                                         titles([s.worst])[s.worst]]) + " |")  # fmt: skip
     return "\n".join(lines)
+
+
+def _seconds(s: Standing) -> str:
+    return f"{'' if s.alone else 'at most '}{figure(s.seconds or 0)}"
 
 
 def by_concept(found: Sequence[Standing]) -> str:
@@ -165,7 +169,7 @@ def verdict(found: Sequence[Standing], columns: Sequence[str]) -> str:
     def said(s: Standing) -> str:
         return (
             f"*{s.method}*: worst attack {titles([s.worst])[s.worst]}, {100 * s.true[s.worst].share:.0f} % of pictures; "
-            f"kept pictures lose at most {100 * max(0.0, loss(s)):.0f} points; {figure(s.seconds or 0)} s"
+            f"kept pictures lose at most {100 * max(0.0, loss(s)):.0f} points; {_seconds(s)} s"
         )
 
     whole = [s for s in methods if set(columns) <= set(s.attacks)] or methods  # one that was spared an attack can't win

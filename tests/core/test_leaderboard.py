@@ -263,7 +263,7 @@ def standing(method: str, kept: int, seconds: float | None, **attacks: int) -> S
     true = {name: corrected(r, Rate(704, 720), Rate(0, 276)) for name, r in seen.items()}
     each = {name: {"cat": Rate(hits // 2, 48), "rose": Rate(hits - hits // 2, 48)} for name, hits in attacks.items()}
     whole = Corrected(kept / 276, 0.0, 1.0)
-    return Standing(method, seconds, whole, whole, seen, true, each)
+    return Standing(method, seconds, True, whole, whole, seen, true, each)
 
 
 def test_an_attack_that_fails_on_the_unchanged_model_proves_nothing() -> None:
@@ -344,6 +344,8 @@ def test_what_begins_with_a_picture_is_shown_and_does_not_rank() -> None:
     assert verdict([base, good], columns).splitlines()[-1].endswith(": good.")
     old = dataclasses.replace(good, outdated=frozenset({"free_embedding"}))
     assert verdict([base, old], columns).splitlines()[-1].endswith(": none."), "not by an attack that was weaker then"
+    beside = dataclasses.replace(good, alone=False)
+    assert "| at most 90 |" in table([base, beside], columns) and "| 90 |" in table([base, good], columns)
     assert "*" in table([base, old], columns) and "*" not in table([base, good], columns)
     assert "TINA type" in aside(columns) and not aside(RUN)
     assert "100" in table([base, good], columns)
