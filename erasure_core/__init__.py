@@ -6,7 +6,7 @@ from .attacks import AttackTarget, all_attacks, attack, evaluate
 from .concept import Concept, ConceptError, ConceptSpec, Rows
 from .formats import FileError, Layout, load, read_header, save
 from .fusion import merge
-from .gating import gate_strengths, gated
+from .gating import GatedPort, gate_strengths, gated
 from .methods import Aids, MethodSpec, all_methods
 from .pairs import ConceptPairs
 from .port import Family, ModelPort, Prediction, Role, Site, TextStates, TokenKind
@@ -23,6 +23,7 @@ __all__ = [
     "Erasure",
     "Family",
     "FileError",
+    "GatedPort",
     "Header",
     "Layout",
     "MethodSpec",

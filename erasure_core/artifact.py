@@ -46,6 +46,12 @@ class Delta:
         identity = torch.eye(min(d_out, d_in), dtype=self.up.dtype, device=self.up.device)
         return Delta(self.up, identity) if d_in <= d_out else Delta(identity, self.up)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(up, down) of the same change."""
+        factored = self.factored()
+        assert factored.down is not None
+        return factored.up, factored.down
+
     def scaled(self, strength: float) -> Delta:
         return Delta(self.up * strength, self.down)
 

@@ -14,11 +14,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 
+import torch
+from torch import Tensor
+
 from .artifact import Erasure
 from .concept import ConceptSpec, meanings
 from .fusion import added
 from .methods.spm import gate
-from .port import ModelPort
+from .operators.gates import GATES
+from .operators.trainable import Cond, TrainableModel, TrainablePort
+from .port import ModelPort, Site, TextStates
 from .version import __version__
 
 _WORD = re.compile(r"\w+")
@@ -43,11 +48,7 @@ def gated(port: ModelPort, erasures: Sequence[Erasure], prompt: str) -> Erasure:
         ValueError: there are none.
         WrongModelError: one of them was made for another model.
     """
-    if not erasures:
-        raise ValueError("gate: connect at least one erasure")
-    every = list(getattr(port, "linears", port.sites)())
-    for erasure in erasures:
-        erasure.check_fits(every)
+    _check(port, erasures)
     strengths = gate_strengths(port, erasures, prompt)
     scaled = [e.scaled(m) for e, m in zip(erasures, strengths, strict=True)]
     names = dict.fromkeys(name for e in scaled for name in e.deltas)
@@ -61,6 +62,77 @@ def gated(port: ModelPort, erasures: Sequence[Erasure], prompt: str) -> Erasure:
         unread=(),
     )
     return Erasure(header, {name: added(name, scaled) for name in names})
+
+
+class GatedPort:
+    """A port under gated erasures, as attacks ask it: each prompt is read with the gates that it opens itself.
+
+    What is no prompt, the empty one or text states that an attack found, is read with those that ``prompts`` open, the widest
+    of each: as if one of them had been typed into the gate. So is what :meth:`weight` gives.
+
+    Args:
+        prompts: those that are attacked.
+        carried: strengths at which the port's own weights have the erasures already, as *Gate Erasures* leaves them for one
+            prompt.
+
+    Raises:
+        ValueError: there are no erasures.
+        WrongModelError: one of them was made for another model.
+    """
+
+    def __init__(
+        self, port: TrainablePort, erasures: Sequence[Erasure], prompts: Sequence[str], carried: Sequence[float] = ()
+    ) -> None:
+        _check(port, erasures)
+        self._port, self._erasures, self._carried = port, erasures, list(carried) or [0.0] * len(erasures)
+        self.family, self.prediction = port.family, port.prediction
+        opened = [self._beyond(prompt) for prompt in prompts]
+        self.asked = [max(each) for each in zip(*opened, strict=True)]
+        """Of each erasure, how far ``prompts`` open its gate beyond what is carried."""
+
+    def _beyond(self, prompt: str) -> list[float]:
+        opened = gate_strengths(self._port, self._erasures, prompt)
+        return [m - had for m, had in zip(opened, self._carried, strict=True)]
+
+    def sites(self) -> Sequence[Site]:
+        return self._port.sites()
+
+    def linears(self) -> Sequence[Site]:
+        return self._port.linears()
+
+    def text(self, prompts: Sequence[str]) -> list[TextStates]:
+        return self._port.text(prompts)
+
+    def predict(self, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        with self.trainable() as model, torch.no_grad():
+            return model.predict(z, t, Cond(context))
+
+    def weight(self, site: Site) -> Tensor:
+        weight = self._port.weight(site)
+        for m, erasure in zip(self.asked, self._erasures, strict=True):
+            if (delta := erasure.deltas.get(site.name)) is not None and delta.rank:
+                weight = weight + m * delta.dense().to(weight)
+        return weight
+
+    def conditions(self, prompts: Sequence[str]) -> list[Cond]:
+        made = []
+        for prompt, cond in zip(prompts, self._port.conditions(prompts), strict=True):
+            strengths = self._beyond(prompt) if prompt else self.asked
+            made.append(Cond(cond.context, {**cond.extra, GATES: torch.tensor([strengths]).to(cond.context)}))
+        return made
+
+    def trainable(self) -> TrainableModel:
+        model = self._port.trainable()
+        model.gate([erasure.deltas for erasure in self._erasures], self.asked)
+        return model
+
+
+def _check(port: ModelPort, erasures: Sequence[Erasure]) -> None:
+    if not erasures:
+        raise ValueError("gate: connect at least one erasure")
+    every = list(getattr(port, "linears", port.sites)())
+    for erasure in erasures:
+        erasure.check_fits(every)
 
 
 def _erased(spec: ConceptSpec) -> ConceptSpec:

@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..erasure_core import AttackTarget, ConceptError, evaluate
+from ..erasure_core import AttackTarget, ConceptError, GatedPort, evaluate
 from ..erasure_core import attack as run_attack
 from ..erasure_core.artifact import weights_digest
 from ..erasure_core.attack_record import AttackRecord
@@ -25,7 +25,7 @@ from .attack_run import AttackWatcher, check_base, demand_of, prompts_of, settin
 from .methods import seed_widget
 from .mine import conditioning_of, latents_of, one_concept
 from .modes import ordinary_tensors
-from .patching import check_ungated
+from .patching import check_ungated, gate_of, note_unheard
 from .port import ComfyPort, family_of
 from .reading import memory_digest, memory_of
 from .sampling import PLACE, encode
@@ -173,7 +173,7 @@ class RedTeamAttack(io.ComfyNode):
                 f"base_model: it is {family_of(base_model)}, the erased model {family_of(model)}. Connect the model before "
                 "the erasure"
             )
-        check_ungated(model=model, base_model=base_model)
+        check_ungated(base_model=base_model)
         check_base(base_model, spec)
         changed = settings_of(chosen, effort, seed, synonyms)
         settings, memory, decode = settings_from(chosen, changed), memory_of(model), decoder(model, vae)
@@ -181,7 +181,9 @@ class RedTeamAttack(io.ComfyNode):
         with ordinary_tensors():
             word = "" if judge is None else word_for(judge, spec.erase[0].words)
             erased = ComfyPort(model, clip, demand=demand, opened=watcher.opened)
-            base = ComfyPort(base_model, clip, demand=demand)
+            base, gate = ComfyPort(base_model, clip, demand=demand), gate_of(model)
+            if gate is not None:
+                erased = GatedPort(erased, gate.erasures, asked, gate.strengths)
             look = None
             if judge is not None:
                 look = look_through(judge, lambda z: decode(z).movedim(-1, 1), word)
@@ -227,7 +229,7 @@ class RedTeamAttack(io.ComfyNode):
                 if best.states is None
                 else conditioning_of(clip, best.states, family_of(model))
             )
-            if by is not None and not same:
+            if by is not None and not same and gate is None:
                 results = (*results, AttackRecord(
                     attack, chosen.title, word, plain(settings), asked, by, before.rate, after.rate, best.label,
                     found.queries, seed, fingerprint(base), fingerprint(erased), digests[1], memory_digest(model),
@@ -241,6 +243,14 @@ class RedTeamAttack(io.ComfyNode):
                 "made: it shows what the attack reaches on this model. To test an erasure, connect the model from before it to "
                 "base_model"
             )
+        if gate is not None:
+            opened = ", ".join(f"{m + had:.2f}" for m, had in zip(erased.asked, gate.strengths, strict=True))
+            report += (
+                "\nnote: these erasures are gated. Each prompt was drawn with the gates that it opens (those attacked: "
+                f"{opened}); what an attack found in place of a text with those of its prompt. No record was made: receipts "
+                "are of erasures alone"
+            )
+        report += note_unheard(model=model, base_model=base_model)
         took = clock(time.monotonic() - began)
         report += f"\n{pictures} pictures of each, {steps} steps, cfg {cfg:g}, seed {seed}; took {took}"
         shown = ui.PreviewImage(drawn[:_SHOWN], cls=cls).as_dict() | ui.PreviewText(report).as_dict()

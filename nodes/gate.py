@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..erasure_core import gate_strengths, gated
 from .modes import ordinary_tensors
-from .patching import apply_erasure, check_without, gated_for
+from .patching import Gated, apply_erasure, check_without, gated_for
 from .port import ComfyPort
 from .types import CATEGORY, Erasure
 
@@ -50,8 +50,9 @@ class GateErasures(io.ComfyNode):
         with ordinary_tensors():
             check_without(model, given)
             port = ComfyPort(model, clip)
-            patched = gated_for(apply_erasure(model, gated(port, given, prompt), 1.0), prompt)
             strengths = gate_strengths(port, given, prompt)
+            patched = apply_erasure(model, gated(port, given, prompt), 1.0)
+            patched = gated_for(patched, Gated(prompt, tuple(given), tuple(strengths)))
         report = "\n".join(
             f"{', '.join(c.name for c in erasure.header.spec.erase)}: strength {m:.2f}"
             for erasure, m in zip(given, strengths, strict=True)

@@ -22,7 +22,7 @@ from ..erasure_core.operators.trainable import Cond, TrainableModel
 from ..erasure_core.port import Family
 from .methods import widget
 from .modes import host_mode, ordinary_tensors
-from .patching import check_ungated
+from .patching import check_ungated, note_unheard
 from .port import ComfyPort, family_of
 from .replica import Demand, latent_shape
 from .saved import Saved, place
@@ -171,6 +171,7 @@ class MineDarkEmbeddings(io.ComfyNode):
             drawn = torch.cat([decode(part) for part in found.pictures.flatten(0, 1).split(_AT_ONCE)])
             conditioning = conditioning_of(clip, found.dark.states[0], found.dark.header.family)
         report = f"{found.dark.summary()}\n{_source(base_model, images, judge)}"
+        report += note_unheard(model=model, base_model=base_model)
         shown = ui.PreviewImage(drawn, cls=cls).as_dict() | ui.PreviewText(report).as_dict()
         return io.NodeOutput(found.dark, conditioning, drawn, report, found.dark.scores[0], ui=shown)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from comfy.weight_adapter.lora import LoRAAdapter
 
@@ -15,6 +15,8 @@ from .port import ComfyPort
 _GATED = "erasure_gated_for"
 _CARRIED = "erasures_carried"
 """Headers of the erasures that a MODEL carries already."""
+MEMORY = "erasure_prompt_memory"
+"""Key of the wrappers that prompt memories put on a MODEL."""
 
 
 def apply_erasure(model, erasure: Erasure, strength: float):
@@ -60,22 +62,75 @@ def _at_one(erasure: Erasure) -> Header:
     return replace(erasure.header, strength=1.0)
 
 
-def gated_for(model, prompt: str):
-    """``model``, a clone of ours, marked as patched for one prompt; what is made of it carries the mark on."""
-    model.set_attachments(_GATED, prompt)
+@dataclass(frozen=True)
+class Gated:
+    """What Gate Erasures has put on a MODEL: the erasures, as far as each of them is open to one prompt."""
+
+    prompt: str
+    erasures: tuple[Erasure, ...]
+    strengths: tuple[float, ...]
+
+
+def gated_for(model, how: Gated):
+    """``model``, a clone of ours, marked as patched for one prompt; what is made of it carries the mark on, beside an earlier
+    one."""
+    if (before := gate_of(model)) is not None:
+        how = Gated(how.prompt, before.erasures + how.erasures, before.strengths + how.strengths)
+    model.set_attachments(_GATED, how)
     return model
+
+
+def gate_of(model) -> Gated | None:
+    """How Gate Erasures patched a MODEL; None where it didn't."""
+    return model.get_attachment(_GATED)
 
 
 def check_ungated(**models) -> None:
     """Raise where one of these MODELs, by input, is patched for one prompt: it will be asked others here, which would be
     answered with the gate as that prompt left it."""
     for what, model in models.items():
-        prompt = None if model is None else model.get_attachment(_GATED)
-        if prompt is not None:
+        how = None if model is None else gate_of(model)
+        if how is not None:
             raise ValueError(
-                f"{what}: Gate Erasures patched it for the prompt {prompt[:60]!r} alone, and other prompts are asked here. Put "
-                "the erasures on with Apply Erasure instead: that is the gate wide open"
+                f"{what}: Gate Erasures patched it for the prompt {how.prompt[:60]!r} alone, and other prompts are asked here. "
+                "Put the erasures on with Apply Erasure instead: that is the gate wide open"
             )
+
+
+_BEFORE = ("transformer_options", "disable_cfg1_optimization")
+"""Options of a MODEL that are looked into, or that go with another."""
+
+
+def unheard(model) -> tuple[str, ...]:
+    """What other nodes do to ``model`` while it samples, as ComfyUI calls it: guidance of their own, changed attention and the
+    like. Training and attacks, which ask a copy of the network, don't have it. Weights, noise schedules and prompt memories
+    they do have."""
+    options, ours = model.model_options, lambda patch: hasattr(patch, "uses")
+    inside = options.get("transformer_options", {})
+    found = [name for name, value in options.items() if value and name not in _BEFORE]
+    found += [name for name, patches in inside.get("patches", {}).items() if not all(map(ours, patches))]
+    found += [f"{name} replaced" for name, patches in inside.get("patches_replace", {}).items() if patches]
+    for wrappers in (model.wrappers, inside.get("wrappers", {})):
+        found += [
+            f"{name} wrapped" for name, keyed in wrappers.items() if any(w for key, w in keyed.items() if key != MEMORY)
+        ]
+    found += [f"{name} replaced" for name in model.object_patches if name != "model_sampling"]
+    return tuple(dict.fromkeys(found))
+
+
+def note_unheard(**models) -> str:
+    """A line for reports, with the line break before it, where one of these MODELs, by input, does more than is asked here."""
+    did = [
+        f"{what} ({', '.join(names)})"
+        for what, model in models.items()
+        if model is not None and (names := unheard(model))
+    ]
+    if not did:
+        return ""
+    return (
+        f"\nnote: other nodes change how {' and '.join(did)} samples. That was not in force here: what this says is of the "
+        "network without it"
+    )
 
 
 def _patch(delta: Delta):

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..erasure_core.operators.memory import PromptMemory, SavedMemory, extended, quarters_of
+from .patching import MEMORY
 from .port import family_of
 
-_KEY = "erasure_prompt_memory"
 _BLOCKS = {"input": "input_blocks.", "middle": "middle_block.", "output": "output_blocks."}
 
 
@@ -49,8 +49,8 @@ def apply_memory(model, memory: SavedMemory, strength: float, *, conditional_onl
     uses = (*uses_of(model), Use(memory, quarters, conditional_only))
     patches["attn2_patch"] = [*(p for p in before if not hasattr(p, "uses")), _patch(uses)]
     wrapper = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
-    if conditional_only and not patched.get_wrappers(wrapper, _KEY):
-        patched.add_wrapper_with_key(wrapper, _KEY, _conditional_alone)
+    if conditional_only and not patched.get_wrappers(wrapper, MEMORY):
+        patched.add_wrapper_with_key(wrapper, MEMORY, _conditional_alone)
     return patched
 
 

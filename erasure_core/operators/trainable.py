@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol, TypeGuard
 
@@ -31,6 +32,7 @@ from ..devices import moved, unrounded
 from ..port import ModelPort, Prediction, Role, Site
 from ..schedule import Schedule, space_of
 from .changes import Full, FullWeights, LoRA, LowRank, role_of, truncated
+from .gates import GATES, added
 from .memory import PromptMemory
 
 _BLOCK = re.compile(r"transformer_blocks\.\d+$")
@@ -81,6 +83,11 @@ class Cond:
     def with_context(self, context: Tensor) -> Cond:
         """Other text states, the same extras."""
         return Cond(context, self.extra)
+
+    def gated_as(self, other: Cond) -> Cond:
+        """The same, with the gates of ``other``: guidance asks both of its halves with those of the prompt."""
+        extra = {k: v for k, v in self.extra.items() if k != GATES}
+        return Cond(self.context, extra | {k: v for k, v in other.extra.items() if k == GATES})
 
 
 def _expand(x: Tensor, n: int) -> Tensor:
@@ -158,6 +165,7 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         self._memory: PromptMemory | None = None
         self.reads: PromptMemory | None = None
         """What the student reads where a call names no memory: a memory that is trained without the weights."""
+        self._otherwise, self._open = torch.zeros(1, 0), torch.zeros(1, 0)
         self._required = [(p, p.requires_grad) for p in net.parameters()]
         for p, _ in self._required:
             p.requires_grad_(False)
@@ -177,6 +185,21 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         for block in self._blocks:
             block.forward = self._recomputed(block.forward)
 
+    def gate(self, changes: Sequence[Mapping[str, Delta]], otherwise: Sequence[float]) -> None:
+        """From here on, in every prediction, each of ``changes`` (by site) is added to the weights as far as the conditioning's
+        GATES [B, n] say; as far as ``otherwise`` [n] says where it has none."""
+        self._otherwise = moved(torch.tensor([list(otherwise)]), self.device, self.dtype)
+        for i, deltas in enumerate(changes):
+            for name, delta in deltas.items():
+                if delta.rank:
+                    up, down = (moved(x, self.device, self.dtype) for x in delta.factors())
+                    hook = added(up, down, partial(self._opened, i))
+                    self._hooks.append(self.module(name).register_forward_hook(hook))
+
+    def _opened(self, gate: int) -> Tensor:
+        """How far a gate is open in the pass that is made, [B]."""
+        return self._open[:, gate]
+
     @property
     def at_once(self) -> int:
         """Pictures to draw side by side: as many as take the room of eight of 512 pixels, and no more than eight."""
@@ -195,15 +218,15 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         def run(*args: Any, **kwargs: Any) -> Any:
             if not (self.checkpoint and torch.is_grad_enabled()):
                 return forward(*args, **kwargs)
-            then = self._active, self._memory
+            then = self._active, self._memory, self._open
 
             def again(*args: Any, **kwargs: Any) -> Any:
-                now = self._active, self._memory
-                self._active, self._memory = then
+                now = self._active, self._memory, self._open
+                self._active, self._memory, self._open = then
                 try:
                     return forward(*args, **kwargs)
                 finally:
-                    self._active, self._memory = now
+                    self._active, self._memory, self._open = now
 
             return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
@@ -327,13 +350,15 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         """The network's raw prediction for z [B, C, h, w] at schedule indices t [B]. Gradients as the caller's mode has
         them; :meth:`reference` is the one without."""
         cond = cond.to(z).expand(z.shape[0])
+        extra = dict(cond.extra)
+        self._open = extra.pop(GATES, self._otherwise.expand(len(cond), -1))
         if memory is None and weights is Weights.STUDENT:
             memory = self.reads
         self._active, self._memory = self._changes[weights], memory
         try:
             t = moved(self.schedule.network_time(t), z.device)
             with unrounded() if self._precise else self._cast(self.autocast is torch.bfloat16):
-                return self.net(z, t, cond.context, **cond.extra).to(z.dtype)
+                return self.net(z, t, cond.context, **extra).to(z.dtype)
         finally:
             self._active, self._memory = {}, None
 
@@ -394,7 +419,7 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         """:meth:`denoise_until` from a given z [B, C, h, w], which lies at the first of ``stops``, to the last of them."""
         n = z.shape[0]
         cond = cond.expand(n).to(z)
-        both = cond if guidance == 1 else Cond.cat([uncond.to(z).expand(n), cond])
+        both = cond if guidance == 1 else Cond.cat([uncond.to(z).expand(n).gated_as(cond), cond])
         for at, to in pairwise(stops):
             assert at is not None
             t = torch.full((len(both),), at, dtype=torch.long)

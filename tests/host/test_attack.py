@@ -319,3 +319,21 @@ def test_the_text_side(server: ComfyServer, family: str, towers: int) -> None:
     assert 30_000 < seen["words"] < 49_406, "whole words that can be typed"
     assert seen["typed"] == seen["written"], "what is spelled out is read back as it was written"
     assert not {"(", ")", "<|endoftext|>"} & set(seen["odd"])
+
+
+def test_what_other_nodes_do_while_sampling_is_named(server: ComfyServer) -> None:
+    """Attacks ask a copy of the network: guidance that another node changes is not in it, and the report says so."""
+    said = {}
+    for patched in (False, True):
+        g = Graph()
+        erased, model, clip, vae, judge = erased_demo(g)
+        if patched:
+            erased = g.add("RescaleCFG", model=erased, multiplier=0.7)[0]
+            erased = g.add("FreeU", model=erased, b1=1.1, b2=1.2, s1=0.9, s2=0.2)[0]
+            model = g.add("ModelSamplingDiscrete", model=model, sampling="eps", zsnr=False)[0]  # this is read
+        made = attacking(g, erased, model, clip, vae, "synonyms", judge=judge)
+        node = g.show(made[REPORT])
+        said[patched] = shown(server.run(g.api), node)
+    assert "other nodes change" not in said[False]
+    (line,) = (line for line in said[True].splitlines() if "other nodes change" in line)
+    assert "model (sampler_cfg_function, output_block_patch)" in line and "base_model" not in line

@@ -56,9 +56,6 @@ def test_an_erasure_for_another_family_is_refused(server: ComfyServer) -> None:
 
 
 ASKS = {
-    "ErasureAttack": lambda g, model, base, clip, vae, _: attacking(
-        g, model, base, clip, vae, "synonyms", concept="rose"
-    )[3],
     "ErasureCompare": lambda g, model, _base, clip, vae, erasure: comparing(g, model, clip, vae, erasure)[1],
     "ErasureEraseConcept": lambda g, model, _base, clip, _vae, _: g.erase(model, clip, "rose", method=("uce", {}))[2],
     "ErasureLearnSafePromptMemory": lambda g, model, _base, clip, _vae, _: g.learn(model, clip)[3],
@@ -68,7 +65,39 @@ ASKS = {
         REPORT
     ],
 }
-"""A link to the report of each node that asks a MODEL other prompts than the user's."""
+"""A link to the report of each node that asks a MODEL other prompts than the user's, and can't ask each at its own gate."""
+
+
+def test_an_attack_meets_the_gates_that_each_prompt_opens(server: ComfyServer) -> None:
+    """Whatever prompt the MODEL was patched for, and if two nodes gate it."""
+    runs = []
+    for prompt in ("a house", "a rose"):
+        g = Graph()
+        model, clip, made, node = gate(g, prompt)
+        vae, judge = [model[0], 2], [model[0], 3]
+        attack = attacking(g, node[0], model, clip, vae, "synonyms", concept="rose", synonyms="house, cat", judge=judge)
+        runs.append((g, attack))
+    model, clip, made, _ = gate(g := Graph(), "a house")
+    first = g.add("ErasureGate", model=model, clip=clip, prompt="a house", erasure_1=made[0][1])
+    second = g.add("ErasureGate", model=first[0], clip=clip, prompt="a house", erasure_1=made[1][1])
+    runs.append((g, attacking(g, second[0], model, clip, [model[0], 2], "synonyms", concept="rose", synonyms="house, cat",
+        judge=[model[0], 3])))  # fmt: skip
+    said = []
+    for g, attack in runs:
+        node = g.show(attack[3])
+        said.append(re.sub(r"took .*", "", shown(server.run(g.api), node)))
+    assert said[0] == said[1] == said[2]
+    (line,) = (line for line in said[0].splitlines() if "gated" in line)
+    rose, cat = map(float, re.findall(r"\d\.\d\d", line))
+    assert rose == 1.0 and cat < 0.3 and "No record was made" in line
+
+
+def test_a_gated_base_model_is_refused(server: ComfyServer) -> None:
+    g = Graph()
+    model, clip, made, node = gate(g, "a house")
+    g.show(attacking(g, made[0][0], node[0], clip, [model[0], 2], "synonyms", concept="rose")[3])
+    with pytest.raises(ExecutionFailed, match="base_model: Gate Erasures patched it for the prompt 'a house' alone"):
+        server.run(g.api)
 
 
 @pytest.mark.parametrize("asked", list(ASKS))
