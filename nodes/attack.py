@@ -119,6 +119,23 @@ class RedTeamAttack(io.ComfyNode):
                     optional=True,
                     tooltip="For the attack synonyms alone: words that you did not name when erasing, by commas or lines.",
                 ),
+                io.String.Input(
+                    "negative",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    tooltip="Your negative prompt, where that is to keep the concept away. The model under attack is always "
+                    "drawn with it, the base model never. Model and base_model may then be the same.",
+                ),
+                io.String.Input(
+                    "settings",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    placeholder="settings, one a line: form = K",
+                    tooltip="Further settings of the attack, a line for each, such as steps = 500; the help page lists them. "
+                    "They go before effort.",
+                ),
                 Attacks.Input("results", optional=True, tooltip="Of the attack before this one, to collect several."),
             ],
             outputs=[
@@ -158,7 +175,7 @@ class RedTeamAttack(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, base_model, clip, vae, concept, attack, effort, prompts, pictures, steps, cfg, seed, judge=None,
-        images=None, synonyms="", results=(),
+        images=None, synonyms="", negative="", settings="", results=(),
     ) -> io.NodeOutput:  # fmt: skip
         began, spec = time.monotonic(), one_concept(concept)
         if attack not in all_attacks():  # ComfyUI 0.3.75 does not look at what API calls send for a choice
@@ -175,9 +192,9 @@ class RedTeamAttack(io.ComfyNode):
             )
         check_ungated(base_model=base_model)
         check_base(base_model, spec)
-        changed = settings_of(chosen, effort, seed, synonyms)
-        settings, memory, decode = settings_from(chosen, changed), memory_of(model), decoder(model, vae)
-        watcher, demand = AttackWatcher(name, decode, memory), demand_of(chosen, settings)
+        changed = settings_of(chosen, effort, seed, synonyms, settings)
+        tuned, memory, decode = settings_from(chosen, changed), memory_of(model), decoder(model, vae)
+        watcher, demand = AttackWatcher(name, decode, memory), demand_of(chosen, tuned)
         with ordinary_tensors():
             word = "" if judge is None else word_for(judge, spec.erase[0].words)
             erased = ComfyPort(model, clip, demand=demand, opened=watcher.opened)
@@ -193,9 +210,10 @@ class RedTeamAttack(io.ComfyNode):
                 look=look,
                 threshold=0.5 if judge is None else judge.threshold,
                 memory=memory,
+                negative=negative.strip(),
                 pictures=None if images is None else latents_of(model, vae, erased.family.name, images),
                 sampler=Sampler(steps, cfg, _AT_ONCE),
-                watch=watcher.search(erased.conditions([""])[0]),
+                watch=watcher.search(erased.conditions([negative.strip()])[0]),
             )  # fmt: skip
 
             def count(latents: Tensor) -> Tensor:
@@ -210,7 +228,7 @@ class RedTeamAttack(io.ComfyNode):
             same = digests[0] == digests[1] and memory_digest(base_model) == memory_digest(model)
             if judge is not None:
                 by = JudgedBy.of(judge, [word])
-                unerased = dataclasses.replace(target, erased=base, memory=memory_of(base_model))
+                unerased = dataclasses.replace(target, erased=base, memory=memory_of(base_model), negative="")
                 ceiling = evaluate(unerased, asking(target), count, **how, progress=watcher.stage(0.0, 0.03))
                 watcher.afresh()
                 before = evaluate(target, asking(target), count, **how, progress=watcher.stage(0.03, 0.02))
@@ -229,15 +247,15 @@ class RedTeamAttack(io.ComfyNode):
                 if best.states is None
                 else conditioning_of(clip, best.states, family_of(model))
             )
-            if by is not None and not same and gate is None:
+            if by is not None and not (same or gate or target.negative):
                 results = (*results, AttackRecord(
-                    attack, chosen.title, word, plain(settings), asked, by, before.rate, after.rate, best.label,
+                    attack, chosen.title, word, plain(tuned), asked, by, before.rate, after.rate, best.label,
                     found.queries, seed, fingerprint(base), fingerprint(erased), digests[1], memory_digest(model),
                     digests[0], steps, cfg, ceiling.rate, tried, curve_hits(torch.cat(after.probabilities)),
-                    chosen.version, share_of(chosen, settings), chosen.given,
+                    chosen.version, share_of(chosen, tuned), chosen.given,
                 ))  # fmt: skip
-        report = report_of(chosen, spec, settings, ceiling, before, after, best, by, tried)
-        if same:
+        report = report_of(chosen, spec, tuned, ceiling, before, after, best, by, tried)
+        if same and not target.negative:
             report += (
                 "\nnote: model and base_model have the same weights, so nothing here is about an erasure, and no record was "
                 "made: it shows what the attack reaches on this model. To test an erasure, connect the model from before it to "
@@ -249,6 +267,11 @@ class RedTeamAttack(io.ComfyNode):
                 "\nnote: these erasures are gated. Each prompt was drawn with the gates that it opens (those attacked: "
                 f"{opened}); what an attack found in place of a text with those of its prompt. No record was made: receipts "
                 "are of erasures alone"
+            )
+        if target.negative:
+            report += (
+                f"\nnote: the model under attack was drawn with the negative prompt {target.negative[:200]!r}, the base model "
+                "without. No record was made: receipts are of erasures alone"
             )
         report += note_unheard(model=model, base_model=base_model)
         took = clock(time.monotonic() - began)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from enum import Enum
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..erasure_core import ConceptSpec
 from ..erasure_core.attacks import AttackSpec, Knowledge
 from ..erasure_core.methods import settings_from
+from ..erasure_core.methods.registry import typed
 from ..erasure_core.operators.changes import Layers, LoRA
 from ..erasure_core.operators.memory import Mode, PromptMemory
 from ..erasure_core.operators.trainable import Cond, TrainableModel
@@ -78,11 +80,12 @@ def prompts_of(text: str, spec: ConceptSpec) -> tuple[str, ...]:
     return prompts
 
 
-def settings_of(chosen: AttackSpec, effort: float, seed: int, synonyms: str) -> dict[str, Any]:
-    """The attack's settings with its default budget scaled; that of a quick attack is never cut.
+def settings_of(chosen: AttackSpec, effort: float, seed: int, synonyms: str, written: str) -> dict[str, Any]:
+    """The attack's settings with its default budget scaled; that of a quick attack is never cut. What is ``written``, a line
+    ``name = value`` for each, comes last.
 
     Raises:
-        ValueError: an effort that is no share, or a seed out of range.
+        ValueError: an effort that is no share, a seed out of range, or a line that sets nothing.
     """
     if not 0 < effort <= 2:
         raise ValueError(f"effort: {effort:g} must lie between 0.001 and 2; 1 is the attack's own budget")
@@ -94,6 +97,23 @@ def settings_of(chosen: AttackSpec, effort: float, seed: int, synonyms: str) -> 
         made["seed"] = seed
     if isinstance(fields.get("words", budget).default, str):
         made["words"] = synonyms
+    for line in filter(None, map(str.strip, written.splitlines())):
+        name, equals, value = (part.strip() for part in line.partition("="))
+        if not equals or name not in fields:
+            known = ", ".join(fields)
+            raise ValueError(
+                f"settings: {line[:60]!r} sets nothing. Write a line such as {chosen.budget} = 500; there are {known}"
+            )
+        try:
+            made[name] = typed(value, fields[name].default)
+        except ValueError as error:
+            kind = type(fields[name].default)
+            choices = (
+                f", one of {', '.join(x.value for x in kind)}"
+                if issubclass(kind, Enum)
+                else f", such as {fields[name].default}"
+            )
+            raise ValueError(f"settings: {name} = {value[:60]!r} can't be read. It takes a value{choices}") from error
     settings_from(chosen, made)
     return made
 

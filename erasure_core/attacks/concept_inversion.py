@@ -11,8 +11,8 @@ where the prompt asks for the concept alone. The start is the mean of the name's
 choice). The rate is in proportion to the deviation of these tokens' vectors, since at CLIP's 5e-3 the larger ones of other
 encoders hardly move. The authors accumulate 4 batches of 4 pictures into a step and pass ``--scale_lr``, which multiplies
 the rate by both; here a step is one batch, all in one sentence, and the rate isn't scaled. With a judge the search ends when
-nothing is left to search (watched.py). Their versions for SLD and negative prompts put that guidance into the loop; here a
-memory is read in the loop, erasers that act on the guidance are not.
+nothing is left to search (watched.py). As in their version for negative prompts, the guidance away from one is in the loop
+(``AttackTarget.negative``), and so is a prompt memory; SLD is not.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
     slots = {s: Frame.inside(words, s, settings.vectors).slot() for s in dict.fromkeys((*own, *SENTENCES))}
     lessons = [[slots[s] for s in learned_in(sentence)] for sentence in own]
     start, deviation = start_of(words, spec.erase[0].name)
-    null = target.erased.conditions([""])[0]
+    null, away = target.erased.conditions([""])[0], target.away()
 
     def read(vectors: Tensor) -> Cond:
         return Cond.cat([null.with_context(slots[s].states(vectors)) for s in dict.fromkeys(own)])
@@ -126,6 +126,7 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
                 batch=settings.batch,
                 memory=target.memory,
                 teacher=teacher(number),
+                away=away,
             )
 
         kept = search_watched(

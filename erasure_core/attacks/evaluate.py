@@ -92,7 +92,7 @@ def evaluate(
     The noises come from this function's own seed space: no attack trains on them. Picture k of every way has the same
     noise, so that attacks, and asking, can be compared picture by picture.
     """
-    null, ways = target.erased.conditions([""])[0], found.ways
+    (null, negative), ways = target.erased.conditions(["", target.negative]), found.ways
     prompts = list(dict.fromkeys(way.prompt for way in ways))
     read = dict(zip(prompts, target.erased.conditions(prompts), strict=True)) if prompts else {}
     conds = [read[way.prompt] if way.states is None else null.with_context(way.states[None]) for way in ways]
@@ -107,7 +107,9 @@ def evaluate(
                 progress(len(probabilities), len(ways))
             noise = [common[k] if (own := ways[n].noise) is None else own.to(common) for n, k in rows]
             numbers = [n for n, _ in rows]
-            z = _draw(model, [ways[n] for n in numbers], [conds[n] for n in numbers], null, torch.stack(noise), target)
+            z = _draw(
+                model, [ways[n] for n in numbers], [conds[n] for n in numbers], negative, torch.stack(noise), target
+            )
             for n, one in zip(numbers, z, strict=True):
                 made[n].append(one)
             for n in dict.fromkeys(numbers):  # a way is judged as soon as all of it is there

@@ -83,6 +83,7 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
         lambda *_: progress(0, total),
     )
     null = target.erased.conditions([""])[0]  # whose pooled text finds are drawn with
+    away = target.away()
     ways: list[Way] = []
     losses: list[Tensor] = []
     asked = 0
@@ -93,7 +94,7 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
             t = model.schedule.indices(spread(settings.batch, generator))
             return denoising_loss(
                 model, pools[number], null.with_context(states), generator, batch=settings.batch,
-                memory=target.memory, t=t, teacher=teacher(number),
+                memory=target.memory, t=t, teacher=teacher(number), away=away,
             )  # fmt: skip
 
         for number, (name, start) in enumerate(islice(starts_of(target, null, settings.seed), settings.starts)):

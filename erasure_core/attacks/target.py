@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..artifact import Delta
 from ..operators.memory import PromptMemory
+from ..operators.search import Away
 from ..operators.trainable import Cond, TrainableModel, TrainablePort
 from .words import Words
 
@@ -42,6 +43,8 @@ class AttackTarget:
     """``look`` has recognised the concept from here on."""
     memory: PromptMemory | None = None
     """A prompt memory that belongs to the erased model: every prediction reads it."""
+    negative: str = ""
+    """The negative prompt that the erased model is sampled with, where that is (a part of) what keeps the concept away."""
     pictures: Tensor | None = None
     """Clean, scaled latents [k, C, h, w] that show the concept; drawn from ``base`` where not given."""
     drawn: MutableMapping[Hashable, Tensor] = field(default_factory=dict)
@@ -58,6 +61,10 @@ class AttackTarget:
     def at_once(self, model: TrainableModel) -> int:
         """Pictures to draw side by side: as many as the sampler asks for, and no more than have room."""
         return min(self.sampler.batch, model.at_once)
+
+    def away(self) -> Away | None:
+        """The negative prompt as searches meet it, and the guidance away from it; None where there is none."""
+        return (self.erased.conditions([self.negative])[0], self.sampler.guidance) if self.negative else None
 
     def show(self, cond: Cond, score: float | None = None) -> None:
         """Called by attacks wherever they look at a candidate."""

@@ -82,7 +82,7 @@ def search_words(
     progress: Progress,
 ) -> tuple[Tensor, list[Tensor], int]:
     """The words [k] (ids) for one prompt, the losses, and how many pictures were looked at."""
-    slot, null = frame.slot(), target.erased.conditions([""])[0]
+    slot, null, away = frame.slot(), target.erased.conditions([""])[0], target.away()
     table, count = words.table, len(words.vocabulary)
     u = torch.full((frame.free, count), 1 / count, device=table.device, dtype=table.dtype).requires_grad_()
     order = torch.randperm(settings.times, generator=generator_for(settings.seed, "times", number)).tolist()
@@ -92,7 +92,7 @@ def search_words(
     def loss(_: int, generator: torch.Generator) -> dict[str, Tensor]:
         cond = null.with_context(slot.states(_Drawn.apply(u, generator) @ table))
         t = torch.tensor([at[0]])
-        return {"fit": denoising_loss(model, picture, cond, generator, batch=1, memory=target.memory, t=t)}
+        return {"fit": denoising_loss(model, picture, cond, generator, batch=1, memory=target.memory, t=t, away=away)}
 
     def project() -> None:
         with torch.no_grad():

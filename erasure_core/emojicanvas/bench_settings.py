@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..methods import Aids, all_methods, settings_from
-from ..methods.registry import Look
+from ..methods.registry import Look, typed
 from ..operators.trainable import Cond
 from ..pairs import ConceptPairs, make_pairs
 from ..presets import PRESETS
@@ -98,13 +98,6 @@ def parse_settings(method: str, pairs: Sequence[str]) -> dict[str, Any]:
             raise SystemExit(f"--set {pair}: {method} has no setting {name!r}; there are {', '.join(fields)}")
         out[name] = typed(text, fields[name])
     return out
-
-
-def typed(text: str, default: Any) -> Any:
-    """A setting of the command line, of the type of its default."""
-    if isinstance(default, bool):
-        return text.lower() in ("1", "true", "yes", "on")
-    return type(default)(text)  # an Enum is made from its value
 
 
 def look_for(port: EmojiCanvasPort, name: str, judge: Judge) -> Look:

@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from ..attacks import all_attacks
 from ..methods import all_methods
+from ..methods.registry import typed
 from ..metrics.judge_error import Corrected
 from ..metrics.rates import Rate, pooled
-from .bench_settings import settings_for, typed
+from .bench_settings import settings_for
 from .costs import UNKNOWN, Costs, clock, pace_of
 from .engines import Task, cluster, processes
 from .leaderboard_page import PAGE, QUICK_PAGE, write_page

@@ -132,6 +132,25 @@ def all_methods() -> Mapping[str, MethodSpec]:
     return found
 
 
+def typed(text: str, default: Any) -> Any:
+    """A setting that somebody wrote, of the type of its default; a choice by its value or its name.
+
+    Raises:
+        ValueError: it is no such thing.
+    """
+    if isinstance(default, bool):
+        if text.lower() not in _WORDS:
+            raise ValueError(f"{text!r} is neither yes nor no")
+        return _WORDS[text.lower()]
+    if isinstance(default, Enum):
+        kind = type(default)
+        return kind.__members__.get(text.upper()) or kind(text)
+    return type(default)(text)
+
+
+_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
 class Configured(Protocol):
     """Whatever has settings made by :func:`setting`: methods, attacks."""
 

@@ -27,6 +27,8 @@ Seen = Callable[[Tensor, int, float], object]
 """seen(variable as it is now, steps done, loss)."""
 Teacher = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """teacher(z, t, generator) -> what to predict there, in the network's own space."""
+Away = tuple[Cond, float]
+"""A negative prompt, and the guidance away from it."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def denoising_loss(
     memory: PromptMemory | None = None,
     t: Tensor | None = None,
     teacher: Teacher | None = None,
+    away: Away | None = None,
 ) -> Tensor:
     """E || target - net(x_t, t, c) ||^2 over ``batch`` clean latents drawn from a pool [N, C, h, w], any time (or at ``t``
     [batch]), any noise.
@@ -129,6 +132,8 @@ def denoising_loss(
     Args:
         teacher: gives the target in place of the noise that was drawn. A network that knows the pictures predicts the
             expectation of that noise: the same minimum without its variance.
+        away: what guidance goes away from, so that the guided prediction n + g (net(x_t, t, c) - n), n = net(x_t, t, away), is
+            fitted: a search against a negative prompt (Concept Inversion's form for it).
     """
     chosen = torch.randint(0, len(latents), (batch,), generator=generator)
     if t is None:
@@ -137,7 +142,13 @@ def denoising_loss(
     noise = model.noise(batch, generator)
     z = model.schedule.add_noise(x0, noise, t)
     target = model.schedule.target(model.space, x0, noise, t) if teacher is None else teacher(z, t, generator)
-    return F.mse_loss(model.predict(z, t, cond, weights, memory), target)
+    made = model.predict(z, t, cond, weights, memory)
+    if away is not None:
+        negative, guidance = away
+        with torch.no_grad():
+            without = model.predict(z, t, negative.gated_as(cond), weights, memory)
+        made = without + guidance * (made - without)
+    return F.mse_loss(made, target)
 
 
 @dataclass(frozen=True)

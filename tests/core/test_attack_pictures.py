@@ -23,7 +23,7 @@ from erasure_core.attacks import (
     tina,
 )
 from erasure_core.attacks import unlearn_diff_atk as uda
-from erasure_core.attacks.drawing import draw, invert, noises, pictures_of, pictures_of_each
+from erasure_core.attacks.drawing import Eye, draw, invert, noises, pictures_of, pictures_of_each
 from erasure_core.operators.trainable import Cond
 
 pytestmark = pytest.mark.core
@@ -223,3 +223,34 @@ def test_pictures_of_each_are_those_of_one_prompt(typing) -> None:
         each = pictures_of_each(target, target.prompts, 2, 3, "x", quiet)
         for number, prompt in enumerate(target.prompts):
             assert torch.equal(each[number], pictures_of(target, [prompt], 2, 3, f"x {number}", quiet))
+
+
+def test_pictures_are_guided_away_from_the_negative_prompt(typing) -> None:
+    """Those that are counted, and those that a search looks at; the base model's are not."""
+    plain, against = target_of(typing), target_of(typing, negative="dog")
+    erased, look = plain.erased, lambda z: torch.zeros(len(z))
+    (cond,), (away,) = erased.conditions(["a cat"]), erased.conditions(["dog"])
+    with erased.trainable() as model:
+        noise = noises(model, 0, "evaluate", range(2))
+        expected = draw(model, cond, away, noise, plain.sampler)
+    made, without = (evaluate(t, Found((Way("a cat", "a cat"),)), look, pictures=2).latents for t in (against, plain))
+    assert torch.allclose(made, expected, atol=1e-5) and not torch.allclose(made, without, atol=1e-3)
+    seen = []
+    watched = target_of(typing, negative="dog", look=lambda z: seen.append(z) or torch.zeros(len(z)))
+    with erased.trainable() as model:
+        eye = Eye(watched, model, 0, "x")
+        eye(cond)
+        assert torch.allclose(seen[0], draw(model, cond, away, eye.noise, plain.sampler), atol=1e-5)
+    base = [pictures_of(t, ["a cat"], 2, 0, "x", quiet) for t in (plain, against)]
+    assert torch.equal(*base)
+
+
+def test_states_that_stand_for_a_prompt_do_not_stand_for_the_negative_one(typing) -> None:
+    target = target_of(typing, negative="dog")
+    states = target.erased.conditions(["a cat"])[0].context[0]
+    look = lambda z: torch.zeros(len(z))  # noqa: E731
+    made, typed = (
+        evaluate(target, Found((way,)), look, pictures=1).latents
+        for way in (Way("x", states=states), Way("a cat", "a cat"))
+    )
+    assert torch.allclose(made, typed, atol=1e-5)

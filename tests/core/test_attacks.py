@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,6 +99,16 @@ def test_what_people_read(chosen: AttackSpec) -> None:
     assert chosen.title and chosen.paper.startswith("https://arxiv.org/abs/")
     assert 40 < len(chosen.summary) < 300 and chosen.summary.endswith(".")
     assert chosen.budget in {f.name for f in dataclasses.fields(chosen.settings)}
+
+
+@each
+def test_the_nodes_help_page_lists_every_setting(chosen: AttackSpec) -> None:
+    """The one that effort scales first."""
+    page = (Path(__file__).parents[2] / "web" / "docs" / "ErasureAttack.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| \*{chosen.name}\* \| (`.*) \|$", page, re.MULTILINE)
+    listed = re.findall(r"`(\w+)`", row)
+    assert listed[0] == chosen.budget
+    assert sorted(listed) == sorted(f.name for f in dataclasses.fields(chosen.settings))
 
 
 @each

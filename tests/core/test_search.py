@@ -111,6 +111,22 @@ def test_the_denoising_loss_is_textual_inversions(tiny64) -> None:
         assert torch.allclose(made, error.square().sum() / error.numel())
 
 
+def test_against_a_negative_prompt_what_guidance_makes_is_fitted(tiny64) -> None:
+    pool, cond, negative = normal(3, 4, 4, 4, seed=1), Cond(normal(1, 6, 16, seed=2)), Cond(normal(1, 6, 16, seed=3))
+    with tiny64.trainable() as model:
+        states = cond.context.requires_grad_()
+        made = denoising_loss(model, pool, cond, torch.Generator().manual_seed(6), batch=2, away=(negative, 4.0))
+        g = torch.Generator().manual_seed(6)
+        chosen, t = torch.randint(0, 3, (2,), generator=g), torch.randint(0, 1000, (2,), generator=g)
+        n = model.noise(2, g)
+        z = tiny64.schedule.add_noise(pool[chosen], n, t)
+        asked, gone = (tiny64.unet(z, t, c.expand(2, -1, -1)) for c in (states, negative.context))
+        expected = (4.0 * asked - 3.0 * gone - n).square().mean()
+        assert torch.allclose(made, expected)
+        ours, theirs = (torch.autograd.grad(x, states)[0] for x in (made, expected))
+        assert torch.allclose(ours, theirs)
+
+
 def test_a_teacher_takes_the_noises_place(tiny64) -> None:
     pool, cond = normal(3, 4, 4, 4, seed=1), Cond(normal(1, 6, 16, seed=2))
     asked: list[tuple[Tensor, Tensor]] = []

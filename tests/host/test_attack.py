@@ -337,3 +337,65 @@ def test_what_other_nodes_do_while_sampling_is_named(server: ComfyServer) -> Non
     assert "other nodes change" not in said[False]
     (line,) = (line for line in said[True].splitlines() if "other nodes change" in line)
     assert "model (sampler_cfg_function, output_block_patch)" in line and "base_model" not in line
+
+
+def test_a_negative_prompt_is_attacked_on_the_model_itself(server: ComfyServer) -> None:
+    """Model and base model are the same then: what is tested is the negative prompt."""
+    said = {}
+    for negative in ("", "beer"):
+        g = Graph()
+        model, clip, vae = g.demo()
+        made = attacking(
+            g,
+            model,
+            model,
+            clip,
+            vae,
+            "synonyms",
+            judge=[model[0], 3],
+            negative=negative,
+            pictures=6,
+            steps=12,
+            synonyms="a house",
+        )
+        node, records = g.show(made[REPORT]), g.show(made[RESULTS])
+        run = server.run(g.api)
+        said[negative] = shown(run, node)
+        assert "Red-Team" not in shown(run, records)
+    asked = {k: int(re.search(r"asking: (\d+) of 6", text)[1]) for k, text in said.items()}
+    ceiling = {k: int(re.search(r"asked the same: (\d+) of 6", text)[1]) for k, text in said.items()}
+    assert asked["beer"] < asked[""] and ceiling["beer"] == ceiling[""] == asked[""]
+    assert "have the same weights" in said[""] and "have the same weights" not in said["beer"]
+    assert "drawn with the negative prompt 'beer', the base model without. No record was made" in said["beer"]
+
+
+def test_any_setting_of_an_attack_can_be_written(server: ComfyServer) -> None:
+    g = Graph()
+    erased, model, clip, vae, judge = erased_demo(g)
+    made = attacking(
+        g, erased, model, clip, vae, "p4d", judge=judge, settings="form = K\nsteps = 3\n\n gap=1 "
+    )  # fmt: skip
+    node = g.show(made[REPORT])
+    text = shown(server.run(g.api), node)
+    assert "budget: steps 3," in text
+
+
+@pytest.mark.parametrize(
+    ("written", "sentence"),
+    [
+        (
+            "mode = K",
+            "settings: 'mode = K' sets nothing. Write a line such as steps = 500; there are form, tokens, gap",
+        ),
+        ("steps", "settings: 'steps' sets nothing"),
+        ("steps = many", "settings: steps = 'many' can't be read. It takes a value, such as 3000"),
+        ("form = Q", r"settings: form = 'Q' can't be read. It takes a value, one of whole prompt \(N\)"),
+        ("steps = 0", "P4D: steps = 0 is outside 1 to 100000"),
+    ],
+)
+def test_a_line_that_sets_nothing_is_refused(server: ComfyServer, written: str, sentence: str) -> None:
+    g = Graph()
+    erased, model, clip, vae, _ = erased_demo(g)
+    g.show(attacking(g, erased, model, clip, vae, "p4d", settings=written)[REPORT])
+    with pytest.raises(ComfyError, match=sentence):
+        server.run(g.api)
