@@ -97,6 +97,8 @@ class Receipt:
     survival: tuple[Survival, ...] = ()
     carried: tuple[str, ...] = ()
     """What the model carried besides, before and after: other erasures and prompt memories, in words."""
+    weights: str = ""
+    """Of the model that was measured on, see :func:`erasure_core.artifact.weights_digest`; "" in older receipts."""
     rounded: str = ""
     """Type that the file stores the numbers in, where that rounded them after they were measured."""
     sheet: bytes = field(default=b"", repr=False, compare=False)
@@ -167,11 +169,21 @@ class Receipt:
             f"receipt's {self.base}): its figures say nothing of this one. Make a receipt here"
         )
 
+    def other_weights(self, digest: str) -> str:
+        """A sentence where the same base has other numbers than it was measured with; "" where not, or unknown."""
+        if not self.weights or self.weights == digest:
+            return ""
+        return (
+            f"the receipt was made on the same base with other weights (sha256 {digest[:16]}..., the receipt's "
+            f"{self.weights[:16]}...): a finetune, another precision, or LoRAs in front. Its figures may differ here"
+        )
+
     def summary(self) -> str:
         """All of it for people, on one screen."""
         lines = [
             f"receipt: {_names([c.name for c in self.spec.erase])} suppressed by {self.method}, measured at strength "
             f"{self.strength:g} on base {self.base} with Concept Erasure {self.version}",
+            *([f"weights of that base: sha256 {self.weights[:16]}..."] if self.weights else []),
             *([f"the model also carried: {'; '.join(self.carried)}"] if self.carried else []),
             *self._counted(),
             *self._attacked(),

@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 
 from ..erasure_core import Erasure as CoreErasure
 from ..erasure_core import FileError, Layout, load, merge, read_header, save
-from ..erasure_core.artifact import digest, same_base
+from ..erasure_core.artifact import digest, same_base, weights_digest
 from ..erasure_core.formats import check_file_name, opened, read_receipt, receipt_of, write_bytes
 from ..erasure_core.methods._training import fingerprint
 from ..erasure_core.receipt_file import parse_receipt, receipt_json
@@ -181,8 +181,9 @@ def model_report(port: ComfyPort, own: str, erasure: CoreErasure) -> str:
     )
 
 
-def receipt_report(path: str, erasure: CoreErasure, own: str = "") -> str:
-    """What the file's receipt says, or why it says nothing; ``own`` is the fingerprint of the connected model, if any."""
+def receipt_report(path: str, erasure: CoreErasure, port: ComfyPort | None = None, own: str = "") -> str:
+    """What the file's receipt says, or why it says nothing; ``port`` is of the connected model, if any, and ``own`` its
+    fingerprint."""
     if erasure.receipt is None:
         try:
             found = read_receipt(path)
@@ -193,8 +194,13 @@ def receipt_report(path: str, erasure: CoreErasure, own: str = "") -> str:
         return (
             f"WARNING: the receipt in this file is not that of this erasure: {found.mismatch(erasure)}. Don't trust it"
         )
-    other = erasure.receipt.other_base(own) if own else ""
-    return erasure.receipt.summary() + (f"\nWARNING: {other}" if other else "")
+    said = erasure.receipt.summary()
+    if port is None:
+        return said
+    if other := erasure.receipt.other_base(own):
+        return f"{said}\nWARNING: {other}"
+    other = erasure.receipt.weights and erasure.receipt.other_weights(weights_digest(port))
+    return said + (f"\nnote: {other}" if other else "")
 
 
 class LoadErasure(io.ComfyNode):
@@ -237,12 +243,12 @@ class LoadErasure(io.ComfyNode):
         path = SAVED.path(file)
         with ordinary_tensors():
             erasure = load(path)
-            own = fits = ""
+            port, own, fits = None, "", ""
             if model is not None:
                 port = ComfyPort(model)
                 own = fingerprint(port)
                 fits = f"\n{model_report(port, own, erasure)}"
-            report = f"{erasure.summary()}{fits}\n\n{receipt_report(path, erasure, own)}"
+            report = f"{erasure.summary()}{fits}\n\n{receipt_report(path, erasure, port, own)}"
         return io.NodeOutput(erasure, report, ui=ui.PreviewText(report))
 
 

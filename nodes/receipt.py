@@ -170,7 +170,8 @@ def _measure(model, clip, vae, erasure, strength, prompt, seeds, how, counts, st
     erased = apply_erasure(model, erasure, strength)
     before, after = ComfyPort(model, clip), ComfyPort(erased, clip)
     base = fingerprint(before)
-    digests = (weights_digest(after), memory_digest(model), weights_digest(before)) if attacks else ()
+    weights = weights_digest(before)
+    digests = (weights_digest(after), memory_digest(model), weights) if attacks else ()
     marks = (base, fingerprint(after), *digests)
     for record in attacks:
         if why := record.fault(spec, *marks):
@@ -192,6 +193,7 @@ def _measure(model, clip, vae, erasure, strength, prompt, seeds, how, counts, st
     receipt = Receipt(
         spec, erasure.header.method, erasure.header.settings, base, __version__, digest(erasure.deltas), strength, text,
         drift, drawn, measuring.by, words, kept, attacks, lost, _carried(model),
+        weights,
     )  # fmt: skip
     sheet = measuring.sheet(
         f"Erasure receipt: {', '.join(c.name for c in spec.erase)}"[:70], receipt.summary().splitlines()

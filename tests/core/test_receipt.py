@@ -102,7 +102,7 @@ receipts = st.builds(
     words=st.lists(counted, max_size=3).map(tuple), kept=st.lists(counted, max_size=3).map(tuple),
     attacks=st.lists(attacks, max_size=2).map(tuple), survival=st.lists(survivals, max_size=2).map(tuple),
     text=st.builds(TextMeasures, numbers, st.none() | numbers, st.none() | numbers, numbers, numbers),
-    rounded=st.sampled_from(["", "float16"]), strength=st.floats(-2, 3),
+    rounded=st.sampled_from(["", "float16"]), weights=st.just("") | texts, strength=st.floats(-2, 3),
 )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def test_wrong_types_deeper_down(data: st.DataObject) -> None:
     assert receipt.summary() and parse_receipt(receipt_json(receipt)) == receipt
 
 
-REQUIRED = sorted(set(json.loads(receipt_json(RECEIPT))) - {"pooled", "keep", "everyday", "judge", "carried"})
+REQUIRED = sorted(set(json.loads(receipt_json(RECEIPT))) - {"pooled", "keep", "everyday", "judge", "carried", "weights"})
 
 
 @pytest.mark.parametrize("field", REQUIRED)
@@ -402,6 +402,7 @@ def test_receipts_of_older_versions_are_read() -> None:
     del raw["carried"]
     for judge in (raw["judge"], raw["attacks"][0]["judge"]):
         del judge["labels"], judge["error"]
+    del raw["weights"]
     for name in ("base_weights", "steps", "cfg", "ceiling", "tried", "curve"):
         del raw["attacks"][0][name]
     for counted in (*raw["words"], *raw["kept"]):
@@ -414,6 +415,13 @@ def test_another_base_is_named() -> None:
     assert not RECEIPT.other_base(BASE) and not RECEIPT.other_base("0123456789abcdee"), "stored in another precision"
     assert "not the model that the receipt was made on" in RECEIPT.other_base(OTHER)
     assert RECEIPT.other_base("not hex")
+
+
+def test_other_weights_of_the_same_base_are_named() -> None:
+    assert not RECEIPT.other_weights("cd" * 32), "an older receipt says nothing of them"
+    exact = replace(RECEIPT, weights="ab" * 32)
+    assert not exact.other_weights("ab" * 32) and "sha256 abababababababab..." in exact.summary()
+    assert "the same base with other weights (sha256 cdcd" in exact.other_weights("cd" * 32)
 
 
 @pytest.mark.parametrize(

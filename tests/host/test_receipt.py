@@ -114,6 +114,17 @@ def test_another_model_is_named(server: ComfyServer, saved: Path) -> None:
         assert "WARNING: this is not the model that the receipt was made on" in said
 
 
+def test_other_weights_of_the_same_model_are_named(server: ComfyServer, saved: Path) -> None:
+    """An erasure in front of the loaded one is a finetune of the base: the fingerprint doesn't mind."""
+    assert len(json.loads(saved.with_name(f"{saved.stem}.receipt.json").read_text())["weights"]) == 64
+    g = Graph()
+    model, clip, _ = g.demo()
+    said = reported(server, f"loras/{saved.name}", g.erase(model, clip, "tulip", method=("uce", {}))[0], g)
+    assert "note: the receipt was made on the same base with other weights" in said and "WARNING" not in said
+    g = Graph()
+    assert "with other weights" not in reported(server, f"loras/{saved.name}", g.demo()[0], g)
+
+
 def test_changed_tensors_are_named(server: ComfyServer, saved: Path) -> None:
     def half(tensors, _):
         first = next(k for k in tensors if k.endswith("lora_up.weight"))
