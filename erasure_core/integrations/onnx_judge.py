@@ -108,7 +108,9 @@ class OnnxJudge:
         fixed = self._input.shape[0]
         self._batch: int | None = fixed if isinstance(fixed, int) and fixed > 0 else None
         self._names = tuple(label.strip() for label in labels)
-        made_of = (self._names, groups or {}, pixels.value, outputs.value, self._size)
+        self.groups = {name: tuple(parts) for name, parts in (groups or {}).items()}
+        """Concepts that are made of labels. A judge that has such names their members in every result."""
+        made_of = (self._names, self.groups, pixels.value, outputs.value, self._size)
         self.version = marked("onnx", *(_content(p) for p in weights_of(path)), json.dumps(made_of))
         self._members: dict[str, list[int]] = {}
         for index, label in enumerate(self._names):

@@ -11,7 +11,7 @@ from .judge_error import Corrected, JudgeError
 from .judges import Judge
 from .rates import Rate
 
-MOST_LABELS, _LONGEST, _SHOWN = 128, 40, 6
+MOST_LABELS, _LONGEST, _GROUP, _SHOWN = 128, 40, 200, 6
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,16 @@ class JudgedBy:
     """Ends with a mark of what it was made of, where a user makes it."""
     threshold: float
     labels: tuple[str, ...] = ()
-    """What it knows, at most :data:`MOST_LABELS`, the last of which then says how many more; () for any text."""
+    """What it knows, at most :data:`MOST_LABELS`, the last of which then says how many more; () for any text. One that a user
+    made of others names them: "nudity = a, b"."""
     error: JudgeError | None = None
     """How it errs on what it was asked; None where it doesn't know."""
 
     @classmethod
     def of(cls, judge: Judge, words: Sequence[str] = ()) -> JudgedBy:
         """``judge``, asked for ``words``. With several its error is the mean of theirs, on as many pictures as one has."""
-        labels = [clean(label[:_LONGEST]) for label in judge.labels or ()]
+        groups = getattr(judge, "groups", {})
+        labels = [_told(label, groups.get(label, ())) for label in judge.labels or ()]
         if len(labels) > MOST_LABELS:
             labels[MOST_LABELS - 1 :] = [f"and {len(labels) - MOST_LABELS + 1} more"]
         return cls(judge.name, judge.version, judge.threshold, tuple(labels), _mean([_error(judge, w) for w in words]))
@@ -52,6 +54,12 @@ class JudgedBy:
     def __str__(self) -> str:
         known = ", ".join(self.labels[:_SHOWN]) + (", ..." if len(self.labels) > _SHOWN else "")
         return f"{self.name} {self.version}, threshold {self.threshold:g}" + (f", knows {known}" if known else "")
+
+
+def _told(label: str, members: Sequence[str]) -> str:
+    if not members:
+        return clean(label[:_LONGEST])
+    return clean(f"{label[:_LONGEST]} = {', '.join(members)}"[:_GROUP])
 
 
 def _error(judge: Judge, word: str) -> JudgeError | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from erasure_core.integrations.onnx_judge import OnnxJudge, Outputs, Pixels, labels_beside, parse_groups, parse_labels
+from erasure_core.metrics.judged import JudgedBy
 from erasure_core.metrics.judges import Judge
 
 pytestmark = pytest.mark.core
@@ -98,6 +99,10 @@ def test_groups_and_parts_of_labels(tmp_path) -> None:
     assert float(one.probability(x, "tomato")) == pytest.approx(float(p[0]), abs=1e-5)
     assert float(one.probability(x, "Warm")) == pytest.approx(float(p[0] + p[1]), abs=1e-5)
     assert one.labels is not None and {"warm", "all", "tomato", "red, tomato"} <= set(one.labels)
+    assert JudgedBy.of(one).labels[:2] == ("warm = tomato, green", "all = red, green, blue"), (
+        "results name what was counted"
+    )
+    assert JudgedBy.of(OnnxJudge(path, RGB)).labels == ("red", "green", "blue")
     many = OnnxJudge(path, RGB, groups={"warm": ["red", "green"]}, outputs=Outputs.SIGMOID)
     assert float(many.probability(x, "warm")) == pytest.approx(float(torch.tensor(0.5).sigmoid()), abs=1e-5)
 

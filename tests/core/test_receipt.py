@@ -164,7 +164,9 @@ def test_wrong_types_deeper_down(data: st.DataObject) -> None:
     assert receipt.summary() and parse_receipt(receipt_json(receipt)) == receipt
 
 
-REQUIRED = sorted(set(json.loads(receipt_json(RECEIPT))) - {"pooled", "keep", "everyday", "judge", "carried", "weights"})
+REQUIRED = sorted(
+    set(json.loads(receipt_json(RECEIPT))) - {"pooled", "keep", "everyday", "judge", "carried", "weights"}
+)
 
 
 @pytest.mark.parametrize("field", REQUIRED)
