@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -16,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .distances import clip_score
+from .judge_error import JudgeError
+from .rates import Rate
 
 EncodePictures = Callable[[Tensor], Tensor]
 """Pictures [N, 3, H, W] in [0, 1] -> features [N, d]."""
@@ -199,25 +203,71 @@ class ExampleJudge:
         self.name, self.threshold = name, threshold
         self.version = marked("1", *self.labels, _probe(encode), _eight_bit(examples), _eight_bit(others))
         self._encode = encode
-        shown, without = encode(check_pictures(examples)).float(), encode(check_pictures(others)).float()
-        self._origin, self._wanted = without.mean(0), _directions(shown, without.mean(0))
-        with_it = _left_out(lambda i: _score(shown[i], _but(shown, i), self._origin), len(shown))
-        no_it = _left_out(lambda i: _score(without[i], shown, _but(without, i).mean(0)), len(without))
-        if with_it - no_it < 0.02:
+        self._shown, self._without = encode(check_pictures(examples)).float(), encode(check_pictures(others)).float()
+        self._likeness = _Likeness.fit(self._shown, self._without)
+        if self._likeness.gap < 0.02:
             raise ValueError(
-                f"examples: to this image encoder they look no more alike ({with_it:.2f}) than the other pictures do "
-                f"({no_it:.2f}). Use pictures that differ in the concept only, or another encoder"
+                f"examples: to this image encoder they look no more alike ({self._likeness.with_it:.2f}) than the other "
+                f"pictures do ({self._likeness.no_it:.2f}). Use pictures that differ in the concept only, or another encoder"
             )
-        self._middle, self._slope = (with_it + no_it) / 2, 2 * math.log(19) / (with_it - no_it)
 
     def probability(self, pictures: Tensor, concept: str) -> Tensor:
-        if concept.strip().casefold() not in (w.casefold() for w in self.labels or ()):
-            raise unknown(self, concept)
+        self._check(concept)
         pictures = check_pictures(pictures)
         if not len(pictures):
             return torch.zeros(0)
-        score = (_directions(self._encode(pictures).float(), self._origin) @ self._wanted.mT).mean(-1)
-        return torch.sigmoid(self._slope * (score - self._middle))
+        return self._likeness.probability(self._encode(pictures).float())
+
+    def error(self, concept: str) -> JudgeError | None:
+        """What judges that were made without one of the pictures say of that picture: of the examples those that are
+        recognised, of the others those that are taken for one. None with fewer than three of each."""
+        self._check(concept)
+        return self._error
+
+    @cached_property
+    def _error(self) -> JudgeError | None:
+        shown, without = self._shown, self._without
+        if min(len(shown), len(without)) < 3:
+            return None
+
+        def seen(features: Tensor, likeness: _Likeness) -> bool | None:
+            """None where the pictures that are left tell nothing apart."""
+            return None if likeness.gap <= 0 else float(likeness.probability(features[None])) >= self.threshold
+
+        hits = sum(seen(x, _Likeness.fit(_but(shown, i), without)) is True for i, x in enumerate(shown))
+        alarms = sum(seen(x, _Likeness.fit(shown, _but(without, i))) is not False for i, x in enumerate(without))
+        return JudgeError(Rate(hits, len(shown)), Rate(alarms, len(without)))
+
+    def _check(self, concept: str) -> None:
+        if concept.strip().casefold() not in (w.casefold() for w in self.labels or ()):
+            raise unknown(self, concept)
+
+
+@dataclass(frozen=True)
+class _Likeness:
+    """What a score says, for features of examples and of others."""
+
+    origin: Tensor
+    wanted: Tensor
+    """Directions of the examples."""
+    with_it: float
+    """What examples score on average when each is left out of the reference itself, and others likewise."""
+    no_it: float
+
+    @classmethod
+    def fit(cls, shown: Tensor, without: Tensor) -> _Likeness:
+        origin = without.mean(0)
+        with_it = _left_out(lambda i: _score(shown[i], _but(shown, i), origin), len(shown))
+        no_it = _left_out(lambda i: _score(without[i], shown, _but(without, i).mean(0)), len(without))
+        return cls(origin, _directions(shown, origin), with_it, no_it)
+
+    @property
+    def gap(self) -> float:
+        return self.with_it - self.no_it
+
+    def probability(self, features: Tensor) -> Tensor:
+        score = (_directions(features, self.origin) @ self.wanted.mT).mean(-1)
+        return torch.sigmoid(2 * math.log(19) / self.gap * (score - (self.with_it + self.no_it) / 2))
 
 
 def marked(version: str, *parts: str | bytes) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -191,11 +193,37 @@ def test_examples_make_a_judge() -> None:
     wanted = F.normalize(examples.mean((2, 3)) - origin, dim=-1)
     x = coloured(0.5, 0.3, 0.6)
     score = (wanted @ F.normalize(x.mean((2, 3)) - origin, dim=-1)[0]).mean()
-    assert float(judge.probability(x, "cat")) == pytest.approx(
-        float(torch.sigmoid(judge._slope * (score - judge._middle)))
-    )
+    # Its own examples, each against the rest, score 0.95 on average behind the sigmoid's inverse, the others 0.05.
+    middle, slope = (judge._likeness.with_it + judge._likeness.no_it) / 2, 2 * math.log(19) / judge._likeness.gap
+    assert float(judge.probability(x, "cat")) == pytest.approx(float(torch.sigmoid(slope * (score - middle))))
     with pytest.raises(ValueError, match=r"examples does not know 'dog'. It knows: cat, kitty"):
         judge.probability(x, "dog")
+
+
+def test_examples_tell_how_the_judge_errs() -> None:
+    """As a judge that is made anew without each picture says."""
+    examples, others = coloured(0.7, 0.4, 0.4, n=7, spread=0.15), coloured(0.4, 0.4, 0.4, n=6, spread=0.15, seed=3)
+    judge = ExampleJudge(encode, ["cat"], examples, others)
+
+    def without(pictures: Tensor, i: int) -> Tensor:
+        return pictures[[k for k in range(len(pictures)) if k != i]]
+
+    hits = sum(
+        float(ExampleJudge(encode, ["cat"], without(examples, i), others).probability(examples[i : i + 1], "cat"))
+        >= 0.5
+        for i in range(7)
+    )
+    alarms = sum(
+        float(ExampleJudge(encode, ["cat"], examples, without(others, i)).probability(others[i : i + 1], "cat")) >= 0.5
+        for i in range(6)
+    )
+    assert judge.error("Cat") == JudgeError(Rate(hits, 7), Rate(alarms, 6)) and 0 < hits + alarms < 13
+    by = JudgedBy.of(judge, ["cat"])
+    assert by.error == judge.error("cat") and by.counted(Rate(3, 8)) == judge.error("cat").behind(Rate(3, 8))
+    few = ExampleJudge(encode, ["cat"], examples[:2], others)
+    assert few.error("cat") is None and JudgedBy.of(few, ["cat"]).error is None
+    with pytest.raises(ValueError, match="does not know 'dog'"):
+        judge.error("dog")
 
 
 def test_examples_that_show_nothing() -> None:
