@@ -35,9 +35,9 @@ split's beer was lost all the same, and kept objects suffered (docs/results/adve
 
 Tried and left: attack and erase at the same noises and times, which saves an eighth of the passes, and keeping relative to the
 kept words' signal. Each held that key, and lost that beer. And keeping nothing at the concept's pictures, where the empty
-prompt and kept words are pushed away too: on the tuning split it held a dog better, and a tulip not. And cutting what text keys
-and values read down to the span of kept words, less what told the concept from them: in closed form it erased as well as RECE, but
-neither alone nor with half of this training behind it did it hold the tuning split's key.
+prompt and kept words are pushed away too: on the tuning split it held a dog better, and a tulip not. And cutting what text
+keys and values read down to the span of kept words, less what told the concept from them: that erases asked for words in closed
+form, but neither alone nor with half of this training behind it did it hold the tuning split's key.
 """
 
 from __future__ import annotations
