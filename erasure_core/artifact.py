@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .concept import ConceptSpec
+from .devices import moved
 from .port import Family, ModelPort, Role, Site
 
 if TYPE_CHECKING:
@@ -46,11 +47,9 @@ class Delta:
         identity = torch.eye(min(d_out, d_in), dtype=self.up.dtype, device=self.up.device)
         return Delta(self.up, identity) if d_in <= d_out else Delta(identity, self.up)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(up, down) of the same change."""
-        factored = self.factored()
-        assert factored.down is not None
-        return factored.up, factored.down
+    def on(self, device: torch.device, dtype: torch.dtype) -> Delta:
+        """The same on a device and in a type."""
+        return Delta(moved(self.up, device, dtype), None if self.down is None else moved(self.down, device, dtype))
 
     def scaled(self, strength: float) -> Delta:
         return Delta(self.up * strength, self.down)

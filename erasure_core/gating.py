@@ -123,7 +123,11 @@ class GatedPort:
 
     def trainable(self) -> TrainableModel:
         model = self._port.trainable()
-        model.gate([erasure.deltas for erasure in self._erasures], self.asked)
+        try:
+            model.gate([erasure.deltas for erasure in self._erasures], self.asked)
+        except BaseException:
+            model.close()
+            raise
         return model
 
 

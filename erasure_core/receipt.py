@@ -175,7 +175,8 @@ class Receipt:
             return ""
         return (
             f"the receipt was made on the same base with other weights (sha256 {digest[:16]}..., the receipt's "
-            f"{self.weights[:16]}...): a finetune, another precision, or LoRAs in front. Its figures may differ here"
+            f"{self.weights[:16]}...): a finetune, another precision, LoRAs in front (also where another kind of machine added "
+            "them up). Its figures may differ here"
         )
 
     def summary(self) -> str:

@@ -25,7 +25,7 @@ from .attack_run import AttackWatcher, check_base, demand_of, prompts_of, settin
 from .methods import seed_widget
 from .mine import conditioning_of, latents_of, one_concept
 from .modes import ordinary_tensors
-from .patching import check_ungated, gate_of, note_unheard
+from .patching import check_ungated, check_unmerged, gate_of, note_unheard
 from .port import ComfyPort, family_of
 from .reading import memory_digest, memory_of
 from .sampling import PLACE, encode
@@ -124,8 +124,8 @@ class RedTeamAttack(io.ComfyNode):
                     multiline=True,
                     default="",
                     optional=True,
-                    tooltip="Your negative prompt, where that is to keep the concept away. The model under attack is always "
-                    "drawn with it, the base model never. Model and base_model may then be the same.",
+                    tooltip="Your negative prompt, where that is to keep the concept away: the model under attack is drawn "
+                    "with it, the base model is not. Both may be the same then. Makes no record for receipts.",
                 ),
                 io.String.Input(
                     "settings",
@@ -191,14 +191,19 @@ class RedTeamAttack(io.ComfyNode):
                 "the erasure"
             )
         check_ungated(base_model=base_model)
+        check_unmerged(model)
+        if negative.strip() and cfg == 1:
+            raise ValueError("negative: at cfg 1 no sampler reads a negative prompt. Raise cfg, or leave it empty")
+        unheard = note_unheard(model=model, base_model=base_model)
         check_base(base_model, spec)
         changed = settings_of(chosen, effort, seed, synonyms, settings)
         tuned, memory, decode = settings_from(chosen, changed), memory_of(model), decoder(model, vae)
-        watcher, demand = AttackWatcher(name, decode, memory), demand_of(chosen, tuned)
+        gate = gate_of(model)
+        watcher, demand = AttackWatcher(name, decode, memory), demand_of(chosen, tuned, gate.erasures if gate else ())
         with ordinary_tensors():
             word = "" if judge is None else word_for(judge, spec.erase[0].words)
             erased = ComfyPort(model, clip, demand=demand, opened=watcher.opened)
-            base, gate = ComfyPort(base_model, clip, demand=demand), gate_of(model)
+            base = ComfyPort(base_model, clip, demand=demand)
             if gate is not None:
                 erased = GatedPort(erased, gate.erasures, asked, gate.strengths)
             look = None
@@ -264,16 +269,18 @@ class RedTeamAttack(io.ComfyNode):
         if gate is not None:
             opened = ", ".join(f"{m + had:.2f}" for m, had in zip(erased.asked, gate.strengths, strict=True))
             report += (
-                "\nnote: these erasures are gated. Each prompt was drawn with the gates that it opens (those attacked: "
-                f"{opened}); what an attack found in place of a text with those of its prompt. No record was made: receipts "
-                "are of erasures alone"
+                "\nnote: these erasures are gated. Each prompt was drawn with the gates that it opens (those attacked, the "
+                f"widest of each: {opened}); what an attack found in place of a text, and the empty prompt, as if its prompt "
+                "stood at the gate. No record was made: receipts are of erasures alone"
             )
         if target.negative:
+            without = all(way.guidance == 1 for way in found.ways)
             report += (
-                f"\nnote: the model under attack was drawn with the negative prompt {target.negative[:200]!r}, the base model "
-                "without. No record was made: receipts are of erasures alone"
+                f"\nnote: the model under attack was drawn with the negative prompt {target.negative[:200]!r} (weights in "
+                f"brackets count as 1){', but what this attack found without guidance, so without it' if without else ''}, the "
+                "base model without. No record was made: receipts are of erasures alone"
             )
-        report += note_unheard(model=model, base_model=base_model)
+        report += unheard
         took = clock(time.monotonic() - began)
         report += f"\n{pictures} pictures of each, {steps} steps, cfg {cfg:g}, seed {seed}; took {took}"
         shown = ui.PreviewImage(drawn[:_SHOWN], cls=cls).as_dict() | ui.PreviewText(report).as_dict()

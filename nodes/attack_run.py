@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..erasure_core import ConceptSpec
+from ..erasure_core import ConceptSpec, Erasure
 from ..erasure_core.attacks import AttackSpec, Knowledge
 from ..erasure_core.methods import settings_from
 from ..erasure_core.methods.registry import typed
@@ -118,14 +119,14 @@ def settings_of(chosen: AttackSpec, effort: float, seed: int, synonyms: str, wri
     return made
 
 
-def demand_of(chosen: AttackSpec, settings: Any) -> Demand:
-    """What an attack holds beside the network: relearning trains a LoRA, the others an input."""
+def demand_of(chosen: AttackSpec, settings: Any, gated: Sequence[Erasure] = ()) -> Demand:
+    """What an attack holds beside the network: relearning trains a LoRA, the others an input; gated erasures lie beside it."""
     rank = getattr(settings, "rank", 0)
     what = LoRA(settings.layers, rank) if rank else LoRA(Layers.TEXT, 1)
     relief = "Choose an attack that only asks, such as synonyms or rece_residual, or close what else uses that memory"
-    return Demand(
-        what, relief=relief, pictures=getattr(settings, "batch", 1) if chosen.knowledge is Knowledge.WHITE_BOX else 1
-    )
+    numbers = sum(d.up.numel() + (0 if d.down is None else d.down.numel()) for e in gated for d in e.deltas.values())
+    pictures = getattr(settings, "batch", 1) if chosen.knowledge is Knowledge.WHITE_BOX else 1
+    return Demand(what, beside=numbers, relief=relief, pictures=pictures)
 
 
 def check_base(base_model, spec: ConceptSpec) -> None:

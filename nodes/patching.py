@@ -43,8 +43,10 @@ def apply_erasure(model, erasure: Erasure, strength: float):
 
 def check_without(model, erasures: Iterable[Erasure]) -> None:
     """Raise where ``model`` carries one of them already: it would be applied twice, and strength 0 would not undo it."""
+    gate = gate_of(model)
+    behind = () if gate is None else tuple(_at_one(e) for e in gate.erasures)
     for erasure in erasures:
-        if _at_one(erasure) in carried(model):
+        if _at_one(erasure) in (*carried(model), *behind):
             names = ", ".join(c.name for c in erasure.header.spec.erase)[:60]
             raise ValueError(
                 f"model: it carries this erasure of {names} already. Connect the model from before it, for example that of the "
@@ -85,6 +87,15 @@ def gate_of(model) -> Gated | None:
     return model.get_attachment(_GATED)
 
 
+def check_unmerged(model) -> None:
+    """Raise where another node scaled what Gate Erasures had put on: how far gates stand open is not known then."""
+    if gate_of(model) is not None and any(patch[2] != 1 for some in model.patches.values() for patch in some):
+        raise ValueError(
+            "model: it was merged with another one behind Gate Erasures, so how far its gates stand open is not known. Merge "
+            "first, and gate what comes out"
+        )
+
+
 def check_ungated(**models) -> None:
     """Raise where one of these MODELs, by input, is patched for one prompt: it will be asked others here, which would be
     answered with the gate as that prompt left it."""
@@ -97,24 +108,33 @@ def check_ungated(**models) -> None:
             )
 
 
-_BEFORE = ("transformer_options", "disable_cfg1_optimization")
-"""Options of a MODEL that are looked into, or that go with another."""
+_HARMLESS = {
+    "transformer_options",
+    "disable_cfg1_optimization",
+    "torch_compile_kwargs",
+    "model_sampling",
+    "manual_cast_dtype",
+}
+"""Of options and replaced objects of a MODEL: what is looked into, goes with another, or changes speed and precision only."""
+_KNOWN = {MEMORY, "torch.compile"}
+"""Keys of wrappers that are ours, or change speed only."""
 
 
 def unheard(model) -> tuple[str, ...]:
     """What other nodes do to ``model`` while it samples, as ComfyUI calls it: guidance of their own, changed attention and the
     like. Training and attacks, which ask a copy of the network, don't have it. Weights, noise schedules and prompt memories
     they do have."""
-    options, ours = model.model_options, lambda patch: hasattr(patch, "uses")
-    inside = options.get("transformer_options", {})
-    found = [name for name, value in options.items() if value and name not in _BEFORE]
-    found += [name for name, patches in inside.get("patches", {}).items() if not all(map(ours, patches))]
-    found += [f"{name} replaced" for name, patches in inside.get("patches_replace", {}).items() if patches]
+    inside = model.model_options.get("transformer_options", {})
+    found = [name for name in model.model_options if name not in _HARMLESS]
+    found += [
+        name for name, some in inside.get("patches", {}).items() if not all(hasattr(patch, "uses") for patch in some)
+    ]
+    found += [f"{name} replaced" for name, some in inside.get("patches_replace", {}).items() if some]
+    found += [name for name in ("optimized_attention_override",) if name in inside]
     for wrappers in (model.wrappers, inside.get("wrappers", {})):
-        found += [
-            f"{name} wrapped" for name, keyed in wrappers.items() if any(w for key, w in keyed.items() if key != MEMORY)
-        ]
-    found += [f"{name} replaced" for name in model.object_patches if name != "model_sampling"]
+        found += [f"{name} wrapped" for name, keyed in wrappers.items() if any(keyed[k] for k in set(keyed) - _KNOWN)]
+    found += [f"{name} injected" for name in model.injections]
+    found += [f"{name} replaced" for name in model.object_patches if name not in _HARMLESS]
     return tuple(dict.fromkeys(found))
 
 

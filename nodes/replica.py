@@ -47,6 +47,8 @@ class Demand:
     """Latents whose activations are kept at the same time."""
     latents: int = 0
     """Latents that it holds from the first step to the last."""
+    beside: int = 0
+    """Numbers of gated changes that it holds."""
     precise: bool = False
     """Whether it computes in float32 where others compute in half precision."""
     relief: str = "Close what else uses that memory"
@@ -285,7 +287,7 @@ def footprint(
         blocks = list(bytes_of.values())
         amount = sum(p.numel() * 4 for p in parameters)
         del out
-    n, held = demand.pictures, demand.latents * math.prod(shape) * 4
+    n, held = demand.pictures, demand.latents * math.prod(shape) * 4 + demand.beside * 4
     return Footprint(
         matrices, sum(sizes.values()) - matrices, amount * (4 + demand.copies) + held,
         n * (outside + sum(blocks)), n * (outside + entering + max(blocks, default=0)),

@@ -95,7 +95,7 @@ def evaluate(
     (null, negative), ways = target.erased.conditions(["", target.negative]), found.ways
     prompts = list(dict.fromkeys(way.prompt for way in ways))
     read = dict(zip(prompts, target.erased.conditions(prompts), strict=True)) if prompts else {}
-    conds = [read[way.prompt] if way.states is None else null.with_context(way.states[None]) for way in ways]
+    conds = [read[way.prompt] if way.states is None else _states(target, null, way) for way in ways]
     counts = [pictures if way.noise is None else 1 for way in ways]
     made: list[list[Tensor]] = [[] for _ in ways]
     probabilities: dict[int, Tensor] = {}
@@ -120,6 +120,13 @@ def evaluate(
         latents = [one for latents in made for one in latents]
         drawn = torch.stack(latents) if latents else torch.empty(0, *model.latent_shape)
     return Result(found, tuple(probabilities[n] for n in range(len(ways))), drawn, target.threshold)
+
+
+def _states(target: AttackTarget, null: Cond, way: Way) -> Cond:
+    """What is read of a way that is no prompt; where gates are, with those of the prompt that it stands for."""
+    assert way.states is not None
+    cond = null.with_context(way.states[None])
+    return target.as_typed(cond, way.attacks[0]) if len(way.attacks) == 1 else cond
 
 
 @torch.no_grad()

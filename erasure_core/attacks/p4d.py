@@ -79,14 +79,14 @@ def search_prompt(
     directions = F.normalize(table, dim=-1)
     first = torch.randint(0, len(table), (frame.free,), generator=generator_for(settings.seed, "p4d start", number))
     soft = table[first.to(table.device)].clone().requires_grad_()
-    pictures = pictures.to(erased.device, erased.dtype)
+    pictures, at_gate = pictures.to(erased.device, erased.dtype), target.as_typed(asked, target.prompts[number])
 
     def loss(_: int, generator: torch.Generator) -> dict[str, Tensor]:
         k = int(torch.randint(0, len(pictures), (), generator=generator))
         x0 = pictures[k : k + 1]
         t = torch.randint(0, len(schedule), (1,), generator=generator)
         z = schedule.add_noise(x0, erased.noise(1, generator), t)
-        cond = asked.with_context(slot.states(projected(soft, table, directions)))
+        cond = at_gate.with_context(slot.states(projected(soft, table, directions)))
         return {"gap": gap_to_base(erased, base, z, t, cond, asked, target)}
 
     fixed = torch.linspace(0, len(schedule) - 1, _FIXED + 2)[1:-1].round().long()
@@ -96,7 +96,7 @@ def search_prompt(
     eye = Eye(target, erased, settings.seed, f"p4d look {number}") if target.look else None
 
     def score(tokens: Tensor) -> float:
-        cond = asked.with_context(words.states(frame.ids(tokens[None])))
+        cond = target.as_typed(asked.with_context(words.states(frame.ids(tokens[None]))), frame.spell(tokens))
         if eye is not None:
             return eye(cond).score
         target.show(cond)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..artifact import Delta
+from ..gating import GatedPort
 from ..operators.memory import PromptMemory
 from ..operators.search import Away
 from ..operators.trainable import Cond, TrainableModel, TrainablePort
@@ -63,8 +64,13 @@ class AttackTarget:
         return min(self.sampler.batch, model.at_once)
 
     def away(self) -> Away | None:
-        """The negative prompt as searches meet it, and the guidance away from it; None where there is none."""
-        return (self.erased.conditions([self.negative])[0], self.sampler.guidance) if self.negative else None
+        """The negative prompt as searches meet it, and the guidance away from it; None where there is none, or no guidance."""
+        scale = self.sampler.guidance
+        return (self.erased.conditions([self.negative])[0], scale) if self.negative and scale != 1 else None
+
+    def as_typed(self, cond: Cond, prompt: str) -> Cond:
+        """Text states of ``prompt``, or in its place, with the gates that it opens; as they are where nothing is gated."""
+        return cond.gated_as(self.erased.conditions([prompt])[0]) if isinstance(self.erased, GatedPort) else cond
 
     def show(self, cond: Cond, score: float | None = None) -> None:
         """Called by attacks wherever they look at a candidate."""

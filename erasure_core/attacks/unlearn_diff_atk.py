@@ -82,7 +82,8 @@ def search_words(
     progress: Progress,
 ) -> tuple[Tensor, list[Tensor], int]:
     """The words [k] (ids) for one prompt, the losses, and how many pictures were looked at."""
-    slot, null, away = frame.slot(), target.erased.conditions([""])[0], target.away()
+    slot, away = frame.slot(), target.away()
+    null = target.as_typed(target.erased.conditions([""])[0], target.prompts[number])
     table, count = words.table, len(words.vocabulary)
     u = torch.full((frame.free, count), 1 / count, device=table.device, dtype=table.dtype).requires_grad_()
     order = torch.randperm(settings.times, generator=generator_for(settings.seed, "times", number)).tolist()
@@ -110,7 +111,7 @@ def search_words(
             made = phase.step(len(losses), generator_for(settings.seed, phase.name, len(losses)))
             losses.append(made[f"{phase.name}/fit"])
         found = words.vocabulary[u.detach().argmax(1).cpu()]
-        cond = null.with_context(words.states(frame.ids(found[None])))
+        cond = target.as_typed(null.with_context(words.states(frame.ids(found[None]))), frame.spell(found))
         if eye is None:
             target.show(cond)
             best = found

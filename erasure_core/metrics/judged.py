@@ -44,8 +44,13 @@ class JudgedBy:
     @property
     def note(self) -> str:
         """What its error does to the shares, in a sentence."""
-        if self.error is None or not self.error.speaks:
+        if self.error is None or not (self.error.hits.n and self.error.alarms.n):
             return "the judge's own error is not known and not counted"
+        if not self.error.speaks:
+            return (
+                f"WARNING: this judge says nothing: it sees {self.error.hits} of what is there, and {self.error.alarms} of "
+                "what isn't. Give it more and clearer examples, or use another one"
+            )
         return (
             f"shares and intervals are after the judge's own error: it sees {self.error.hits} of what is there, and "
             f"{self.error.alarms} of what isn't"

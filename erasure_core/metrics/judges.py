@@ -32,6 +32,7 @@ CONTRASTS = ("nothing in particular", "a person", "an animal", "a plant", "food"
 """What a picture may show instead, where the user names nothing."""
 
 _TEMPLATE = "a picture of {}"
+_LEFT_OUT = 100
 _LISTED = 20
 """Labels that an error names; a classifier may have a thousand."""
 _LOGIT_SCALE = 100.0  # where CLIP's training clips it, and where the released models stand
@@ -220,13 +221,14 @@ class ExampleJudge:
 
     def error(self, concept: str) -> JudgeError | None:
         """What judges that were made without one of the pictures say of that picture: of the examples those that are
-        recognised, of the others those that are taken for one. None with fewer than three of each."""
+        recognised, of the others those that are taken for one. Of more than a hundred of either, a hundred stand for all. None
+        with fewer than three of either."""
         self._check(concept)
         return self._error
 
     @cached_property
     def _error(self) -> JudgeError | None:
-        shown, without = self._shown, self._without
+        shown, without = _some(self._shown), _some(self._without)
         if min(len(shown), len(without)) < 3:
             return None
 
@@ -257,9 +259,10 @@ class _Likeness:
     @classmethod
     def fit(cls, shown: Tensor, without: Tensor) -> _Likeness:
         origin = without.mean(0)
-        with_it = _left_out(lambda i: _score(shown[i], _but(shown, i), origin), len(shown))
-        no_it = _left_out(lambda i: _score(without[i], shown, _but(without, i).mean(0)), len(without))
-        return cls(origin, _directions(shown, origin), with_it, no_it)
+        wanted, n = _directions(shown, origin), len(shown)
+        pairs = wanted.sum(0).square().sum() - wanted.square().sum()  # cosines of all with all others
+        no_it = [_score(x, shown, _but(without, i).mean(0)) for i, x in enumerate(without)]
+        return cls(origin, wanted, float(pairs) / (n * (n - 1)), sum(no_it) / len(no_it))
 
     @property
     def gap(self) -> float:
@@ -309,5 +312,6 @@ def _score(feature: Tensor, examples: Tensor, origin: Tensor) -> float:
     return float((_directions(examples, origin) @ _directions(feature, origin)).mean())
 
 
-def _left_out(score: Callable[[int], float], count: int) -> float:
-    return sum(score(i) for i in range(count)) / count
+def _some(rows: Tensor) -> Tensor:
+    """At most a hundred of them, evenly from all."""
+    return rows[torch.linspace(0, len(rows) - 1, min(len(rows), _LEFT_OUT)).round().long()]

@@ -8,16 +8,18 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..artifact import Delta
+
 GATES = "gates"
 """Name of the extra of a conditioning, [B, n], that says how far each of n gated changes acts on each row."""
 
 
-def added(up: Tensor, down: Tensor, strength: Callable[[], Tensor]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+def added(delta: Delta, strength: Callable[[], Tensor]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     """A forward hook: ``W x + m U D x`` with m [B] of the pass that is made."""
 
     def hook(_module: nn.Module, args: Any, out: Tensor) -> Tensor:
         (x, *_), m = args, strength()
-        change = F.linear(F.linear(x, down.to(x)), up.to(x))
-        return out + m.view(-1, *(1 for _ in out.shape[1:])).to(out) * change
+        inner = x if delta.down is None else F.linear(x, delta.down.to(x))
+        return out + m.view(-1, *(1 for _ in out.shape[1:])).to(out) * F.linear(inner, delta.up.to(x))
 
     return hook

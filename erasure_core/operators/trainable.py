@@ -192,8 +192,8 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         for i, deltas in enumerate(changes):
             for name, delta in deltas.items():
                 if delta.rank:
-                    up, down = (moved(x, self.device, self.dtype) for x in delta.factors())
-                    hook = added(up, down, partial(self._opened, i))
+                    here = delta.on(self.device, self.autocast or self.dtype)  # in what passes are made in
+                    hook = added(here, partial(self._opened, i))
                     self._hooks.append(self.module(name).register_forward_hook(hook))
 
     def _opened(self, gate: int) -> Tensor:

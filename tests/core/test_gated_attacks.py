@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attack_targets import quiet
@@ -119,9 +121,7 @@ def test_gradients_flow_through_the_gates_that_were_open(model, erasures, checkp
                 for block in net._blocks:
                     block.forward = net._recomputed(block.forward)
             loss = net.predict(z, t, cond.with_context(states)).square().sum()
-            net.predict(
-                z, t, EmojiCanvasPort(model).conditions(["a house"])[0]
-            )  # other gates, before the backward pass
+            net.predict(z, t, port.conditions(["a house"])[0])  # other gates, before the backward pass
             grads.append(torch.autograd.grad(loss, states)[0])
     assert torch.allclose(*grads, rtol=1e-3, atol=1e-4 * float(grads[0].abs().max()))
 
@@ -153,17 +153,39 @@ def test_every_attack_meets_the_gates(model, erasures, name: str) -> None:
         look=lambda z: torch.full((len(z),), 0.3),
         sampler=Sampler(2, 4.0, 4),
     )
-    chosen = QUICK.get(name, {})
-    found = attack(target, ConceptSpec.parse("cat", keep="dog, house"), name, chosen, quiet)
+    open_ = replace(target, erased=patched(model, erasures[:1], "a cat"))
+    spec, chosen = ConceptSpec.parse("cat", keep="dog, house"), QUICK.get(name, {})
+    found, alike = (attack(t, spec, name, chosen, quiet) for t in (target, open_))
     assert found.ways
-    way = next((w for w in found.ways if w.states is None and w.prompt and w.noise is None and w.picture is None), None)
-    if way is None or found.change:
-        evaluate(target, found, target.look, pictures=1)
-        return
-    alone = AttackTarget(patched(model, erasures[:1], way.prompt), base, ("a cat",), sampler=target.sampler)
-    one = Found((way,))
-    here, there = (evaluate(x, one, target.look, pictures=1).latents for x in (target, alone))
-    assert torch.allclose(here, there, atol=1e-4)
+    assert found.losses == pytest.approx(alike.losses, rel=1e-3, abs=1e-6), "searched as the asked prompt is read"
+    for way in found.ways:
+        typed = way.states is None and way.prompt
+        one = replace(found, ways=(way,))
+        there = replace(target, erased=patched(model, erasures[:1], way.prompt if typed else "a cat"))
+        here, expected = (evaluate(t, one, target.look, pictures=1).latents for t in (target, there))
+        assert torch.allclose(here, expected, atol=1e-4), way.label
+
+
+def test_a_search_for_words_looks_at_them_with_the_gates_that_they_open(model, erasures) -> None:
+    """The gate is open to the attacked prompt and shut to what is found: that is how a prompt gets past it."""
+    base = EmojiCanvasPort(model)
+    port = GatedPort(base, erasures[:1], ["a cat"])
+    target = AttackTarget(port, base, ("a cat",), words=words_of(model))
+    shut = target.as_typed(port.conditions([""])[0], "a house").extra["gates"]
+    assert float(shut.max()) < 0.3 < 0.9 < float(port.conditions([""])[0].extra["gates"].max())
+    plain = AttackTarget(base, base, ("a cat",))
+    (cond,) = base.conditions(["a cat"])
+    assert plain.as_typed(cond, "a house") is cond
+
+
+def test_states_that_stand_for_one_of_several_prompts_meet_its_gates(model, erasures) -> None:
+    base = EmojiCanvasPort(model)
+    target = AttackTarget(GatedPort(base, erasures, ASKED), base, ASKED, sampler=Sampler(2, 4.0, 4))
+    states = base.conditions(["a crown"])[0].context[0]
+    one = Found((Way("x", states=states, attacks=(ASKED[0],)),))
+    there = replace(target, erased=patched(model, erasures, ASKED[0]))
+    here, expected = (evaluate(t, one, lambda z: torch.zeros(len(z)), pictures=1).latents for t in (target, there))
+    assert torch.allclose(here, expected, atol=1e-4)
 
 
 def test_asking_is_of_the_gated_model(model, erasures) -> None:

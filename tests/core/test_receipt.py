@@ -364,7 +364,7 @@ def test_the_judges_own_error_is_in_every_share() -> None:
     assert raw["words"][1]["after"]["corrected"] == wanted
     assert {"corrected"} <= set(raw["attacks"][0]["attacked"]) & set(raw["survival"][0]["after"])
     blind = replace(JUDGE, error=JudgeError(Rate(1, 2), Rate(1, 2)))
-    assert blind.counted(Rate(2, 8)) == Rate(2, 8) and "not counted" in blind.note
+    assert blind.counted(Rate(2, 8)) == Rate(2, 8) and "this judge says nothing" in blind.note
 
 
 def test_two_judges_are_told_apart() -> None:

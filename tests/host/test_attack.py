@@ -366,7 +366,10 @@ def test_a_negative_prompt_is_attacked_on_the_model_itself(server: ComfyServer) 
     ceiling = {k: int(re.search(r"asked the same: (\d+) of 6", text)[1]) for k, text in said.items()}
     assert asked["beer"] < asked[""] and ceiling["beer"] == ceiling[""] == asked[""]
     assert "have the same weights" in said[""] and "have the same weights" not in said["beer"]
-    assert "drawn with the negative prompt 'beer', the base model without. No record was made" in said["beer"]
+    assert (
+        "drawn with the negative prompt 'beer' (weights in brackets count as 1), the base model without. No record was"
+        in said["beer"]
+    )
 
 
 def test_any_setting_of_an_attack_can_be_written(server: ComfyServer) -> None:
@@ -398,4 +401,18 @@ def test_a_line_that_sets_nothing_is_refused(server: ComfyServer, written: str, 
     erased, model, clip, vae, _ = erased_demo(g)
     g.show(attacking(g, erased, model, clip, vae, "p4d", settings=written)[REPORT])
     with pytest.raises(ComfyError, match=sentence):
+        server.run(g.api)
+
+
+def test_a_negative_prompt_that_is_not_in_force_is_said(server: ComfyServer) -> None:
+    g = Graph()
+    erased, model, clip, vae, judge = erased_demo(g)
+    made = attacking(g, erased, model, clip, vae, "tina", judge=judge, negative="(beer:1.6)", settings="pictures = 1")
+    node = g.show(made[REPORT])
+    text = shown(server.run(g.api), node)
+    assert "weights in brackets count as 1), but what this attack found without guidance, so without it" in text
+    g = Graph()
+    erased, model, clip, vae, judge = erased_demo(g)
+    g.show(attacking(g, erased, model, clip, vae, "synonyms", judge=judge, negative="beer", cfg=1.0)[REPORT])
+    with pytest.raises(ComfyError, match="negative: at cfg 1 no sampler reads a negative prompt"):
         server.run(g.api)

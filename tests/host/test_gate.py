@@ -92,6 +92,28 @@ def test_an_attack_meets_the_gates_that_each_prompt_opens(server: ComfyServer) -
     assert rose == 1.0 and cat < 0.3 and "No record was made" in line
 
 
+def test_a_merge_behind_the_gate_is_refused(server: ComfyServer) -> None:
+    """It scales what the gate had put on."""
+    g = Graph()
+    model, clip, _made, node = gate(g, "a rose")
+    merged = g.add("ModelMergeSimple", model1=node[0], model2=model, ratio=0.5)
+    g.show(attacking(g, merged[0], model, clip, [model[0], 2], "synonyms", concept="rose")[3])
+    with pytest.raises(ExecutionFailed, match="model: it was merged with another one behind Gate Erasures"):
+        server.run(g.api)
+
+
+@pytest.mark.parametrize("again", ["gate", "apply"])
+def test_an_erasure_behind_its_own_gate_is_refused(server: ComfyServer, again: str) -> None:
+    g = Graph()
+    _model, clip, made, node = gate(g, "a house")
+    if again == "gate":
+        g.show(g.add("ErasureGate", model=node[0], clip=clip, prompt="a house", erasure_1=made[0][1])[1])
+    else:
+        g.latent(g.sample(g.apply(node[0], made[0][1], 0.5), clip, "a rose", steps=1))
+    with pytest.raises(ExecutionFailed, match="model: it carries this erasure of rose already"):
+        server.run(g.api)
+
+
 def test_a_gated_base_model_is_refused(server: ComfyServer) -> None:
     g = Graph()
     model, clip, made, node = gate(g, "a house")
@@ -106,7 +128,7 @@ def test_what_asks_other_prompts_refuses_a_gated_model(server: ComfyServer, aske
     g = MemoryGraph()
     model, clip, made, node = gate(g, "a house")
     vae = [model[0], 2]
-    behind = g.apply(node[0], made[0][1], 0.5)
+    behind = g.apply(node[0], g.erase(model, clip, "tulip", method=("uce", {}))[1], 0.5)
     g.show(ASKS[asked](g, behind, model, clip, vae, made[0][1]))
     with pytest.raises(ExecutionFailed, match="model: Gate Erasures patched it for the prompt 'a house' alone"):
         server.run(g.api)
