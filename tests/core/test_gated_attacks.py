@@ -167,15 +167,23 @@ def test_every_attack_meets_the_gates(model, erasures, name: str) -> None:
 
 
 def test_a_search_for_words_looks_at_them_with_the_gates_that_they_open(model, erasures) -> None:
-    """The gate is open to the attacked prompt and shut to what is found: that is how a prompt gets past it."""
-    base = EmojiCanvasPort(model)
+    """The gate is open to the attacked prompt, and not as far to what is found: that is how a prompt gets past it."""
+    base, seen = EmojiCanvasPort(model), []
     port = GatedPort(base, erasures[:1], ["a cat"])
-    target = AttackTarget(port, base, ("a cat",), words=words_of(model))
-    shut = target.as_typed(port.conditions([""])[0], "a house").extra["gates"]
-    assert float(shut.max()) < 0.3 < 0.9 < float(port.conditions([""])[0].extra["gates"].max())
-    plain = AttackTarget(base, base, ("a cat",))
+    target = AttackTarget(
+        port, base, ("a cat",), words=words_of(model), sampler=Sampler(2, 4.0, 4),
+        look=lambda z: torch.full((len(z),), 0.3), watch=lambda cond, _: seen.append(float(cond.extra["gates"])),
+    )  # fmt: skip
+    found = attack(target, ConceptSpec.parse("cat"), "p4d", {**QUICK["p4d"], "tokens": 8}, quiet)
+    (own,) = (float(c.extra["gates"]) for c in port.conditions([found.ways[0].prompt]))
+    assert seen and all(gate == pytest.approx(own, abs=1e-5) for gate in seen)
+    assert own < 0.9 * port.asked[0]
+
+
+def test_nothing_is_gated_where_no_gate_is(model) -> None:
+    base = EmojiCanvasPort(model)
     (cond,) = base.conditions(["a cat"])
-    assert plain.as_typed(cond, "a house") is cond
+    assert AttackTarget(base, base, ("a cat",)).as_typed(cond, "a house") is cond
 
 
 def test_states_that_stand_for_one_of_several_prompts_meet_its_gates(model, erasures) -> None:
