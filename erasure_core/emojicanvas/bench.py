@@ -3,6 +3,7 @@
     python -m erasure_core.emojicanvas.bench base         # is the model good? docs/results/base.{json,png}
     python -m erasure_core.emojicanvas.bench effect --method uce rece   # docs/results/effect.{json,md}
     python -m erasure_core.emojicanvas.bench leaderboard                  # methods under attack: docs/results/leaderboard.*
+    python -m erasure_core.emojicanvas.bench combine      # several erasures on one model: docs/results/combine.{json,md}
     python -m erasure_core.emojicanvas.bench mining       # does a search bring it back? docs/results/mining.{json,md}
     python -m erasure_core.emojicanvas.bench memory       # safe prompt memories: docs/results/memory.{json,md}
     python -m erasure_core.emojicanvas.bench pairs        # SDEdit pairs, judged both ways: docs/results/pairs.{json,md,png}
@@ -33,6 +34,8 @@ from ..attacks import all_attacks
 from ..methods import all_methods
 from ..metrics.rates import Rate, pooled, rate
 from .bench_settings import parse_settings, settings_for
+from .combine import METHODS as COMBINED
+from .combine import combine
 from .concepts import OBJECTS, STYLES, prompt
 from .effect import effect, tune
 from .judge import Judge
@@ -111,13 +114,14 @@ def base(studio: Studio, seeds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", choices=("base", "effect", "leaderboard", "memory", "mining", "pairs", "passes", "peak", "tune")
+        "what",
+        choices=("base", "combine", "effect", "leaderboard", "memory", "mining", "pairs", "passes", "peak", "tune"),
     )
     parser.add_argument(
         "--method",
         nargs="+",
         choices=list(all_methods()),
-        help=f"default: all; mining: {' '.join(METHODS)}; see --quick",
+        help=f"default: all; mining: {' '.join(METHODS)}; combine: {' '.join(COMBINED)}; see --quick",
     )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="a setting, or METHOD.NAME=VALUE"
@@ -188,13 +192,16 @@ def main() -> None:
     if a.what == "base":
         base(plan.studio(), a.seeds or 8)
         return
-    few = {"mining": METHODS, "leaderboard": QUICK_METHODS if a.quick else ()}.get(a.what)
+    few = {"mining": METHODS, "combine": COMBINED, "leaderboard": QUICK_METHODS if a.quick else ()}.get(a.what)
     methods = a.method or few or list(all_methods())
     chosen = {m: settings_for(m, parse_settings(m, a.set)) for m in methods}
     bench = Bench(plan)
     bench.recall()
     if a.what == "memory":
         memory_effect(bench)
+        return
+    if a.what == "combine":
+        combine(bench, chosen)
         return
     if a.what == "mining":
         mining_effect(bench, chosen)

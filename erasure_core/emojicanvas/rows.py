@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from . import perceptual
 from .bench_settings import aids_for
 from .judge import Judge, Verdict
 from .model import EmojiCanvas, EmojiCanvasPort
-from .splits import Erasing, Questions, Split, erasings, questions
+from .splits import Erasing, Questions, Shot, Split, erasings, questions
 from .studio import Sampler, Studio
 
 MEASURES = {
@@ -71,11 +71,11 @@ def figures(asked: Questions, erasing: Erasing, pictures: Mapping[str, Tensor], 
 
 
 def measure(
-    studio: Studio, asked: Questions, erasing: Erasing, erasure: Erasure | None
+    studio: Studio, asked: Questions, erasing: Erasing, draw: Callable[[Sequence[Shot]], Tensor]
 ) -> tuple[dict[str, Rate], float]:
-    """The figures with an erasure (or of the base), and how different kept pictures look at the same noise."""
+    """The figures of what ``draw`` makes of shots, and how different from the base's kept pictures look at the same noise."""
     groups = {k: v for k, v in asked.groups().items() if v}
-    drawn = studio.draw([s for g in groups.values() for s in g], erasure).split([len(g) for g in groups.values()])
+    drawn = draw([s for g in groups.values() for s in g]).split([len(g) for g in groups.values()])
     pictures = dict(zip(groups, drawn, strict=True))
     base = studio.draw(groups["kept"], None)
     return figures(asked, erasing, pictures, studio.judge), float(perceptual.distance(pictures["kept"], base).mean())
@@ -212,7 +212,7 @@ class Bench:
         if method != "none":
             erasure, cost = self.erase(erasing, method, settings)
         began = time.perf_counter()
-        found, moved = measure(self.studio, asked, erasing, erasure)
+        found, moved = measure(self.studio, asked, erasing, lambda shots: self.studio.draw(shots, erasure))
         return {
             "erased": erasing.label,
             "kind": erasing.kind,
