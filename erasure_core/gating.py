@@ -21,8 +21,9 @@ from .artifact import Erasure
 from .concept import ConceptSpec, meanings
 from .fusion import added
 from .methods.spm import gate
+from .operators.cond import Cond
 from .operators.gates import GATES
-from .operators.trainable import Cond, TrainableModel, TrainablePort
+from .operators.trainable import TrainableModel, TrainablePort
 from .port import ModelPort, Site, TextStates
 from .version import __version__
 

@@ -23,10 +23,11 @@ from .dark import DarkEmbeddings
 from .methods import Progress
 from .methods._training import draw_pictures, erasure_of
 from .methods.registry import Look, setting
+from .operators.cond import Cond
 from .operators.search import Teacher, TokenSlot, Variable, denoising_loss, free, pseudo_words
 from .operators.search import mine as search_one
 from .operators.train_loop import generator_for
-from .operators.trainable import Cond, TrainableModel, TrainablePort
+from .operators.trainable import TrainableModel, TrainablePort
 
 _DRAWS = 4
 """So many times as many pictures as asked for are drawn at most, until enough of them show the concept. Where a whole round

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from .artifact import WrongModelError
-from .operators.trainable import Cond, TrainableModel, Weights
+from .operators.cond import Cond
+from .operators.trainable import TrainableModel, Weights
 from .port import Family
 
 MAX_PAIRS = 1024

@@ -26,9 +26,10 @@ from .concept import ConceptError, ConceptSpec
 from .methods import Aids, Progress
 from .methods._training import Prompts, erasure_of, kept, steps_of
 from .methods.registry import setting
+from .operators.cond import Cond
 from .operators.memory import Mode, Placement, PromptMemory, SavedMemory
 from .operators.train_loop import Optimiser, Phase, Trainer, cosine
-from .operators.trainable import Cond, TrainableModel, TrainablePort
+from .operators.trainable import TrainableModel, TrainablePort
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from ..erasure_core.attacks import AttackSpec, Knowledge
 from ..erasure_core.methods import settings_from
 from ..erasure_core.methods.registry import typed
 from ..erasure_core.operators.changes import Layers, LoRA
+from ..erasure_core.operators.cond import Cond
 from ..erasure_core.operators.memory import Mode, PromptMemory
-from ..erasure_core.operators.trainable import Cond, TrainableModel
+from ..erasure_core.operators.trainable import TrainableModel
 from .patching import carried
 from .reading import uses_of
 from .replica import Demand

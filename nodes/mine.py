@@ -18,7 +18,8 @@ from ..erasure_core.formats import check_file_name
 from ..erasure_core.metrics.judges import look_through, word_for
 from ..erasure_core.mining import Settings, mine
 from ..erasure_core.operators.changes import Layers, LoRA
-from ..erasure_core.operators.trainable import Cond, TrainableModel
+from ..erasure_core.operators.cond import Cond
+from ..erasure_core.operators.trainable import TrainableModel
 from ..erasure_core.port import Family
 from .methods import widget
 from .modes import host_mode, ordinary_tensors

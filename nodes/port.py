@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..erasure_core import Family, Role, Site, TextStates
 from ..erasure_core.operators.changes import role_of
-from ..erasure_core.operators.trainable import Cond, TrainableModel
+from ..erasure_core.operators.cond import Cond
+from ..erasure_core.operators.trainable import TrainableModel
 from ..erasure_core.port import FAMILIES, token_kinds
 from .modes import host_mode
 from .replica import PREFIX, Demand, build, effective, latent_shape, prediction_of

@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..erasure_core import Prediction
 from ..erasure_core.operators.changes import FullWeights, Layers, LoRA
-from ..erasure_core.operators.trainable import Cond, TrainableModel, blocks_of
+from ..erasure_core.operators.cond import Cond
+from ..erasure_core.operators.trainable import TrainableModel, blocks_of
 from ..erasure_core.schedule import Schedule
 from .modes import host_mode
 

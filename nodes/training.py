@@ -15,7 +15,8 @@ from torch import Tensor
 from ..erasure_core import ConceptSpec
 from ..erasure_core.methods import MethodSpec
 from ..erasure_core.operators.changes import FullWeights, Layers, LoRA
-from ..erasure_core.operators.trainable import Cond, TrainableModel
+from ..erasure_core.operators.cond import Cond
+from ..erasure_core.operators.trainable import TrainableModel
 from .modes import host_mode
 from .replica import Demand, Replica
 

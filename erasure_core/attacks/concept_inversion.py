@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from ..concept import ConceptSpec
+from ..operators.cond import Cond
 from ..operators.search import denoising_loss
 from ..operators.train_loop import Kind, Optimiser
-from ..operators.trainable import Cond
 from .drawing import Progress, pictures_of_each
 from .registry import AttackSpec, Knowledge, setting
 from .target import AttackTarget, Found, Way

@@ -9,9 +9,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..operators.cond import Cond
 from ..operators.memory import PromptMemory
 from ..operators.train_loop import generator_for
-from ..operators.trainable import Cond, TrainableModel
+from ..operators.trainable import TrainableModel
 from .target import AttackTarget, Look, Sampler
 
 Progress = Callable[[int, int], None]

@@ -12,7 +12,8 @@ from ..artifact import Delta
 from ..metrics.rates import Rate, rate
 from ..metrics.scores import AttackSuccess, attack_success
 from ..operators.changes import FullWeights, Layers, LoRA, LowRank
-from ..operators.trainable import Cond, TrainableModel
+from ..operators.cond import Cond
+from ..operators.trainable import TrainableModel
 from .drawing import Progress, draw, noises
 from .target import AttackTarget, Found, Look, Way
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from ..concept import ConceptSpec
+from ..operators.cond import Cond
 from ..operators.search import denoising_loss, free
 from ..operators.train_loop import Optimiser, cosine, generator_for
-from ..operators.trainable import Cond
 from ..schedule import spread
 from .drawing import Progress, part, pictures_of_each
 from .registry import AttackSpec, Knowledge, setting

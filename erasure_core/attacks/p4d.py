@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..concept import ConceptSpec
+from ..operators.cond import Cond
 from ..operators.train_loop import Kind, Optimiser, Phase, generator_for
-from ..operators.trainable import Cond, TrainableModel
+from ..operators.trainable import TrainableModel
 from .drawing import Eye, Progress, noises, part, pictures_of_each
 from .registry import AttackSpec, Knowledge, setting
 from .target import AttackTarget, Found, Way

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..artifact import Delta
 from ..gating import GatedPort
+from ..operators.cond import Cond
 from ..operators.memory import PromptMemory
 from ..operators.search import Away
-from ..operators.trainable import Cond, TrainableModel, TrainablePort
+from ..operators.trainable import TrainableModel, TrainablePort
 from .words import Words
 
 Look = Callable[[Tensor], Tensor]

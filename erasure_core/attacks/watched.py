@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..operators.cond import Cond
 from ..operators.search import Teacher
 from ..operators.train_loop import Optimiser, Phase, constant, generator_for
-from ..operators.trainable import Cond, TrainableModel
+from ..operators.trainable import TrainableModel
 from .drawing import Eye, Progress
 from .target import AttackTarget
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..methods import Aids, all_methods, settings_from
 from ..methods.registry import Look, typed
-from ..operators.trainable import Cond
+from ..operators.cond import Cond
 from ..pairs import ConceptPairs, make_pairs
 from ..presets import PRESETS
 from .concepts import OBJECTS, STYLES, prompt

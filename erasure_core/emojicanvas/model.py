@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..artifact import Erasure
+from ..operators.cond import Cond
 from ..operators.memory import SavedMemory, extended, quarters_of
-from ..operators.trainable import Cond, TrainableModel, linear_sites
+from ..operators.trainable import TrainableModel, linear_sites
 from ..port import Family, Prediction, Role, Site, TextStates, token_kinds
 from ..schedule import Schedule
 from .diffusion import alphas_cumprod, sample

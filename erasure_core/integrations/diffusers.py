@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from .. import names
 from ..artifact import Erasure
 from ..operators.changes import role_of
-from ..operators.trainable import Cond, TrainableModel
+from ..operators.cond import Cond
+from ..operators.trainable import TrainableModel
 from ..port import FAMILIES, Family, Prediction, Role, Site, TextStates, token_kinds
 from ..schedule import Schedule
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..operators.cond import Cond
 from ..operators.search import free
 from ..operators.train_loop import generator_for
-from ..operators.trainable import Cond
 from ._training import Wanted, one_of
 
 _STORE = 4

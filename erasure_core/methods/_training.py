@@ -14,9 +14,10 @@ from ..artifact import Delta, Erasure, Fingerprint, Header
 from ..concept import ConceptSpec, everyday
 from ..operators.changes import FullWeights, Init, Layers, LoRA
 from ..operators.checkpoint import Checkpoint
+from ..operators.cond import Cond
 from ..operators.regress import TargetTerm, keep_term, regress
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer, constant
-from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
+from ..operators.trainable import TrainableModel, TrainablePort, Weights
 from ..schedule import progress_of_steps_done
 from ..version import __version__
 from .registry import Aids, Progress, setting

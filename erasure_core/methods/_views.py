@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..devices import moved
+from ..operators.cond import Cond
 from ..operators.regress import predictions_of
-from ..operators.trainable import Cond, TrainableModel, Weights
+from ..operators.trainable import TrainableModel, Weights
 from ..schedule import spread
 from ._training import ERASE, NULL, TO, Wanted, one_of
 

@@ -52,9 +52,10 @@ from torch import Tensor
 from ..artifact import Erasure
 from ..concept import ConceptSpec
 from ..operators.changes import Layers, LoRA
+from ..operators.cond import Cond
 from ..operators.regress import combine, predictions_of, shifted
 from ..operators.train_loop import Optimiser, Phase, Trainer, cosine, generator_for
-from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
+from ..operators.trainable import TrainableModel, TrainablePort, Weights
 from ._adversaries import Adversaries
 from ._training import (
     ERASE,

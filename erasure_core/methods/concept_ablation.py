@@ -19,9 +19,10 @@ from torch import Tensor
 from ..artifact import Erasure
 from ..concept import ConceptSpec
 from ..devices import moved
+from ..operators.cond import Cond
 from ..operators.regress import TargetTerm, keep_term, regress
 from ..operators.train_loop import Optimiser, Phase, Trainer
-from ..operators.trainable import Cond, TrainablePort, Weights
+from ..operators.trainable import TrainablePort, Weights
 from ._training import ERASE, KEEP, STEPS, TO, Prompts, TrainSettings, draw_pictures, erasure_of, kept, steps_of
 from .registry import Aids, MethodSpec, Progress, setting
 

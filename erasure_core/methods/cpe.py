@@ -39,8 +39,9 @@ from ..artifact import Erasure
 from ..concept import ConceptSpec, everyday
 from ..devices import moved
 from ..operators.changes import Layers, LoRA
+from ..operators.cond import Cond
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer, cosine, generator_for
-from ..operators.trainable import Cond, TrainableModel, TrainablePort
+from ..operators.trainable import TrainableModel, TrainablePort
 from ..port import Role
 from ._training import RANK, RATE, Prompts, erasure_of, kept, steps_of
 from .registry import Aids, MethodSpec, Progress, setting

@@ -35,10 +35,11 @@ from ..concept import ConceptSpec
 from ..dark import MAX_EMBEDDINGS, DarkEmbeddings
 from ..fusion import added
 from ..operators.changes import Layers, LoRA
+from ..operators.cond import Cond
 from ..operators.regress import TargetTerm, keep_term, regress
 from ..operators.search import Variable, free, mine, pseudo_words
 from ..operators.train_loop import Optimiser, Phase, Trainer
-from ..operators.trainable import Cond, TrainableModel, TrainablePort
+from ..operators.trainable import TrainableModel, TrainablePort
 from ..port import ModelPort, Site
 from . import rece
 from ._training import KEEP, NULL, RANK, RATE, Prompts, Wanted, erasure_of, in_turn, kept, steps_of, wanted

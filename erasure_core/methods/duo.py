@@ -23,9 +23,10 @@ from ..artifact import Erasure
 from ..concept import ConceptSpec
 from ..devices import moved
 from ..operators.changes import Init, Layers, LoRA
+from ..operators.cond import Cond
 from ..operators.prefer import ROUNDED, draw_times, preference_losses, scaled_by_beta
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer
-from ..operators.trainable import Cond, TrainableModel, TrainablePort
+from ..operators.trainable import TrainableModel, TrainablePort
 from ..pairs import ConceptPairs
 from ._training import RANK, erasure_of, kept
 from .registry import Aids, MethodSpec, Progress, setting

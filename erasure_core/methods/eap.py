@@ -27,9 +27,10 @@ from torch import Tensor
 from ..artifact import Erasure
 from ..concept import ConceptError, ConceptSpec, everyday
 from ..devices import moved
+from ..operators.cond import Cond
 from ..operators.regress import TargetTerm, keep_term, regress, shifted
 from ..operators.train_loop import Optimiser, Phase, Trainer
-from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
+from ..operators.trainable import TrainableModel, TrainablePort, Weights
 from ..schedule import Space
 from ._training import (
     AWAY,

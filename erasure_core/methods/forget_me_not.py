@@ -29,9 +29,10 @@ from torch.utils.checkpoint import checkpoint
 from ..artifact import Erasure
 from ..concept import ConceptSpec
 from ..devices import moved
+from ..operators.cond import Cond
 from ..operators.regress import keep_term, regress
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer
-from ..operators.trainable import Cond, TrainableModel, TrainablePort
+from ..operators.trainable import TrainableModel, TrainablePort
 from ..port import TokenKind
 from ._training import ERASE, KEEP, RATE, STEPS, Prompts, TrainSettings, draw_pictures, erasure_of, kept, steps_of
 from .registry import Aids, MethodSpec, Progress, setting

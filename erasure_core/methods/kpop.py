@@ -38,10 +38,11 @@ from torch import Tensor
 from ..artifact import Erasure
 from ..concept import ConceptSpec
 from ..devices import moved
+from ..operators.cond import Cond
 from ..operators.memory import Mode, Placement, PromptMemory, SavedMemory
 from ..operators.regress import TargetTerm, keep_term, regress, shifted
 from ..operators.train_loop import Optimiser, Phase, Trainer, cosine, generator_for
-from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
+from ..operators.trainable import TrainableModel, TrainablePort, Weights
 from ._training import (
     AWAY,
     ERASE,

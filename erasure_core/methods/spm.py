@@ -31,9 +31,10 @@ from ..artifact import Erasure
 from ..concept import ConceptSpec
 from ..devices import moved
 from ..operators.changes import Layers, LoRA
+from ..operators.cond import Cond
 from ..operators.regress import TargetTerm, shifted
 from ..operators.train_loop import Kind, cosine
-from ..operators.trainable import Cond, TrainableModel, TrainablePort, Weights
+from ..operators.trainable import TrainableModel, TrainablePort, Weights
 from ._training import AWAY, ERASE, RANK, RATE, STEPS, TO, TrainSettings, steps_of, train_regression
 from .registry import Aids, MethodSpec, Progress, setting
 

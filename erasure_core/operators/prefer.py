@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .trainable import Cond, TrainableModel
+from .cond import Cond
+from .trainable import TrainableModel
 
 ROUNDED = 1e-5
 """About what bfloat16 makes of a prior that is 0."""

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..schedule import Space
-from .trainable import Cond, TrainableModel, Weights
+from .cond import Cond
+from .trainable import TrainableModel, Weights
 
 Combination = Mapping[str, float]
 """Weight of each prompt's prediction, by the prompt's key."""

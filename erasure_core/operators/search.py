@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..devices import moved
 from ..schedule import spread
+from .cond import Cond
 from .memory import PromptMemory
 from .train_loop import Kind, Optimiser, Phase, Progress, constant, cosine, generator_for
-from .trainable import Cond, TrainableModel, Weights
+from .trainable import TrainableModel, Weights
 
 Objective = Callable[[Tensor, torch.Generator], Tensor]
 """objective(variable, generator) -> scalar to minimise; draws its noise from the generator."""

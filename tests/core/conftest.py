@@ -17,7 +17,8 @@ from erasure_core.analytic import AnalyticPort
 from erasure_core.attacks import Words
 from erasure_core.emojicanvas.model import sites_of
 from erasure_core.emojicanvas.unet import UNet, UNetConfig
-from erasure_core.operators.trainable import Cond, TrainableModel, linear_sites
+from erasure_core.operators.cond import Cond
+from erasure_core.operators.trainable import TrainableModel, linear_sites
 from erasure_core.port import token_kinds
 from erasure_core.schedule import Schedule
 from erasure_core.text_encoder import TextConfig, TextEncoder

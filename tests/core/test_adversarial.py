@@ -16,7 +16,8 @@ from erasure_core.methods._training import NULL as EMPTY
 from erasure_core.methods._views import Source, fresh, once
 from erasure_core.methods.adversarial import Settings
 from erasure_core.operators.changes import FullWeights
-from erasure_core.operators.trainable import Cond, TrainableModel
+from erasure_core.operators.cond import Cond
+from erasure_core.operators.trainable import TrainableModel
 
 pytestmark = pytest.mark.core
 NULL = 0.01

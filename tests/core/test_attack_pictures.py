@@ -24,7 +24,7 @@ from erasure_core.attacks import (
 )
 from erasure_core.attacks import unlearn_diff_atk as uda
 from erasure_core.attacks.drawing import Eye, draw, invert, noises, pictures_of, pictures_of_each
-from erasure_core.operators.trainable import Cond
+from erasure_core.operators.cond import Cond
 
 pytestmark = pytest.mark.core
 

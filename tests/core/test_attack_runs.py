@@ -25,8 +25,9 @@ from erasure_core.attacks.target import Look
 from erasure_core.attacks.watched import Kept
 from erasure_core.attacks.words import Frame
 from erasure_core.concept import everyday
+from erasure_core.operators.cond import Cond
 from erasure_core.operators.search import TokenSlot, denoising_loss
-from erasure_core.operators.trainable import Cond, TrainableModel
+from erasure_core.operators.trainable import TrainableModel
 from erasure_core.vocabulary import VOCABULARY
 
 pytestmark = pytest.mark.core

@@ -25,9 +25,9 @@ from erasure_core.attacks import unlearn_diff_atk as uda
 from erasure_core.attacks.evaluate import apply_change
 from erasure_core.attacks.words import Frame, sentence_of, swap
 from erasure_core.operators.changes import FullWeights, Layers
+from erasure_core.operators.cond import Cond
 from erasure_core.operators.residual import Residual
 from erasure_core.operators.search import denoising_loss
-from erasure_core.operators.trainable import Cond
 
 pytestmark = pytest.mark.core
 

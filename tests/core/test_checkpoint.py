@@ -16,8 +16,9 @@ from erasure_core.methods._training import TrainSettings, fingerprint, kept
 from erasure_core.operators import train_loop
 from erasure_core.operators.changes import Layers, LoRA
 from erasure_core.operators.checkpoint import Checkpoint
+from erasure_core.operators.cond import Cond
 from erasure_core.operators.train_loop import Kind, Optimiser, Phase, Trainer
-from erasure_core.operators.trainable import Cond, Weights
+from erasure_core.operators.trainable import Weights
 from erasure_core.schedule import Schedule
 
 pytestmark = pytest.mark.core

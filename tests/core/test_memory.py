@@ -17,6 +17,7 @@ from erasure_core import suppress as module
 from erasure_core.emojicanvas.model import EmojiCanvas, EmojiCanvasPort, reading
 from erasure_core.methods import Aids
 from erasure_core.operators.checkpoint import Checkpoint
+from erasure_core.operators.cond import Cond
 from erasure_core.operators.memory import (
     Mode,
     Placement,
@@ -28,7 +29,6 @@ from erasure_core.operators.memory import (
     read_memory_header,
     save_memory,
 )  # fmt: skip
-from erasure_core.operators.trainable import Cond
 
 pytestmark = pytest.mark.core
 SPEC = ConceptSpec.parse("cat, kitty", "", "dog")

@@ -13,9 +13,9 @@ from erasure_core.emojicanvas.taesd import SD15_SCALE
 from erasure_core.emojicanvas.text import TextConfig, TextEncoder, tokenize
 from erasure_core.methods import Aids
 from erasure_core.mining import PseudoWords, Settings, mine
+from erasure_core.operators.cond import Cond
 from erasure_core.operators.search import TokenSlot
 from erasure_core.operators.train_loop import generator_for
-from erasure_core.operators.trainable import Cond
 
 pytestmark = pytest.mark.core
 SPEC = ConceptSpec.parse("bomb, grenade\nknife")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from erasure_core import ConceptPairs, ConceptSpec, Family, FileError, WrongModelError, erase
 from erasure_core.methods import Aids
-from erasure_core.operators.trainable import Cond
+from erasure_core.operators.cond import Cond
 from erasure_core.pair_files import load_pairs, save_pairs
 from erasure_core.pairs import NoPairsError, make_pairs, pair_noise, pair_up, sdedit
 

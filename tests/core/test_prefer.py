@@ -12,9 +12,10 @@ from torch import Tensor
 from erasure_core import ConceptSpec, erase
 from erasure_core.methods import Aids, duo
 from erasure_core.operators.changes import FullWeights, Layers
+from erasure_core.operators.cond import Cond
 from erasure_core.operators.prefer import PairErrors, draw_times, preference_loss, preference_losses, scaled_by_beta
 from erasure_core.operators.train_loop import Trainer
-from erasure_core.operators.trainable import Cond, TrainableModel
+from erasure_core.operators.trainable import TrainableModel
 from erasure_core.pairs import ConceptPairs
 
 pytestmark = pytest.mark.core

@@ -9,8 +9,9 @@ import torch
 
 from erasure_core import Prediction
 from erasure_core.operators.changes import FullWeights, Layers, LoRA
+from erasure_core.operators.cond import Cond
 from erasure_core.operators.memory import Placement, PromptMemory
-from erasure_core.operators.trainable import Cond, TrainableModel, Weights, blocks_of
+from erasure_core.operators.trainable import TrainableModel, Weights, blocks_of
 
 
 def model_of(port, **how) -> TrainableModel:

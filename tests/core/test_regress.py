@@ -14,9 +14,10 @@ from erasure_core.emojicanvas.model import patched
 from erasure_core.methods import Aids, esd
 from erasure_core.methods._training import ERASE, NULL, TO, Prompts
 from erasure_core.operators.changes import FullWeights, Layers, LoRA
+from erasure_core.operators.cond import Cond
 from erasure_core.operators.regress import TargetTerm, keep_term, regress, shifted
 from erasure_core.operators.train_loop import Kind, Optimiser, Phase, Trainer, TrainingFailedError, cosine
-from erasure_core.operators.trainable import Cond, Weights
+from erasure_core.operators.trainable import Weights
 from erasure_core.schedule import Space
 from erasure_core.vocabulary import VOCABULARY
 

@@ -15,6 +15,7 @@ from erasure_core.methods import Aids, dark_miner, rece
 from erasure_core.methods._training import Prompts, Wanted
 from erasure_core.operators.changes import FullWeights, Layers
 from erasure_core.operators.checkpoint import Checkpoint
+from erasure_core.operators.cond import Cond
 from erasure_core.operators.memory import Placement, PromptMemory
 from erasure_core.operators.search import (
     TokenSlot,
@@ -25,7 +26,7 @@ from erasure_core.operators.search import (
     search,
 )
 from erasure_core.operators.train_loop import Kind, generator_for
-from erasure_core.operators.trainable import Cond, TrainableModel, Weights
+from erasure_core.operators.trainable import TrainableModel, Weights
 
 pytestmark = pytest.mark.core
 SPEC = ConceptSpec.parse("bomb", "", "dog")

@@ -13,8 +13,9 @@ from torch import Tensor
 from erasure_core import ConceptSpec, Erasure, Header, Role, load, save
 from erasure_core.emojicanvas.model import patched
 from erasure_core.operators.changes import FullWeights, Init, Layers, LoRA, truncated
+from erasure_core.operators.cond import Cond
 from erasure_core.operators.memory import Placement, PromptMemory
-from erasure_core.operators.trainable import Cond, TrainableModel, Weights, linear_sites
+from erasure_core.operators.trainable import TrainableModel, Weights, linear_sites
 
 pytestmark = pytest.mark.core
 

@@ -14,10 +14,11 @@ from erasure_core.emojicanvas.model import EmojiCanvas, EmojiCanvasPort
 from erasure_core.methods import Aids, concept_ablation, eap, forget_me_not, kpop, leco, sdd, spm
 from erasure_core.methods._training import ERASE, KEEP, NULL, TO, Prompts
 from erasure_core.operators.changes import FullWeights, Layers, LoRA
+from erasure_core.operators.cond import Cond
 from erasure_core.operators.memory import Mode, Placement, PromptMemory
 from erasure_core.operators.regress import regress
 from erasure_core.operators.train_loop import Trainer, generator_for
-from erasure_core.operators.trainable import Cond, TrainableModel, Weights
+from erasure_core.operators.trainable import TrainableModel, Weights
 from erasure_core.schedule import Space
 
 pytestmark = pytest.mark.core

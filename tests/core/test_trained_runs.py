@@ -14,9 +14,10 @@ from torch import Tensor
 from erasure_core import ConceptSpec, suppress
 from erasure_core.methods import Aids, _training, concept_ablation, eap, esd, forget_me_not, leco, sdd, spm
 from erasure_core.methods._training import ERASE, NULL, TO
+from erasure_core.operators.cond import Cond
 from erasure_core.operators.regress import combine
 from erasure_core.operators.train_loop import Trainer, generator_for
-from erasure_core.operators.trainable import Cond, TrainableModel, Weights
+from erasure_core.operators.trainable import TrainableModel, Weights
 
 pytestmark = pytest.mark.core
 SPEC = ConceptSpec.parse("cat, red apple\nbomb", "pear\nriver")
