@@ -22,7 +22,7 @@ from ..erasure_core.operators.checkpoint import Checkpoint
 from ..erasure_core.presets import PRESETS
 from .methods import seed_widget
 from .modes import ordinary_tensors
-from .patching import apply_erasure, check_ungated
+from .patching import apply_erasure, check_ungated, note_unheard
 from .port import ComfyPort, family_of
 from .towers import pseudo_words
 from .training import Decode, Watcher, decoder, demand_of, watcher_of
@@ -283,7 +283,7 @@ class EraseConcept(io.ComfyNode):
         mined, said = found[0] if found else (None, "")
         ignored = ", ".join(chosen.ignores(spec, aids))
         unread = f"{chosen.title} makes no use of: {ignored}." if ignored else ""
-        trained = watcher.report() if chosen.trains else ""
+        trained = watcher.report() + note_unheard(model=model) if chosen.trains else ""
         parts = [erasure.summary(), unread, note_for_demo(port, chosen, wanted), said, trained]
         report = "\n".join(part for part in parts if part)
         shown = ui.PreviewText(report).as_dict()

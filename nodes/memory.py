@@ -22,7 +22,7 @@ from ..erasure_core.suppress import suppress
 from .erase import check_words_are_read, unfinished
 from .methods import seed_widget
 from .modes import ordinary_tensors
-from .patching import apply_erasure, check_ungated
+from .patching import apply_erasure, check_ungated, note_unheard
 from .port import ComfyPort
 from .reading import apply_memory
 from .replica import Demand
@@ -213,7 +213,7 @@ class LearnSafePromptMemory(io.ComfyNode):
                 hidden = kpop.hide(port, spec, settings, watcher.progress, aids)
                 memory, erasure = hidden.key, hidden.erasure
                 patched = apply_erasure(model, erasure, 1.0)
-        report = f"{memory.summary()}\n{watcher.report()}"
+        report = f"{memory.summary()}\n{watcher.report()}{note_unheard(model=model)}"
         shown = ui.PreviewText(report).as_dict()
         if watcher.picture is not None:
             picture = torch.from_numpy(np.array(watcher.picture)).float()[None] / 255

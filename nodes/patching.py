@@ -148,8 +148,8 @@ def note_unheard(**models) -> str:
     if not did:
         return ""
     return (
-        f"\nnote: other nodes change how {' and '.join(did)} samples. That was not in force here: what this says is of the "
-        "network without it"
+        f"\nnote: other nodes change how {' and '.join(did)} samples. That was not in force here: this was done on the network "
+        "without it"
     )
 
 

@@ -310,6 +310,19 @@ def test_settings_for_large_models_are_noted_on_the_demo(server: ComfyServer) ->
     assert note in shown(run, said[0]) and "note:" not in shown(run, said[1])
 
 
+def test_what_other_nodes_do_while_sampling_is_named(server: ComfyServer) -> None:
+    """Training asks a copy of the network, which guidance of another node isn't part of; solving for weights asks nothing."""
+    g = Graph()
+    model, clip, _ = g.demo()
+    guided = g.add("RescaleCFG", model=model, multiplier=0.7)[0]
+    said = [
+        g.show(g.erase(m, clip, "cat", method=how)[2])
+        for m, how in ((guided, VISIBLE), (model, VISIBLE), (guided, ("uce", {})))
+    ]
+    run = server.run(g.api)
+    assert ["how model (sampler_cfg_function) samples" in shown(run, node) for node in said] == [True, False, False]
+
+
 # What people see
 
 
