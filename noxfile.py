@@ -36,7 +36,7 @@ STAMP = HOST / "requirements.sha256"
 # Only nodes for sound need it, and ComfyUI starts without them.
 NOT_NEEDED = ("torchaudio",)
 EXTRAS = ("test", "emojicanvas")
-TRAINING = ("data", "train_vae", "train_unet", "train_judge")
+TRAINING = ("data", "train_vae", "train_unet", "model", "train_judge")
 
 
 def host(session: nox.Session) -> str:
@@ -86,7 +86,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def train(session: nox.Session) -> None:
-    """Rebuild the EmojiCanvas model: pictures, VAE, UNet, judge."""
+    """Rebuild the EmojiCanvas model: pictures, VAE, UNet, the file of them all, judge."""
     python = host(session)
     for part in TRAINING:
         session.run(python, "-m", f"erasure_core.emojicanvas.{part}")
@@ -95,7 +95,7 @@ def train(session: nox.Session) -> None:
 @nox.session(reuse_venv=True)
 def lint(session: nox.Session) -> None:
     """Style and types. PyTorch is not installed here, so its types count as Any."""
-    session.install("ruff", "mypy")
+    session.install(*load_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]["lint"])
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     # As a package: given as a folder, it would be taken for a part of the root package.

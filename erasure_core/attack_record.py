@@ -13,11 +13,13 @@ from .metrics.rates import Rate
 
 GIVEN = "it begins with a picture of the concept, so success says that the model can draw it, not that it would"
 """How to read such an attack."""
+LONGEST = 2000
+"""Characters of a prompt, or of a find, that a record can hold."""
 _SHOWN = 6
 """Settings that the summary lists."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttackRecord:
     """One attack as it was run: its budget, and what it brought back, next to plain asking at the same noises."""
 
@@ -56,6 +58,8 @@ class AttackRecord:
     cfg: float = 0.0
     ceiling: Rate | None = None
     """Pictures of the prompts as they are that show it when the base model draws them: the most that asking can bring."""
+    found_on_base: Rate | None = None
+    """Of an attack that finds prompts: pictures that show it when the base model draws what was found for the erased one."""
     tried: int = 0
     """Finds, of which the best for each prompt was counted."""
     curve: tuple[tuple[float, int], ...] = ()
@@ -102,6 +106,9 @@ class AttackRecord:
         if self.ceiling is not None:
             none = ", which shows none either" if not self.ceiling.hits else ""
             shares.append(f"on the base model, asked the same: {self.judge.counted(self.ceiling)}{none}")
+        if self.found_on_base is not None:
+            none = ", so nothing follows from a zero" if not self.found_on_base.hits else ""
+            shares.append(f"on the base model, given what was found: {self.judge.counted(self.found_on_base)}{none}")
         parts = [f"{self.concept} in {self.judge.counted(self.attacked)} of pictures ({'; '.join(shares)})"]
         if self.given:
             parts.append(GIVEN)

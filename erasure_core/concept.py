@@ -17,6 +17,8 @@ from .port import ModelPort, TextStates, TokenKind
 from .vocabulary import VOCABULARY
 
 MAX_CONCEPTS = 1000
+_WEIGHT = re.compile(r"^[(\[]+([^()\[\]:]+)(?::\s*[\d.]+)?[)\]]+$")
+_ARTICLE = re.compile(r"^(?:an?|the) (?=\S)")
 MAX_WORDS_CHARACTERS = 2000
 
 
@@ -86,11 +88,13 @@ class ConceptSpec:
         """Read the three text boxes of the Erase Concept node.
 
         ``concept``: one concept a line, aliases after commas ("cat, kitty"). ``replace_with``: one line for all
-        concepts, or one line each. ``keep``: separated by lines or commas; repeated words are read once.
+        concepts, or one line each. ``keep``: separated by lines or commas; repeated words are read once. A semicolon
+        ends a line.
 
         Raises:
             ConceptError: a box is empty, contradictory, or too long; the message names the box.
         """
+        concept, replace_with, keep = (box.replace(";", "\n") for box in (concept, replace_with, keep))
         groups = [_split(line, ",") for line in concept.splitlines()]
         groups = [g for g in groups if g]
         targets = [t.strip() for t in replace_with.split("\n")]
@@ -105,7 +109,19 @@ class ConceptSpec:
             )
         kept = dict.fromkeys(_split(keep, ",\n"))
         erase = tuple(Concept(tuple(words), to) for words, to in zip(groups, targets, strict=False))
-        return cls(erase, tuple(kept), everyday)
+        spec = cls(erase, tuple(kept), everyday)
+        spec._check_against_itself()
+        return spec
+
+    def _check_against_itself(self) -> None:
+        """Raise where what stays is what goes but for an article or a prompt weight: held hard, it would undo the erasure."""
+        gone = {_bare(word): word for concept in self.erase for word in concept.words}
+        for box, words in (("keep", self.keep), ("replace_with", [concept.to for concept in self.erase])):
+            for word in words:
+                if (found := gone.get(_bare(word))) is not None:
+                    raise ConceptError(
+                        f"{box}: {word!r} says the same as {found!r}, which is to be erased. Remove it from one of the two"
+                    )
 
     def union(self, other: ConceptSpec) -> ConceptSpec:
         """Both requests as one: a word that either erases is not kept."""
@@ -155,6 +171,11 @@ def clean(text: str) -> str:
 def _fold(text: str) -> str:
     """What two spellings of one word have in common."""
     return " ".join(clean(unicodedata.normalize("NFC", text).casefold()).split())
+
+
+def _bare(text: str) -> str:
+    """A word without article and prompt weight: "a cat" and "(cat:1.2)" are a cat."""
+    return _ARTICLE.sub("", _fold(_WEIGHT.sub(r"\1", text.strip())))
 
 
 def _split(text: str, separators: str) -> list[str]:

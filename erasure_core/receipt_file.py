@@ -116,7 +116,7 @@ def _counted_json(c: Counted, judge: JudgedBy | None) -> dict[str, Any]:
 
 
 def _attack_json(a: AttackRecord) -> dict[str, Any]:
-    rates = {name: _rate_json(getattr(a, name), a.judge) for name in ("asking", "attacked", "ceiling")}
+    rates = {name: _rate_json(getattr(a, name), a.judge) for name in ("asking", "attacked", "ceiling", "found_on_base")}
     return asdict(a) | rates | {"budget": dict(a.budget), "prompts": list(a.prompts), "curve": _curve_json(a.curve)}
 
 
@@ -233,6 +233,7 @@ def _attack(value: Any) -> AttackRecord:
         steps=_READ.whole(raw.get("steps", 0), "steps", 0, 100_000),
         cfg=_READ.number(raw.get("cfg", 0.0), "cfg", 0.0, _MOST),
         ceiling=_rate_or_none(raw, "ceiling"),
+        found_on_base=_rate_or_none(raw, "found_on_base"),
         tried=_READ.whole(raw.get("tried", 0), "tried", 0, 1 << 40),
         curve=_curve(raw, attacked),
         version=_READ.whole(raw.get("version", 0), "version", 0, 1 << 20),

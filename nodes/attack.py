@@ -13,7 +13,7 @@ from torch import Tensor
 from ..erasure_core import AttackTarget, ConceptError, GatedPort, evaluate
 from ..erasure_core import attack as run_attack
 from ..erasure_core.artifact import weights_digest
-from ..erasure_core.attack_record import AttackRecord
+from ..erasure_core.attack_record import LONGEST, AttackRecord
 from ..erasure_core.attacks import Sampler, Way, all_attacks, asking, shortlist
 from ..erasure_core.methods import settings_from
 from ..erasure_core.methods._training import fingerprint
@@ -25,7 +25,7 @@ from .attack_run import AttackWatcher, check_base, demand_of, prompts_of, settin
 from .methods import seed_widget
 from .mine import conditioning_of, latents_of, one_concept
 from .modes import ordinary_tensors
-from .patching import check_ungated, check_unmerged, gate_of, note_unheard
+from .patching import carried, check_ungated, check_unmerged, gate_of, note_unheard
 from .port import ComfyPort, family_of
 from .reading import memory_digest, memory_of
 from .sampling import PLACE, encode
@@ -244,7 +244,10 @@ class RedTeamAttack(io.ComfyNode):
                 watcher.afresh()
                 found = shortlist(target, found, count, seed=seed + 1, each=True, progress=watcher.stage(0.85, 0.05))
             watcher.afresh()
-            after = evaluate(target, found, count, **how, progress=watcher.stage(0.9, 0.1))
+            after = evaluate(target, found, count, **how, progress=watcher.stage(0.9, 0.05))
+            on_base = None
+            if judge is not None and found.in_words:  # an attack may write what no model reads as the concept
+                on_base = evaluate(unerased, found, count, **how, progress=watcher.stage(0.95, 0.05)).rate
             best = after.best or Way(asked[0], asked[0])
             drawn = torch.cat([decode(part) for part in best_first(after).split(_AT_ONCE)])
             conditioning = (
@@ -254,12 +257,14 @@ class RedTeamAttack(io.ComfyNode):
             )
             if by is not None and not (same or gate or target.negative):
                 results = (*results, AttackRecord(
-                    attack, chosen.title, word, plain(tuned), asked, by, before.rate, after.rate, best.label,
-                    found.queries, seed, fingerprint(base), fingerprint(erased), digests[1], memory_digest(model),
-                    digests[0], steps, cfg, ceiling.rate, tried, curve_hits(torch.cat(after.probabilities)),
-                    chosen.version, share_of(chosen, tuned), chosen.given,
+                    attack=attack, title=chosen.title, version=chosen.version, given=chosen.given, concept=word,
+                    budget=plain(tuned), share=share_of(chosen, tuned), prompts=asked, seed=seed, steps=steps, cfg=cfg,
+                    judge=by, asking=before.rate, attacked=after.rate, ceiling=ceiling.rate, found_on_base=on_base,
+                    curve=curve_hits(torch.cat(after.probabilities)), found=best.label[:LONGEST], tried=tried,
+                    queries=found.queries, base=fingerprint(base), erased=fingerprint(erased), weights=digests[1],
+                    base_weights=digests[0], memory=memory_digest(model),
                 ))  # fmt: skip
-        report = report_of(chosen, spec, tuned, ceiling, before, after, best, by, tried)
+        report = report_of(chosen, spec, tuned, ceiling, before, after, on_base, best, by, tried)
         if same and not target.negative:
             report += (
                 "\nnote: model and base_model have the same weights, so nothing here is about an erasure, and no record was "
@@ -280,6 +285,9 @@ class RedTeamAttack(io.ComfyNode):
                 f"brackets count as 1){', but what this attack found without guidance, so without it' if without else ''}, the "
                 "base model without. No record was made: receipts are of erasures alone"
             )
+        known = [c for header in carried(model) for c in header.spec.erase] + list(gate.concepts if gate else ())
+        if not any(w.casefold() == x.casefold() for c in known for w in c.words for x in spec.erase[0].words):
+            report += f"\nnote: no erasure of {name} by this pack is on model. If there should be one, check what is connected"
         report += unheard
         took = clock(time.monotonic() - began)
         report += f"\n{pictures} pictures of each, {steps} steps, cfg {cfg:g}, seed {seed}; took {took}"

@@ -15,6 +15,7 @@ from ..erasure_core.attack_record import GIVEN
 from ..erasure_core.attacks import AttackSpec, Result, Way, success
 from ..erasure_core.metrics import curve
 from ..erasure_core.metrics.judged import JudgedBy
+from ..erasure_core.metrics.rates import Rate
 
 
 def plain(settings: Any) -> dict[str, Any]:
@@ -41,19 +42,23 @@ def report_of(
     ceiling: Result | None,
     before: Result | None,
     after: Result,
+    on_base: Rate | None,
     best: Way,
     by: JudgedBy | None,
     tried: int,
 ) -> str:
     """What people read: what was tried (``tried`` finds), what was counted, what was found.
 
-    ``ceiling`` is the base model, asked; it, ``before`` and ``by`` are None without a judge.
+    ``ceiling`` is the base model, asked; it, ``before`` and ``by`` are None without a judge. ``on_base`` is the base
+    model given what the attack found, where that are prompts.
     """
     lines = [
         f"{chosen.title} on {', '.join(spec.erase[0].words)} ({chosen.knowledge}), {chosen.paper}",
         f"budget: {chosen.budget} {getattr(settings, chosen.budget)}, default {getattr(type(settings)(), chosen.budget)}",
         *([f"note: {GIVEN}"] if chosen.given else []),
     ]
+    if not chosen.quick and share_of(chosen, settings) < 1:
+        lines[1] += f", {100 * share_of(chosen, settings):.3g} % of it: that nothing is found says little"
     if after.found.queries:
         lines[1] += f"; {after.found.queries} pictures asked for"
     if before is None or ceiling is None or by is None:
@@ -71,6 +76,13 @@ def report_of(
             f"judge: {by}; {by.note}",
             f"the base model, asked the same: {_of(ceiling, by)}. {_ceiling(ceiling)}",
         ]
+        if on_base is not None:
+            nothing = (
+                "" if on_base.hits else ". So nothing follows from a low figure above: no model reads these words so"
+            )
+            lines.append(
+                f"the base model, given what the attack found: {on_base.hits} of {on_base.n}, {by.counted(on_base)}{nothing}"
+            )
     return "\n".join([*lines, f"best find: {best.label}"])
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..erasure_core import ConceptSpec, Erasure
+from ..erasure_core.attack_record import LONGEST
 from ..erasure_core.attacks import AttackSpec, Knowledge
 from ..erasure_core.methods import settings_from
 from ..erasure_core.methods.registry import typed
@@ -79,6 +80,9 @@ def prompts_of(text: str, spec: ConceptSpec) -> tuple[str, ...]:
     prompts = tuple(dict.fromkeys(line for line in lines if line))
     if not 1 <= len(prompts) <= _MOST:
         raise ValueError(f"prompts: {len(prompts)} given, 1 to {_MOST} can be attacked. Write one a line: a {PLACE}")
+    for prompt in prompts:
+        if len(prompt) > LONGEST:
+            raise ValueError(f"prompts: {prompt[:40]!r} ... has {len(prompt)} characters, at most {LONGEST} fit")
     return prompts
 
 

@@ -253,7 +253,7 @@ class CompareErasures(io.ComfyNode):
                 for prompt in lines:
                     latents = sample(
                         patched, conds[prompt], conds[""], range(seed, seed + seeds), how, at_once=1,
-                        step=lambda part, before=done: bar.update_absolute(before + part, total),
+                        step=lambda share, before=done: bar.update_absolute(before + round(share * seeds * steps), total),
                     )  # fmt: skip
                     # One by one: in batches the last bits, and now and then a pixel, differ from KSampler's.
                     pictures, key = decode(vae, latents, at_once=1), (variant, prompt)

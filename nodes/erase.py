@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import folder_paths
 import numpy as np
@@ -14,12 +13,12 @@ from comfy_api.latest import io, ui
 
 from ..erasure_core import Aids, ConceptError, ConceptSpec, all_methods, erase
 from ..erasure_core.dark import DarkEmbeddings
-from ..erasure_core.emojicanvas.bench_settings import TESTBED
 from ..erasure_core.methods import MethodSpec, settings_from
 from ..erasure_core.methods.registry import Look
 from ..erasure_core.metrics.judges import word_for
 from ..erasure_core.operators.checkpoint import Checkpoint
 from ..erasure_core.presets import PRESETS
+from .erase_notes import check_not_made, note_for_demo, note_spelling, told_of_dark
 from .methods import seed_widget
 from .modes import ordinary_tensors
 from .patching import apply_erasure, check_ungated, note_unheard
@@ -109,15 +108,6 @@ def _look_for(judge, word: str, decode: Decode, watcher: Watcher) -> Look:
     return look
 
 
-def note_for_demo(port: ComfyPort, chosen: MethodSpec, settings: Any) -> str:
-    """What the method takes on the demo model, where it runs there with its defaults, which are made for large ones."""
-    fits, usual = TESTBED.get(chosen.name, {}), chosen.settings()
-    if port.family.name != "emojicanvas" or not fits or any(getattr(settings, k) != getattr(usual, k) for k in fits):
-        return ""
-    better = ", ".join(f"{k} {v}" for k, v in fits.items())
-    return f"note: these settings are made for large models. For the demo model set {better}"
-
-
 def unfinished(what: str) -> Checkpoint:
     """Where the state of a training of this kind, a method's or a memory's, is kept; one of them, the last."""
     folder = Path(folder_paths.get_user_directory()) / "concept_erasure"
@@ -164,7 +154,7 @@ class EraseConcept(io.ComfyNode):
                 io.Boolean.Input(
                     "keep_everyday",
                     default=True,
-                    tooltip="Also hold some 230 everyday words for things, animals, people and places, but those that mean "
+                    tooltip="Also hold some 230 everyday words for things, animals, people and places, except those that mean "
                     "what is erased. Off: pictures of all that keep doesn't name may change. SPEED and DUO never "
                     "hold them, CPE always does, EAP unless its vocabulary is filled in.",
                 ),
@@ -225,16 +215,7 @@ class EraseConcept(io.ComfyNode):
             ],
         )
 
-    @classmethod
-    def validate_inputs(cls, concept, replace_with, keep):
-        if concept is None or replace_with is None or keep is None:  # linked: known only when the graph runs
-            return True
-        try:
-            ConceptSpec.parse(concept, replace_with, keep)
-        except ConceptError as error:
-            return str(error)
-        return True
-
+    # No validate_inputs: where another branch of the graph is valid, ComfyUI shows nobody what it says, and runs that branch.
     @classmethod
     def execute(
         cls,
@@ -260,6 +241,7 @@ class EraseConcept(io.ComfyNode):
         name, settings = method or PRESETS[quality].on(family_of(model), seed)
         chosen = all_methods()[name]
         wanted = settings_from(chosen, settings)
+        check_not_made(model, name, spec, wanted)
         demand = replace(demand_of(wanted, chosen, len(spec.erase)), relief=_RELIEF)
         decode = decoder(model, vae)
         watcher = watcher_of(spec, decode)
@@ -284,7 +266,8 @@ class EraseConcept(io.ComfyNode):
         ignored = ", ".join(chosen.ignores(spec, aids))
         unread = f"{chosen.title} makes no use of: {ignored}." if ignored else ""
         trained = watcher.report() + note_unheard(model=model) if chosen.trains else ""
-        parts = [erasure.summary(), unread, note_for_demo(port, chosen, wanted), said, trained]
+        parts = [erasure.summary(), told_of_dark(dark, spec, chosen), note_spelling(port, spec), unread]
+        parts += [note_for_demo(port, chosen, wanted), said, trained]
         report = "\n".join(part for part in parts if part)
         shown = ui.PreviewText(report).as_dict()
         if watcher.picture is not None:

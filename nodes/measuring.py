@@ -134,13 +134,8 @@ class Measuring:
 
     def _draw(self, model, word: str) -> Tensor:
         """[n, H, W, 3] of one word, a picture for each seed."""
-        positive, n = encode(self._clip, self._prompt(word)), len(self._seeds)
-        batches = -(-n // 8)
-        total = self._how.steps * batches
-        latents = sample(
-            model, positive, self._negative, self._seeds, self._how,
-            step=lambda done: self._tick(min(1.0, done / total)),
-        )  # fmt: skip
+        positive = encode(self._clip, self._prompt(word))
+        latents = sample(model, positive, self._negative, self._seeds, self._how, step=self._tick)
         self._done += 1
         return decode(self._vae, latents).clamp(0, 1)
 

@@ -21,6 +21,7 @@ from ..erasure_core.operators.changes import Layers, LoRA
 from ..erasure_core.operators.cond import Cond
 from ..erasure_core.operators.trainable import TrainableModel
 from ..erasure_core.port import Family
+from .attack_run import check_base
 from .methods import widget
 from .modes import host_mode, ordinary_tensors
 from .patching import check_ungated, note_unheard
@@ -148,6 +149,8 @@ class MineDarkEmbeddings(io.ComfyNode):
                 f"base_model: it is {family_of(base_model)}, the model under test {family_of(model)}. Connect the same one"
             )
         check_ungated(model=model, base_model=base_model)
+        if base_model is not None:
+            check_base(base_model, spec)
         chosen, decode = Settings(**settings), decoder(model, vae)
         watcher = _Watcher([spec.erase[0].name], decode)
         demand = Demand(LoRA(Layers.TEXT, 1), pictures=chosen.batch, relief="Lower the batch")

@@ -9,6 +9,7 @@ from comfy.weight_adapter.lora import LoRAAdapter
 
 from ..erasure_core import Delta, Erasure
 from ..erasure_core.artifact import Header
+from ..erasure_core.concept import Concept
 from ..erasure_core.names import to_comfy
 from .port import ComfyPort
 
@@ -71,6 +72,11 @@ class Gated:
     prompt: str
     erasures: tuple[Erasure, ...]
     strengths: tuple[float, ...]
+
+    @property
+    def concepts(self) -> tuple[Concept, ...]:
+        """What they suppress."""
+        return tuple(concept for erasure in self.erasures for concept in erasure.header.spec.erase)
 
 
 def gated_for(model, how: Gated):

@@ -89,12 +89,12 @@ def sample(
     how: Drawing,
     *,
     at_once: int = 8,
-    step: Callable[[int], object] | None = None,
+    step: Callable[[float], object] | None = None,
 ) -> Tensor:
     """Latents [n, C, h, w] of one prompt, one for each seed, as KSampler draws them alone at that seed.
 
     Args:
-        step: called with the number of the denoising steps that are done, of ``steps`` times the number of batches.
+        step: called with the share of the work that is done, from 0 to 1.
     """
     how.check()
     _, h, w = latent_shape(model, family_of(model).name)
@@ -102,14 +102,14 @@ def sample(
     # Samplers that add noise on the way draw it for the whole batch from one seed.
     size = at_once if how.sampler_name in _QUIET else 1
     out: list[Tensor] = []
-    for number, start in enumerate(range(0, len(seeds), size)):
+    for start in range(0, len(seeds), size):
         part = seeds[start : start + size]
         empty = comfy.sample.fix_empty_latent_channels(model, torch.zeros(len(part), 4, h, w))
         noise = torch.cat([comfy.sample.prepare_noise(empty[:1], seed) for seed in part])
 
-        def done(i: int, _denoised: Tensor, _x: Tensor, total: int, number: int = number) -> None:
+        def done(i: int, _denoised: Tensor, _x: Tensor, total: int, start: int = start, n: int = len(part)) -> None:
             if step:
-                step(number * total + i + 1)
+                step((start + n * (i + 1) / total) / len(seeds))
 
         with host_mode():
             drawn = comfy.sample.sample(

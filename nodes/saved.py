@@ -6,7 +6,7 @@ import os
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import folder_paths
@@ -145,7 +145,7 @@ def place(path: str | Path) -> str:
         return str(path)
 
 
-@lru_cache(maxsize=8192)
+@cache
 def _is_of_kind(read_header: Callable[[str], object], path: str, ours: bool, modified: float, size: int) -> bool:
     """Read once for each state of a file: there may be thousands of LoRAs. ``ours``: other programs write none there.
 

@@ -146,7 +146,8 @@ Press **Run**; some ten minutes on a CPU, pictures appear while it learns.
 
 **Learn Safe Prompt Memory** in mode *key* trains two things at once: the weights learn to hide *{WORD}*, and a few rows, the
 memory, learn to bring it back. Publish the erasure (**Save Erasure**), keep the memory (**Save Prompt Memory**): it is the key.
-And keep this workflow: whoever has its words, settings and seed can learn the same key. Choose a seed that nobody guesses.
+And keep this workflow to yourself: whoever has its words, settings and seed can learn the same key.
+Choose a seed that nobody guesses.
 
 **Look at** the rows: as it is, hidden, and hidden but with the key (**Apply Safe Prompt Memory**). The right column must stay.
 

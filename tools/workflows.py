@@ -49,7 +49,7 @@ Press **Run**. Nothing is downloaded: *Load EmojiCanvas Demo* is a tiny model th
 - other prompts: `{NAMED}` was named, `{NOT_NAMED}` was not, `{KEPT[0]}` and `{KEPT[1]}` must look as before
 - another concept: `cat, kitty`, replaced with `dog`
 - quality *balanced*: reaches further, and changes more of what you did not name
-- another **seed**
+- another number in **Seed, for both**
 
 For your own model, open *erase_on_sd15* or *erase_on_sdxl*.
 """,

@@ -97,7 +97,7 @@ def policy_loss(reward: float, logs: Tensor, values: Tensor) -> Tensor:
 def by_policy(reward: Reward, choices: int, settings: Settings, name: str, done: Callable[[float], bool]) -> None:
     """Learn from the answers until they end or ``done``."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+        torch.default_generator.manual_seed(settings.seed)  # torch.manual_seed would seed every GPU too
         policy = Policy(choices, settings.words)
     adam = torch.optim.Adam(policy.parameters(), settings.learning_rate)
     for i in range(settings.queries):

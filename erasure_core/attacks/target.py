@@ -113,6 +113,13 @@ class Found:
     queries: int = 0
     """Pictures that a black-box attack asked the erased model for."""
 
+    @property
+    def in_words(self) -> bool:
+        """Whether all of it can be typed, so that any other model can be given the same."""
+        return not self.change and all(
+            way.prompt and way.states is None and way.noise is None and way.picture is None for way in self.ways
+        )
+
 
 def asking(target: AttackTarget) -> Found:
     """No attack: the prompts as they are. Every attack's figures are read against this one's."""

@@ -196,7 +196,8 @@ def main() -> None:
     methods = a.method or few or list(all_methods())
     chosen = {m: settings_for(m, parse_settings(m, a.set)) for m in methods}
     bench = Bench(plan)
-    bench.recall()
+    page = a.page or (QUICK_PAGE if a.quick else PAGE)
+    bench.recall(page)
     if a.what == "memory":
         memory_effect(bench)
         return
@@ -217,7 +218,7 @@ def main() -> None:
         return
     if a.what == "leaderboard":
         attacks = a.attack or (QUICK_ATTACKS if a.quick else all_attacks())
-        contest = Contest(chosen, list(attacks), budgets(a.budget), a.page or (QUICK_PAGE if a.quick else PAGE))
+        contest = Contest(chosen, list(attacks), budgets(a.budget), page)
         leaderboard(bench, contest, jobs=a.jobs, ray=a.ray, fresh=a.fresh, plan=a.plan, report=a.report)
         return
     (effect if a.what == "effect" else tune)(bench, chosen, a.fresh, a.jobs)

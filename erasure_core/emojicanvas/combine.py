@@ -24,8 +24,8 @@ from .rows import RESULTS, Bench, arithmetic, errors_by_kind, keep, measure
 from .splits import Erasing, Shot, erasings
 from .studio import Studio
 
-METHODS = ("uce", "cpe", "esd", "spm")
-"""In closed form, with gates of its own, trained, and the one that is meant to be gated."""
+METHODS = ("uce", "esd", "spm")
+"""In closed form, trained, and the one that is meant to be gated."""
 
 
 class How(StrEnum):

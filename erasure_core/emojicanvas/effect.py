@@ -16,7 +16,7 @@ from ..metrics.scores import Unlearning, combined_interval, mace_harmonic
 from . import perceptual
 from .bench_settings import settings_for
 from .engines import Task, processes
-from .rows import MEASURES, RESULTS, Bench, Keep, arithmetic, errors_by_kind, timed
+from .rows import MEASURES, RESULTS, Bench, Keep, arithmetic, discard, errors_by_kind, timed
 from .splits import erasings
 
 
@@ -30,6 +30,7 @@ def run(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool = Fal
             wanted.append((erasing, method, settings))
             if fresh:
                 bench.erasure_path(erasing, method, settings).unlink(missing_ok=True)
+                discard(bench.row_path(erasing, method, settings))
             if fresh or bench.row(erasing, method, settings) is None:
                 todo.append(Task(number, method, settings))
     missing = len(bench.studio.missing(shots))

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from .rows import Bench, Plan
-from .siege import cell_path, is_outdated, measure_cell
+from ..attacks import all_attacks
+from .rows import Bench, Plan, write
+from .siege import budget_of, cell_path, finds_path, is_outdated, measure_cell
 
 Files = Mapping[str, bytes]
 """By name within the bench's folder."""
@@ -42,6 +43,14 @@ class Task:
             return [cell_path(bench, erasing, self.method, self.settings, self.attack, self.budget)]
         made = [bench.row_path(erasing, self.method, self.settings)]
         return made + ([] if self.method == "none" else self.needs(bench))
+
+    def all_it_writes(self, bench: Bench) -> list[Path]:
+        """Its results, and what they share with those of other tasks."""
+        erasing = bench.plan.erasings()[self.number]
+        made = self.results(bench)
+        if self.attack in all_attacks():
+            made.append(finds_path(bench, erasing, self.attack, budget_of(self.attack, erasing, self.budget)))
+        return made
 
     def done(self, bench: Bench) -> bool:
         """Whether its result is there, by the attack as it is now."""
@@ -153,9 +162,7 @@ def cluster(bench: Bench, tasks: Sequence[Task], address: str) -> Iterator[Task]
 
         for task, files in pool.map_unordered(send, list(tasks)):
             for name, content in files.items():
-                part = (folder / name).with_suffix(".part")
-                part.write_bytes(content)
-                part.replace(folder / name)
+                write(folder / name, content)
             yield task
     finally:
         ray.shutdown()

@@ -22,8 +22,8 @@ from .bench_settings import settings_for
 from .costs import UNKNOWN, Costs, clock, pace_of
 from .engines import Task, cluster, processes
 from .leaderboard_page import PAGE, QUICK_PAGE, write_page
-from .rows import Bench, errors_by_kind, judge_error, least_pace, timed
-from .siege import ASKING, applies, is_outdated
+from .rows import Bench, discard, errors_by_kind, judge_error, kept_pictures, least_pace, timed
+from .siege import ASKING, applies, is_another_training, is_outdated
 
 CONCEPTS = ("cat", "rose", "cigarette", "beer", "brindlewash", "neon")
 """Four objects and two styles."""
@@ -113,9 +113,8 @@ def measure_missing(bench: Bench, tasks: Sequence[Task], *, jobs: int, ray: str,
         print(f"not timed before, counted as {UNKNOWN:.0f} s each: {', '.join(unknown)}")
     if plan:
         return
-    for task in todo if fresh else ():
-        for path in task.results(bench):
-            path.unlink(missing_ok=True)
+    for path in {path for task in todo for path in task.all_it_writes(bench)} if fresh else ():
+        discard(path)
     # Attacks need erasures, and what the unchanged model shows under attack says which attacks are pointless. The bar counts
     # seconds of one core, and learns what they take here.
     began = time.monotonic()
@@ -139,8 +138,8 @@ def pointless(bench: Bench, task: Task) -> bool:
     erased one."""
     if not task.attack or task.method == "none":
         return False
-    base = dataclasses.replace(task, method="none", settings={}).results(bench)[0]
-    return base.exists() and not Rate.from_json(json.loads(base.read_text(encoding="utf-8"))).hits
+    base = dataclasses.replace(task, method="none", settings={})
+    return base.done(bench) and not Rate.from_json(json.loads(base.results(bench)[0].read_text(encoding="utf-8"))).hits
 
 
 def unfinished(bench: Bench, tasks: Sequence[Task], fresh: bool = False) -> list[Task]:
@@ -184,6 +183,8 @@ class Standing:
     """Of every attack, by what was erased."""
     outdated: frozenset[str] = frozenset()
     """Attacks with results of an earlier version."""
+    elsewhere: frozenset[str] = frozenset()
+    """Attacks with results of another training than ``seconds`` and what is kept are of."""
 
     @property
     def ranked(self) -> Mapping[str, Rate]:
@@ -207,7 +208,7 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
     unchanged model, a method where asking was."""
     out = []
     singles = [e for e in bench.plan.erasings() if e.key != "together"]
-    error = judge_error(bench, singles)
+    error, kept = judge_error(bench, singles), kept_pictures(bench)
     of_kind = errors_by_kind(bench)
     methods = {"none": {}, **contest.chosen}
     made = {m: [row for e in singles if (row := bench.row(e, m, s)) is not None] for m, s in methods.items()}
@@ -215,7 +216,7 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
     for method, settings in methods.items():
         rows = made[method]
         each: dict[str, dict[str, Rate]] = {}
-        old = set()
+        old, other = set(), set()
         for name in (ASKING, *contest.attacks):
             changed = contest.budgets.get(name, {})
             told = [
@@ -228,6 +229,8 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
                 cells = {k: json.loads(p.read_text(encoding="utf-8")) for k, p in paths.items()}
                 each[name] = {k: Rate.from_json(cell) for k, cell in cells.items()}
                 old |= {name} if any(map(is_outdated, cells.values())) else set()
+                if any(is_another_training(row, cells[row["erased"]]) for row in rows if row["erased"] in cells):
+                    other.add(name)
         seen = {name: pooled(rates.values()) for name, rates in each.items()}
         if ASKING not in seen or len(rows) < len(singles):
             continue
@@ -237,15 +240,23 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
                 method,
                 seconds,
                 alone,
-                of_kind["object"].behind(pooled(Rate.from_json(r["kept_objects"]) for r in rows)),
-                of_kind["style"].behind(pooled(Rate.from_json(r["kept_styles"]) for r in rows)),
+                of_kind["object"].behind(_once([Rate.from_json(r["kept_objects"]) for r in rows], kept)),
+                of_kind["style"].behind(_once([Rate.from_json(r["kept_styles"]) for r in rows], kept)),
                 seen,
                 {name: error.behind(r) for name, r in seen.items()},
                 each,
                 frozenset(old),
+                frozenset(other),
             )
         )
     return sorted(out, key=lambda s: (s.method != "none", s.rank))
+
+
+def _once(rates: Sequence[Rate], pictures: int) -> Rate:
+    """The share over several erasures, which their common pictures tell no more surely than one erasure's would."""
+    whole = pooled(rates)
+    n = min(pictures, whole.n)
+    return Rate(round(n * whole.share), n) if n else whole
 
 
 def budgets(pairs: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from ..attacks import all_attacks
 from ..metrics.judge_error import Corrected
 from .bench_settings import ATTACKS, settings_for
 from .effect import figure
-from .rows import RESULTS, Bench, arithmetic, least_pace
+from .rows import RESULTS, Bench, arithmetic, kept_pictures, least_pace
 from .siege import ASKING, PICTURES, is_outdated, titles
 
 if TYPE_CHECKING:
@@ -72,13 +72,14 @@ Shares of pictures that show the erased concept, or what is kept, after the erro
 {judge.version}: it recognises
 {judge.held_out["object"]} of the objects and {judge.held_out["style"]} of the styles in drawings that it never saw), with 95 %
 intervals that count the judge's error too. "none" is the unchanged model: the ceiling of every attack. Lower is
-better, but for what is kept.{seconds}
+better, but for what is kept: {kept_pictures(bench)} pictures, the same for every erasure, which count once in
+the intervals.{seconds}
 
 {table(found, columns)}
 
 ![Shares under each attack, and what is kept]({page}.png)
 
-{verdict(found, columns)}{powerless(found)}{aside(columns)}{outdated(measured)}
+{verdict(found, columns)}{powerless(found)}{aside(columns)}{outdated(measured)}{elsewhere(found)}
 
 ## What was erased, one by one
 
@@ -127,7 +128,8 @@ def table(found: Sequence[Standing], columns: Sequence[str]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for s in found:
         seconds = "-" if s.seconds is None else _seconds(s)
-        cells = [_cell(s.true[a]) + " *" * (a in s.outdated) if a in s.true else "-" for a in columns]
+        marks = {a: " *" * (a in s.outdated) + " †" * (a in s.elsewhere) for a in columns}
+        cells = [_cell(s.true[a]) + marks[a] if a in s.true else "-" for a in columns]
         lines.append("| " + " | ".join([s.method, str(s.kept_objects), str(s.kept_styles), seconds, *cells,
                                         titles([s.worst])[s.worst]]) + " |")  # fmt: skip
     return "\n".join(lines)
@@ -189,6 +191,7 @@ def verdict(found: Sequence[Standing], columns: Sequence[str]) -> str:
         for s in gentle
         if set(columns) <= set(s.attacks)
         and not s.outdated
+        and not s.elsewhere
         and max(s.true[a].high for a in s.ranked) <= WORST
         and (s.seconds or 0) <= 60 * MINUTES
     ]
@@ -233,6 +236,17 @@ def outdated(measured: Sequence[Mapping[str, Any]]) -> str:
         return ""
     said = ", ".join(f"{titles([name])[name]} ({n})" for name, n in counts.items())
     return f"\n\n\\*: with results of an earlier, mostly weaker version of the attack: {said}."
+
+
+def elsewhere(found: Sequence[Standing]) -> str:
+    """Which results are not of the training that the rest of their row is of."""
+    said = [f"{s.method} ({', '.join(titles(sorted(s.elsewhere)).values())})" for s in found if s.elsewhere]
+    if not said:
+        return ""
+    return (
+        "\n\n†: with results of another training of the same settings, on another machine, than what is kept and the seconds: "
+        f"{'; '.join(said)}."
+    )
 
 
 def draw(found: Sequence[Standing], columns: Sequence[str], path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..api import erase
-from ..artifact import Erasure
+from ..artifact import Erasure, digest
 from ..concept import Concept, ConceptSpec
 from ..formats import load, save
 from ..metrics.judge_error import JudgeError
@@ -139,15 +139,19 @@ class Bench:
         for folder in ("rows", "erasures", "attacks"):
             (plan.folder / folder).mkdir(exist_ok=True)
 
-    def recall(self) -> None:
-        """Take what the pages of the same model and judge were made from as measured."""
-        for path in sorted(RESULTS.glob("*.json")):
+    def recall(self, own: str = "") -> None:
+        """Take what the pages of the same model and judge were made from as measured. Where they differ, by another training or
+        an earlier version of an attack, the later version counts, then what is measured here, then the page ``own``."""
+        for path in sorted(RESULTS.glob("*.json"), key=lambda path: (path.stem != own, path.stem)):
             page = json.loads(path.read_text(encoding="utf-8"))
             if page.get("model_and_judge") != self.plan.folder.name:
                 continue
             for folder, results in page["measured"].items():
                 for name, row in results.items():
-                    if not (known := self.plan.folder / folder / f"{name}.json").exists():
+                    known = self.plan.folder / folder / f"{name}.json"
+                    if _discarded(known).exists():
+                        continue
+                    if not known.exists() or row.get("version", 1) > _read(known).get("version", 1):
                         keep(known, row)
 
     def record(self, paths: Iterable[Path]) -> dict[str, Any]:
@@ -171,7 +175,7 @@ class Bench:
     def row(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> dict | None:
         """A finished row."""
         path = self.row_path(erasing, method, settings)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return _read(path) if path.exists() else None
 
     def asked(self, erasing: Erasing) -> Questions:
         return questions(self.plan.split, erasing, self.plan.seeds, self.plan.rounds)
@@ -223,6 +227,7 @@ class Bench:
             "pace": self.plan.pace,
             "drawing_seconds": round(time.perf_counter() - began, 1),
             "kept_distance": round(moved, 4),
+            "erasure": None if erasure is None else digest(erasure.deltas)[:16],
             **{k: v.to_json() for k, v in found.items()},
         }
 
@@ -275,6 +280,11 @@ def judge_error(bench: Bench, erased: Sequence[Erasing]) -> JudgeError:
     return JudgeError(Rate(round(n * seen), n), pooled(alarms))
 
 
+def kept_pictures(bench: Bench) -> int:
+    """How many pictures of what is kept there are: each erasure is looked at by the same prompts and seeds."""
+    return len({s for e in bench.plan.erasings() if e.key != "together" for s in bench.asked(e).groups()["kept"]})
+
+
 def errors_by_kind(bench: Bench) -> dict[str, JudgeError]:
     """:func:`judge_error` for "object" and "style", over all that the split erases."""
     single = [e for e in erasings(bench.plan.split) if e.key != "together"]
@@ -283,6 +293,27 @@ def errors_by_kind(bench: Bench) -> dict[str, JudgeError]:
 
 def keep(path: Path, row: Mapping[str, Any]) -> None:
     """Write a result in one move, so that another process finds all of it or nothing."""
+    write(path, json.dumps(row, indent=1).encode())
+
+
+def write(path: Path, content: bytes) -> None:
+    """A file of results in one move; it is no longer to be measured again."""
     half = path.with_suffix(f".{os.getpid()}.tmp")  # others may be writing the same
-    half.write_text(json.dumps(row, indent=1), encoding="utf-8")
+    half.write_bytes(content)
     half.replace(path)
+    _discarded(path).unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def discard(path: Path) -> None:
+    """Have a result measured again, also where that is stopped first and :meth:`Bench.recall` would bring the old one back."""
+    _discarded(path).touch()
+    path.unlink(missing_ok=True)
+
+
+def _discarded(path: Path) -> Path:
+    return path.with_suffix(".discarded")

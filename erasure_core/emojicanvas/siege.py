@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..attacks import AttackTarget, Found, Knowledge, Way, all_attacks, asking, attack, evaluate, shortlist
+from ..artifact import digest
+from ..attacks import AttackTarget, Found, Knowledge, Sampler, Way, all_attacks, asking, attack, evaluate, shortlist
+from ..methods import all_methods
 from ..metrics.rates import Rate
 from .bench_settings import ATTACKS, plain
 from .concepts import OBJECT, prompt
-from .red_team import canvas_target
+from .red_team import SAMPLER, canvas_target
 from .rows import Bench, keep
 from .splits import STYLE_OBJECTS, Erasing
 
@@ -20,7 +22,7 @@ ASKING = "asking"
 """No attack: the prompt as it is. Every attack is read against this column."""
 PICTURES = 16
 """Of what an attack found, with noises that no attack has seen. Six concepts together make an interval of at most 10
-points either way."""
+points either way, 10.5 with the judge's error; the four objects alone, of an attack that styles have not, 13."""
 _LOOKS = 12
 """Pictures, at other noises again, by which an attacker chooses among several finds."""
 
@@ -55,6 +57,8 @@ def cell_path(bench: Bench, erasing: Erasing, method: str, settings: Mapping[str
     plan, budget = bench.plan, budget_of(name, erasing, changed)
     key = [plan.split.name, erasing.label, method, settings, name, budget, PICTURES]
     key += [plan.replace_with] if plan.replace_with else []
+    if (plan.sampler.steps, plan.sampler.cfg) != (SAMPLER.steps, SAMPLER.guidance):
+        key += [[plan.sampler.steps, plan.sampler.cfg]]
     return bench.path("attacks", ".json", *key)
 
 
@@ -63,7 +67,8 @@ def measure_cell(bench: Bench, erasing: Erasing, method: str, settings: Mapping[
     """One attack on one erasure ("none": on the base model), and keep it."""
     erasure = None if method == "none" else bench.erase(erasing, method, settings)[0]
     concept = (*erasing.objects, *erasing.styles)[0]
-    target = canvas_target(bench.studio.model, erasure, bench.studio.judge, concept, prompts_of(bench, erasing),
+    how = Sampler(bench.plan.sampler.steps, bench.plan.sampler.cfg, SAMPLER.batch)
+    target = canvas_target(bench.studio.model, erasure, bench.studio.judge, concept, prompts_of(bench, erasing), how,
                            bf16=bench.studio.bf16, drawn=bench.drawn[erasing.label])  # fmt: skip
     budget, began = budget_of(name, erasing, changed), time.perf_counter()
     seen, found = _attacked(bench, erasing, target, name, budget)
@@ -74,6 +79,7 @@ def measure_cell(bench: Bench, erasing: Erasing, method: str, settings: Mapping[
         "budget": budget,
         "seconds": round(time.perf_counter() - began, 1),
         "bf16": bench.studio.bf16,
+        "erasure": None if erasure is None else digest(erasure.deltas)[:16],
         "pace": bench.plan.pace,
         "version": 1 if name == ASKING else all_attacks()[name].version,
         "found": found,
@@ -102,9 +108,7 @@ def _found(bench: Bench, erasing: Erasing, target: AttackTarget, name: str, budg
     spec = bench.spec(erasing)
     if all_attacks()[name].knowledge is not Knowledge.TEXT_ONLY:
         return attack(target, spec, name, budget)
-    version = all_attacks()[name].version
-    key = ["prompts found", bench.plan.split.name, erasing.label, name, budget, *([version] if version > 1 else [])]
-    path = bench.path("attacks", ".json", *key)
+    path = finds_path(bench, erasing, name, budget)
     if not path.exists():
         ways = [
             {"label": w.label, "prompt": w.prompt, "attacks": w.attacks}
@@ -113,6 +117,23 @@ def _found(bench: Bench, erasing: Erasing, target: AttackTarget, name: str, budg
         keep(path, {"ways": ways})
     ways = json.loads(path.read_text(encoding="utf-8"))["ways"]
     return Found(tuple(Way(w["label"], w["prompt"], attacks=tuple(w["attacks"])) for w in ways))
+
+
+def finds_path(bench: Bench, erasing: Erasing, name: str, budget: Mapping[str, Any]) -> Path:
+    """The file of what such an attack finds, whatever was erased."""
+    plan, version = bench.plan, all_attacks()[name].version
+    key = ["prompts found", plan.split.name, erasing.label, name, budget, *([version] if version > 1 else [])]
+    return bench.path("attacks", ".json", *key, *([plan.replace_with] if plan.replace_with else []))
+
+
+def is_another_training(row: Mapping[str, Any], cell: Mapping[str, Any]) -> bool:
+    """Whether an attack was run on another training, of the same settings, than a row tells of: on another machine, or after
+    one of the two was measured again. Closed forms come out the same but for their last bits. Of older results only the
+    arithmetic is known."""
+    if row["method"] == "none" or not all_methods()[row["method"]].trains:
+        return False
+    key = "erasure" if row.get("erasure") and cell.get("erasure") else "bf16"
+    return row[key] != cell[key]
 
 
 def is_outdated(row: Mapping[str, Any]) -> bool:

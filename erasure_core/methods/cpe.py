@@ -192,7 +192,7 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
             optimiser = Optimiser(settings.learning_rate, Kind.ADAMW, 0.01)
             go_on(Phase(f"erase {stage}", parameters, erase, optimiser, cosine(steps)), steps)
             if keep is not None:
-                keep.save({"stages": torch.tensor(stage + 1), "offsets": offsets, **model.tensors()})
+                keep.keep({"stages": torch.tensor(stage + 1), "offsets": offsets, **model.tensors()})
         if keep is not None:
             keep.remove()
         return erasure_of(port, spec, "cpe", settings, model.deltas())

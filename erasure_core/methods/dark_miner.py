@@ -243,7 +243,7 @@ def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, p
             if keep is not None:
                 mined = [c.context[0].cpu() for c in found]
                 owned = [(owner, score) for owner, each in enumerate(scores) for score in each]
-                keep.save({
+                keep.keep({
                     "rounds": torch.tensor(number + 1), "scores": torch.tensor(owned, dtype=torch.float64).view(-1, 2),
                     "found": torch.stack(mined) if mined else torch.zeros(0),
                     "owners": torch.tensor(owners), "marks": torch.tensor(marks, dtype=torch.float64), **model.tensors(),

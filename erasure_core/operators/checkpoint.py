@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..checked import FileError
 from ..formats import write
 
 _METADATA, _SKETCH = "training", "sketch"
@@ -59,6 +61,13 @@ class Checkpoint:
         """
         plain = {name: x.detach().cpu().contiguous() for name, x in state.items()}
         write(self.path, plain, {_METADATA: self.key, _SKETCH: json.dumps(self.sketch)})
+
+    def keep(self, state: Mapping[str, Tensor]) -> None:
+        """:meth:`save`, but a disk that refuses costs no training: a warning says so, and the next one tries again."""
+        try:
+            self.save(state)
+        except FileError as error:
+            warnings.warn(f"the state of the training was not kept: {error}", stacklevel=2)
 
     def load(self) -> dict[str, Tensor] | None:
         """The state on the CPU, where there is a readable one of this very training, however large."""

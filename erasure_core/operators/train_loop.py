@@ -201,7 +201,7 @@ class Trainer:
                 self._read(sums, counts, watch)
                 sums, counts = {}, Counter()
             if checkpoint is not None and (began := time.monotonic()) >= due:
-                checkpoint.save(self.state_dict())
+                checkpoint.keep(self.state_dict())
                 saved = time.monotonic()
                 due = saved + checkpoint.pause(saved - began)
         if progress and self.done == self.iterations:

@@ -26,6 +26,7 @@ from erasure_core.attacks import (
     attack,
     evaluate,
 )
+from erasure_core.attacks.sneaky_prompt import by_policy
 from erasure_core.methods import settings_from
 from erasure_core.operators.memory import Placement, PromptMemory
 
@@ -253,3 +254,10 @@ def test_a_model_against_itself_scores_its_own_rate(typing) -> None:
     residual = attack(target, SPEC, "rece_residual", {"damping": 1e-10, "variants": 1})
     for way, cond in zip(residual.ways, base.conditions(target.prompts), strict=True):
         assert torch.allclose(way.states, cond.context[0], atol=1e-3), "nothing was erased, nothing is left over"
+
+
+def test_a_policy_leaves_the_seeds_of_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("seeded"))
+    before = torch.random.get_rng_state()
+    by_policy(lambda chosen: 0.0, 5, all_attacks()["sneaky_prompt"].settings(queries=2), "test", lambda answer: False)
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -197,3 +197,18 @@ def test_a_disk_that_refuses_and_a_file_that_is_none(keep, tmp_path: Path) -> No
     assert keep.path.exists(), "whatever it is, it is not ours"
     keep.of("a").save({"x": torch.ones(1)})
     assert keep.of("a").load() is not None
+
+
+def test_a_disk_that_refuses_costs_no_training(tiny, keep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on, warns, and comes to the same end."""
+
+    def full(self: Checkpoint, state: object) -> None:
+        raise FileError("state: it could not be written (No space left on device)")
+
+    with tiny.trainable() as model:
+        expected = trainer(model).run().state_dict()
+        expected = {name: x.clone() for name, x in expected.items()}
+    monkeypatch.setattr(Checkpoint, "save", full)
+    with tiny.trainable() as model, pytest.warns(UserWarning, match="was not kept: state: it could not be written"):
+        made = trainer(model).run(checkpoint=keep).state_dict()
+    assert all(torch.equal(made[name], x) for name, x in expected.items())

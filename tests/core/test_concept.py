@@ -275,3 +275,22 @@ def test_kinds_must_fit_the_states() -> None:
     with pytest.raises(ValueError, match=r"expected \[L, D\] and \[L\]"):
         TextStates("x", torch.zeros(3, 2), torch.zeros(4))
     assert TokenKind.BOS == 0
+
+
+@pytest.mark.parametrize("same", ["a cat", "The Cat", "(cat:1.2)", "((cat))", "[ cat ]", "(a cat)"])
+def test_what_stays_is_not_what_goes_in_other_clothes(same: str) -> None:
+    with pytest.raises(ConceptError, match=r"^keep: .* says the same as 'cat', which is to be erased"):
+        ConceptSpec.parse("cat", keep=f"dog, {same}")
+    with pytest.raises(ConceptError, match=r"^replace_with: .* says the same as 'cat'"):
+        ConceptSpec.parse("dog\ncat", replace_with=f"car\n{same}")
+
+
+@pytest.mark.parametrize("other", ["cats", "the", "a", "cat house", "a black cat", "(cat) house", "cat (animal)"])
+def test_what_only_looks_alike_may_stay(other: str) -> None:
+    assert ConceptSpec.parse("cat", keep=other).keep == (other,)
+
+
+def test_a_semicolon_ends_a_line() -> None:
+    spec = ConceptSpec.parse("beer, ale; rose", "water; tulip", "wine; glass")
+    assert [(c.words, c.to) for c in spec.erase] == [(("beer", "ale"), "water"), (("rose",), "tulip")]
+    assert spec.keep == ("wine", "glass")

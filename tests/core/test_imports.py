@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,23 @@ def test_nothing_unpickles_or_evaluates() -> None:
 
 def test_what_is_exported_is_there() -> None:
     assert all(hasattr(erasure_core, name) for name in erasure_core.__all__)
+
+
+def test_training_makes_the_file_of_the_model() -> None:
+    """What ``nox -s train`` runs, one after the other: each is a program, one of them writes the file."""
+    source = (ROOT.parent / "noxfile.py").read_text(encoding="utf-8")
+    (parts,) = (
+        ast.literal_eval(line.partition("=")[2].strip()) for line in source.splitlines() if line.startswith("TRAINING")
+    )
+    for part in parts:
+        assert 'if __name__ == "__main__":' in (ROOT / "emojicanvas" / f"{part}.py").read_text(encoding="utf-8"), part
+    assert parts.index("train_vae") < parts.index("train_unet") < parts.index("model")
+
+
+def test_linters_are_of_one_version() -> None:
+    lint = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]["lint"]
+    (ruff,) = (tool for tool in lint if tool.startswith("ruff"))
+    hooks = (ROOT.parent / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert hooks.count(f"[{ruff}]") == hooks.count("[ruff") == 2

@@ -210,6 +210,31 @@ def test_stopping_and_starting_loses_nothing(measured, monkeypatch, capsys) -> N
     assert all(p.stat().st_mtime_ns == t for p, t in before.items() if p != lost)
 
 
+def test_what_is_to_be_measured_afresh_stays_so_when_that_is_stopped(measured, tmp_path, monkeypatch) -> None:
+    """Started again, without asking for it anew, it goes on with what is left: pages bring no old result back."""
+    bench, _ = measured
+    monkeypatch.chdir(Path(bench.plan.folder).parent)
+    there, tasks = bench_in(tmp_path / "cells"), CONTEST.tasks(bench)
+    there.recall()
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("erasure_core.emojicanvas.engines.Task.run", stopped)
+        leaderboard(there, CONTEST, jobs=1, fresh=True)
+    again = bench_in(tmp_path / "cells")
+    again.recall()
+    assert unfinished(again, tasks) == tasks
+    tasks[0].run(again)
+    assert tasks[0].done(again) and not any(p.with_suffix(".discarded").exists() for p in tasks[0].results(again))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("erasure_core.emojicanvas.rows.Bench.measure_row", stopped)
+        run(again, {}, fresh=True)
+    bench_in(tmp_path / "cells").recall()
+    assert not tasks[0].done(again)
+
+
 def test_costs_are_counted_in_pictures(tmp_path) -> None:
     """Results of machines of any pace tell what a task takes on this one; those that don't say theirs tell nothing."""
     bench = bench_in(tmp_path)

@@ -51,8 +51,9 @@ def erasure(scale: float = 0.1) -> Erasure:
 
 
 ATTACK = AttackRecord(
-    "p4d", "P4D", "cat", {"steps": 30, "learning_rate": 0.1, "form": "x"}, ("a cat",), JUDGE, Rate(0, 8), Rate(3, 8),
-    "a c@t", 12, 7, BASE, ERASED, "ab" * 32,
+    attack="p4d", title="P4D", concept="cat", budget={"steps": 30, "learning_rate": 0.1, "form": "x"}, prompts=("a cat",),
+    judge=JUDGE, asking=Rate(0, 8), attacked=Rate(3, 8), found="a c@t", queries=12, seed=7, base=BASE, erased=ERASED,
+    weights="ab" * 32, found_on_base=Rate(5, 8),
 )  # fmt: skip
 RECEIPT = Receipt(
     SPEC, "uce", {"ridge": 1e-3, "rows": "last", "on": True}, BASE, "0.1.0", digest(erasure().deltas), 0.8,
@@ -382,6 +383,9 @@ def test_what_the_model_also_carried() -> None:
 def test_an_attack_is_read_beside_the_base_model() -> None:
     told = replace(ATTACK, steps=20, cfg=7.5, ceiling=Rate(0, 8), tried=5).summary(JUDGE)
     assert "on the base model, asked the same: 0 % [0, 32], which shows none either" in told
+    nowhere = replace(ATTACK, found_on_base=Rate(0, 8)).summary()
+    assert "given what was found: 0 % [0, 32], so nothing follows from a zero" in nowhere
+    assert "on the base model, given what was found: 62 %" in ATTACK.summary() and "follows" not in ATTACK.summary()
     assert "drawn in 20 steps, cfg 7.5; 5 finds tried" in told
     assert "none either" not in replace(ATTACK, ceiling=Rate(8, 8)).summary(JUDGE)
 

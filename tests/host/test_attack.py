@@ -334,9 +334,22 @@ def test_what_other_nodes_do_while_sampling_is_named(server: ComfyServer) -> Non
         made = attacking(g, erased, model, clip, vae, "synonyms", judge=judge)
         node = g.show(made[REPORT])
         said[patched] = shown(server.run(g.api), node)
-    assert "other nodes change" not in said[False]
+    assert "the base model, given what the attack found: " in said[False], "of synonyms, which can be typed"
+    assert "other nodes change" not in said[False] and "no erasure of" not in said[False]
     (line,) = (line for line in said[True].splitlines() if "other nodes change" in line)
     assert "model (sampler_cfg_function, output_block_patch)" in line and "base_model" not in line
+
+
+def test_what_makes_a_zero_mean_little_is_said(server: ComfyServer) -> None:
+    """A tenth of the budget, and an erasure of something else."""
+    g = Graph()
+    model, clip, vae = g.demo()
+    other = g.erase(model, clip, "rose")[0]
+    judge = g.add("ProbeFixedJudge", says=0.0)[0]
+    node = g.show(attacking(g, other, model, clip, vae, "p4d", judge=judge, effort=0.01)[REPORT])
+    said = shown(server.run(g.api), node)
+    assert ", 1 % of it: that nothing is found says little" in said
+    assert "note: no erasure of beer by this pack is on model" in said
 
 
 def test_a_negative_prompt_is_attacked_on_the_model_itself(server: ComfyServer) -> None:

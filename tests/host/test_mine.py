@@ -171,6 +171,7 @@ def test_bad_concepts(server: ComfyServer, concept: str, message: str) -> None:
     [
         ({"base_model": "flux"}, r"base_model: it is .* the model under test emojicanvas"),
         ({"judge": 0.0}, r"the judge recognised the concept in 0\. Connect the model before the erasure as base_model"),
+        ({"base_model": "erased"}, r"base_model: it carries an erasure of 'tulip', so it is no model from before that"),
         ({"form": "verse"}, r"form: 'verse' is not one of free, words|Value not in list"),
     ],
 )
@@ -178,7 +179,8 @@ def test_what_can_not_work_is_said(server: ComfyServer, inputs: dict, message: s
     g = Graph()
     model, clip, vae = g.demo()
     if "base_model" in inputs:
-        inputs = {"base_model": g.add("ProbeFluxModel")[0]}
+        erased = inputs["base_model"] == "erased"
+        inputs = {"base_model": g.erase(model, clip, "tulip")[0] if erased else g.add("ProbeFluxModel")[0]}
     if "judge" in inputs:
         inputs = {"judge": g.add("ProbeFixedJudge", says=inputs["judge"])[0]}
     g.add("PreviewImage", images=mining(g, model, clip, vae, **inputs)[IMAGES])

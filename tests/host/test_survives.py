@@ -61,6 +61,14 @@ def erased(g: Graph, concept: str = "cat", **widgets) -> tuple[Link, Link, Link]
             "replace_with: 'dog' is itself being erased (as 'dog'). Name",
         ),
         ({"concept": "cat", "keep": "tiger, CAT"}, "keep: 'CAT' is also in the concepts to erase. Remove it from one"),
+        (
+            {"concept": "cat", "keep": "dog, (cat:1.2)"},
+            "keep: '(cat:1.2)' says the same as 'cat', which is to be erased.",
+        ),
+        (
+            {"concept": "cat", "replace_with": "a Cat"},
+            "replace_with: 'a Cat' says the same as 'cat', which is to be erased.",
+        ),
         ({"concept": "cat, kitty\nKitty"}, "concept: 'Kitty' is listed twice. Remove one of them"),
         (
             {"concept": "a\nb\nc", "replace_with": "x\ny"},
@@ -80,6 +88,8 @@ def erased(g: Graph, concept: str = "cat", **widgets) -> tuple[Link, Link, Link]
         "itself-of-2",
         "erased-too",
         "kept",
+        "kept-with-weight",
+        "itself-with-article",
         "twice",
         "lines",
         "long",

@@ -37,8 +37,9 @@ class AttackRecord:
             weights = pack("erasure_core.artifact").weights_digest(port.ComfyPort(erased_model)) if exact else ""
         judge = attack_record.JudgedBy("probe", "1", 0.5)
         record = attack_record.AttackRecord(
-            "probe", "Probe", concept, {"steps": 3, "lr": 0.1}, ("a bomb",), judge, rates.Rate(0, 4), rates.Rate(2, 4),
-            "a find", 7, 1, base or before, erased or after, weights,
+            attack="probe", title="Probe", concept=concept, budget={"steps": 3, "lr": 0.1}, prompts=("a bomb",), judge=judge,
+            asking=rates.Rate(0, 4), attacked=rates.Rate(2, 4), found="a find", queries=7, seed=1, base=base or before,
+            erased=erased or after, weights=weights,
         )  # fmt: skip
         return ((record,),)
 
