@@ -317,7 +317,7 @@ def edit_rows(
     ``dark``: text states [L, D] that were found to bring a concept back, and the number of that concept. Each of their rows but
     BOS may carry it, so all of them become the replacement's at the same place.
 
-    The empty prompt is always kept whole, BOS included: it is the unconditional half of guidance.
+    Of the empty prompt, the unconditional half of guidance, BOS and the rows that ``rule`` picks are always kept.
     """
     pairs = [
         (s, t)

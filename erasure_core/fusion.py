@@ -8,6 +8,9 @@ erasure does on *its* words and what the base does on kept ones (closed-form fus
 
 with E_i the text rows of erasure i's concepts, D_i its change, P the kept rows. Low-rank in, low-rank out.
 
+The rows are those of the words (:attr:`Rows.SUMMARY`, where MACE has all 77), and the ridge pulls to no change: what an erasure
+does to other text states, as RECE's derived ones or dark embeddings, is not in E_i and is all but lost (:func:`beyond_words`).
+
 That is for weights that read text. What the others read (pictures) isn't known here, so their changes are summed; how many
 they are is in the merged header's settings as ``summed`` and in the summary.
 """
@@ -28,6 +31,7 @@ from .operators.linear_edit import mean_square
 from .port import ModelPort
 from .version import __version__
 
+_SEARCHED = ("rece", "dark_miner", "adversarial")
 _TEMPLATES, _RIDGE = TEMPLATES["few"], 1e-3
 
 
@@ -67,6 +71,11 @@ def merge(port: ModelPort, erasures: Sequence[Erasure]) -> Erasure:
         unread=(),
     )
     return Erasure(header, {n: _fuse(n, erasures, projections) if n in text else added(n, erasures) for n in names})
+
+
+def beyond_words(erasure: Erasure) -> bool:
+    """Whether an erasure was made to hold against more than its words, which merging does not keep."""
+    return erasure.header.method in _SEARCHED
 
 
 def _together(specs: Sequence[ConceptSpec]) -> ConceptSpec:

@@ -14,6 +14,7 @@ from ..erasure_core import Erasure as CoreErasure
 from ..erasure_core import FileError, Layout, load, merge, read_header, save
 from ..erasure_core.artifact import digest, same_base, weights_digest
 from ..erasure_core.formats import check_file_name, opened, read_receipt, receipt_of, write_bytes
+from ..erasure_core.fusion import beyond_words
 from ..erasure_core.methods._training import fingerprint
 from ..erasure_core.receipt_file import parse_receipt, receipt_json
 from .modes import ordinary_tensors
@@ -294,5 +295,10 @@ class MergeErasures(io.ComfyNode):
             report += (
                 f"\nWARNING: {', '.join(others)}: made on another base model than erasure_1, whose base ({first}) the merged "
                 "one names. What was made on another base may suppress less"
+            )
+        if aimed := [name for name, e in named.items() if beyond_words(e)]:
+            report += (
+                f"\nWARNING: {', '.join(aimed)}: made to hold against more than words, which merging does not keep. Put it on "
+                "with an Apply Erasure of its own instead"
             )
         return io.NodeOutput(patched, merged, report, ui=ui.PreviewText(report))

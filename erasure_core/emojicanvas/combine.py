@@ -124,7 +124,8 @@ judge's error, with 95 % intervals that count it too; the columns are those of [
 
 ## One erasure, with and without a gate
 
-Over the same {len(one)}, each alone.
+Over the same {len(one)}, each alone. Kept pictures are the same for every erasure: over several erasures their intervals are
+narrower than so few pictures allow.
 
 {kinds["object"]}
 """

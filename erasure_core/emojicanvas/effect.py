@@ -167,6 +167,7 @@ objects and {errors["style"].hits} of the styles in drawings that it never saw, 
   it was not told, that still show the concept. Lower is better.
 - **Neighbours, kept objects, kept styles**: pictures of look-alikes, and of all other objects in all styles, that show
   what they should. Best as high as "none", the unchanged model. {kept}
+  Kept pictures are the same for every erasure: in the summary their intervals are narrower than so few pictures allow.
 - **Rest of the picture**: for the erased prompts, the style where an object was erased, the object where a style was.
 - **Kept distance**: {perceptual.NAME} of kept pictures with and without the erasure, at the same noise.
 - **(n)** behind a kind says over how many erased concepts a method was measured.

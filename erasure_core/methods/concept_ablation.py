@@ -6,7 +6,9 @@ on noised pictures of the anchor, at any time: the concept's prompt comes to mea
 
 Unverified: the authors' code was not read (METHODS 10); the target by the student itself follows a re-implementation, and
 iterations and rate are ours. Departures: the anchor is the replacement, the empty prompt where there is none; its pictures are
-sampled by the frozen network unless they are given; no augmentation; kept words are held at the same latents.
+sampled by the frozen network unless they are given; no augmentation; the concept's word alone, where the authors have 200
+prompts, and whatever of cross-attention ``layers`` say, where they have keys and values; kept words are held at the same
+latents.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ steps at rate 3e-3 and rank 4 took the outputs for the word 41 % of the way at l
 to 7 % of that way), 8 % at 1e3 and 0.01 % at 1e5. For what shows unnamed the paper takes g 3, lambda 1e4, 32 offsets, 20 stages
 of 1200, rank 4.
 
+An attack step moves as many offsets as ``batch``, drawn anew; the re-implementation that we read moves all of them.
+
 A training that is cut off goes on from the last whole stage.
 """
 

@@ -11,7 +11,9 @@ and c_r. A theta step (Adam 1e-5) and a pi step (Adam 1e-2) in turn; pi starts u
 
 Departures: the vocabulary is the k nearest of the words given, without the authors' k-means behind it, by default the everyday
 ones (asked to be kept or not) that don't mean the concept; the x0 losses weigh noisy times up enormously ((1 - abar) / abar,
-METHODS 1.2), so ``space`` can be eps; a replacement is the base of the target; linear layers only.
+METHODS 1.2), so ``space`` can be eps; a replacement is the base of the target; linear layers only. The latent lies at exactly
+the time that is trained (the authors draw one of the twenty behind it), c and c_r start from noises of their own, and words
+that are to be kept are held by a term in eps space, which the default x0 losses outweigh at noisy times.
 """
 
 from __future__ import annotations

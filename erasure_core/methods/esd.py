@@ -47,7 +47,11 @@ class Settings(TrainSettings):
     )
     layers: Layers = setting(Layers.CROSS, "Which layers are changed: cross-attention is ESD-x, for what words name; all but "
         "cross-attention is ESD-u, for what shows unnamed; text keys and values is ESD-x-strict.")  # fmt: skip
-    form: Form = setting(Form.CODE_2025, "Which of the authors' two programs is followed.")
+    form: Form = setting(
+        Form.CODE_2025,
+        "Which of the authors' two programs is followed. That of 2023 goes with "
+        "negative_guidance 1, learning_rate 1e-5 and 1000 iterations, which are not set by this.",
+    )
     negative_guidance: float = setting(2.0, f"{AWAY} 2 in the 2025 form is 1 in the 2023 form.",
         low=0.0, high=20.0, step=0.5)  # fmt: skip
     erase_from: str = setting("", "Erase it only in pictures of this, for example the hat only on a man. 2025 form.")

@@ -12,7 +12,8 @@ from the word alone is not steering away from the concept there: ``end_tokens`` 
 because all prompts end in such rows.
 
 Departures: pictures of the concept are sampled by the frozen network unless they are given; cross-attention only by default
-(the authors train the entire UNet); the preceding textual inversion is left to operators/search.py; kept words are held;
+(the authors train the entire UNet); the preceding textual inversion is left to operators/search.py; the bare word,
+where they write "a photo of" or "in the style of" before it; kept words are held;
 of a dark embedding, which has no words, every row but the first is the concept's.
 """
 

@@ -7,9 +7,9 @@ concepts joined into one prompt, and is what is saved. Cross-attention, AdamW 1e
 3; each step draws one of the concepts for the loss (the authors cycle through them, "iterative").
 
 Departures: a replacement takes the place of the empty prompt in the target; a chain always stops where it is trained (the
-authors' ``until=0`` runs it to its end); the README and the code of the authors swap which of the joined and the single
-prompt is sampled: here the joined one, as in the code; weight decay acts on the change, not on the weights, since the base
-is never touched; kept words are held at the same latents.
+authors' ``until=0`` runs it to its end), at exactly that time (theirs is any in the window behind); the README and the code of
+the authors swap which of the joined and the single prompt is sampled: here the joined one, as in the code; weight decay acts
+on the change, not on the weights, since the base is never touched; kept words are held at the same latents.
 """
 
 from __future__ import annotations

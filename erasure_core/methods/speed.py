@@ -13,7 +13,8 @@ filter, what EmojiCanvas's layers read from ten kept words changed by 2 to 4 % (
 IPF (influence-based prior filtering) drops retained rows that the unconstrained edit hardly moves; DPA (directed prior
 augmentation) adds noisy copies along the direction that the layer reads least.
 
-Departures: r and the null-space threshold are relative (to mean squared norms), so one default fits every text width;
+Departures: r and the null-space threshold are relative (to mean squared norms), so one default fits every text width (but
+the filter's identity is a thousand times r, where the authors have one unit for both: it drops other rows than theirs would);
 K2 is by default an orthonormal basis of all rows of the empty prompt instead of BOS and three cluster centres, because
 then the unconditional half of guidance does not move at all; keys are edited too if asked for. Everyday words
 (``ConceptSpec.everyday``) are not held: they would use up the directions in which it may erase.

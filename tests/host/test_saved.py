@@ -199,6 +199,9 @@ def test_load_says_whether_it_fits_the_model_and_merge_whether_the_bases_differ(
     cats = [g.erase(model, clip, word)[1] for word in ("cat", "bird")]
     told = g.show(g.merge(model, clip, *cats)[2])
     assert "WARNING" not in shown(server.run(g.api), told)
+    searched = g.erase(model, clip, "fish", method=("rece", {}))[1]
+    told = g.show(g.merge(model, clip, cats[0], searched)[2])
+    assert "WARNING: erasure_2: made to hold against more than words" in shown(server.run(g.api), told)
 
 
 def test_a_save_says_where_the_file_really_is(tmp_path: Path) -> None:
