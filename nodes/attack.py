@@ -244,9 +244,9 @@ class RedTeamAttack(io.ComfyNode):
                 watcher.afresh()
                 found = shortlist(target, found, count, seed=seed + 1, each=True, progress=watcher.stage(0.85, 0.05))
             watcher.afresh()
-            after = evaluate(target, found, count, **how, progress=watcher.stage(0.9, 0.05))
-            on_base = None
-            if judge is not None and found.in_words:  # an attack may write what no model reads as the concept
+            on_base, typed = None, judge is not None and found.in_words
+            after = evaluate(target, found, count, **how, progress=watcher.stage(0.9, 0.05 if typed else 0.1))
+            if typed:  # an attack may write what no model reads as the concept
                 on_base = evaluate(unerased, found, count, **how, progress=watcher.stage(0.95, 0.05)).rate
             best = after.best or Way(asked[0], asked[0])
             drawn = torch.cat([decode(part) for part in best_first(after).split(_AT_ONCE)])

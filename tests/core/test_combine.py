@@ -27,7 +27,7 @@ TWO = Erasing(objects=("cat", "rose"))
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.chdir(tmp_path)
     for where in ("erasure_core.emojicanvas.rows.erasings", "erasure_core.emojicanvas.combine.erasings"):
-        monkeypatch.setattr(where, lambda split: [*alone(TWO), TWO])
+        monkeypatch.setattr(where, lambda split: [*alone(TWO), Erasing(styles=("neon",)), TWO])
     return Bench(Plan(BUNDLE, JUDGE, Sampler(3, 4.0), SCORING, 1, 1, "", tmp_path / "cells"))
 
 

@@ -336,7 +336,11 @@ def test_the_summary_says_it_in_plain_words() -> None:
     assert "suppressed cat: seen in 100 % [68, 100] before, 0 % [0, 32] after" in text
     assert "kept bird & co: pixels moved by 0.030" in text
     assert "CLIP score 27.2 before, 26.5 after; pixels moved by 0.020" in text and text.count("CLIP score") == 2
-    assert "P4D: cat in 38 % [14, 69] of pictures (asking: 0 % [0, 32]); steps 30" in text and "12 queries" in text
+    assert (
+        "P4D: cat in 38 % [14, 69] of pictures (asking: 0 % [0, 32]; on the base model, given what was found: 62 % [31, 86]); steps 30"
+        in text
+        and "12 queries" in text
+    )
     assert "judge judge <i> 2, threshold 0.5, knows cat, dog\n" in text and text.count("threshold 0.5") == 1
     assert "the judge's own error is not known and not counted" in text
     assert "stored in int8: 98 % of the change left under noise of 150 % of it" in text
