@@ -337,7 +337,8 @@ def test_the_summary_says_it_in_plain_words() -> None:
     assert "kept bird & co: pixels moved by 0.030" in text
     assert "CLIP score 27.2 before, 26.5 after; pixels moved by 0.020" in text and text.count("CLIP score") == 2
     assert (
-        "P4D: cat in 38 % [14, 69] of pictures (asking: 0 % [0, 32]; on the base model, given what was found: 62 % [31, 86]); steps 30"
+        "P4D: cat in 38 % [14, 69] of pictures (asking: 0 % [0, 32]; "
+        "on the base model, given what was found: 62 % [31, 86]); steps 30"
         in text
         and "12 queries" in text
     )
