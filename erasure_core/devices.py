@@ -18,6 +18,11 @@ def moved(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> 
     return x.to(device, dtype, non_blocking=x.device.type == "cpu")
 
 
+def has_float64(device: torch.device) -> bool:
+    """Apple's, Intel's consumer and DirectML's devices compute in nothing wider than float32."""
+    return device.type not in ("mps", "xpu", "privateuseone")
+
+
 @contextmanager
 def unrounded() -> Iterator[None]:
     """Float32 as it is: cuDNN rounds what convolutions read to ten bits behind the point unless told otherwise."""

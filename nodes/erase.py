@@ -15,7 +15,7 @@ from ..erasure_core import Aids, ConceptError, ConceptSpec, all_methods, erase
 from ..erasure_core.dark import DarkEmbeddings
 from ..erasure_core.methods import MethodSpec, settings_from
 from ..erasure_core.methods.registry import Look
-from ..erasure_core.metrics.judges import word_for
+from ..erasure_core.metrics.judges import look_through, word_for
 from ..erasure_core.operators.checkpoint import Checkpoint
 from ..erasure_core.presets import PRESETS
 from .erase_notes import check_not_made, note_for_demo, note_spelling, told_of_dark
@@ -99,13 +99,7 @@ def _known(judge, words: Sequence[str]) -> str | None:
 
 def _look_for(judge, word: str, decode: Decode, watcher: Watcher) -> Look:
     """The judge behind the decoder."""
-
-    def look(latents: torch.Tensor) -> torch.Tensor:
-        seen = judge.probability(decode(latents).movedim(-1, 1), word)
-        watcher.make_room()
-        return seen
-
-    return look
+    return watcher.asking(look_through(judge, lambda z: decode(z).movedim(-1, 1), word))
 
 
 def unfinished(what: str) -> Checkpoint:

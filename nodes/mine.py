@@ -158,7 +158,8 @@ class MineDarkEmbeddings(io.ComfyNode):
             port = ComfyPort(model, clip, demand=demand, opened=watcher.opened)
             look = None
             if judge is not None:
-                look = look_through(judge, lambda z: decode(z).movedim(-1, 1), word_for(judge, spec.erase[0].words))
+                word = word_for(judge, spec.erase[0].words)
+                look = watcher.asking(look_through(judge, lambda z: decode(z).movedim(-1, 1), word))
             null = port.conditions([""])[0]
             found = mine(
                 port,

@@ -80,7 +80,9 @@ class Replica(TrainableModel):
 def effective(entry: list[Any], key: str, device: torch.device) -> Tensor:
     """A weight with the patches of its MODEL, float32, the caller's own. ``entry`` is one of ``get_key_patches``."""
     (weight, convert), *patches = entry
-    own = convert(mm.cast_to_device(weight, device, torch.float32, copy=True), inplace=True)
+    own = convert(
+        mm.cast_to_device(weight, device, torch.float32, copy=True), inplace=True
+    ).float()  # fp8 kinds stay half
     return comfy.lora.calculate_weight(patches, own, key) if patches else own
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..erasure_core import ConceptSpec
 from ..erasure_core.methods import MethodSpec
+from ..erasure_core.methods.registry import Look
 from ..erasure_core.operators.changes import FullWeights, Layers, LoRA
 from ..erasure_core.operators.cond import Cond
 from ..erasure_core.operators.trainable import TrainableModel
@@ -108,6 +109,16 @@ class Watcher:
         """Once something beside the training has been loaded."""
         if self._model is not None and not self._model.closed:
             self._model.make_room()
+
+    def asking(self, look: Look) -> Look:
+        """``look``, after which ComfyUI takes off again what it has loaded for it: a VAE, a judge."""
+
+        def then_make_room(latents: Tensor) -> Tensor:
+            seen = look(latents)
+            self.make_room()
+            return seen
+
+        return then_make_room
 
     def watch(self, _model: TrainableModel, _done: int, losses: Mapping[str, float]) -> None:
         for name, value in losses.items():

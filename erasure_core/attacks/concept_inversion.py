@@ -110,7 +110,8 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
     def read(vectors: Tensor) -> Cond:
         return Cond.cat([null.with_context(slots[s].states(vectors)) for s in dict.fromkeys(own)])
 
-    with target.erased.trainable() as model, teachers(target, settings.teacher) as teacher:
+    # The one with gradients last: how much room is left then decides whether it keeps its activations.
+    with teachers(target, settings.teacher) as teacher, target.erased.trainable() as model:
 
         def loss(vectors: Tensor, generator: torch.Generator) -> Tensor:
             number = int(torch.randint(0, count, (), generator=generator))

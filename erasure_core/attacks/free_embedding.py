@@ -87,7 +87,8 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
     ways: list[Way] = []
     losses: list[Tensor] = []
     asked = 0
-    with target.erased.trainable() as model, teachers(target, settings.teacher) as teacher:
+    # The one with gradients last: how much room is left then decides whether it keeps its activations.
+    with teachers(target, settings.teacher) as teacher, target.erased.trainable() as model:
 
         def loss(states: Tensor, generator: torch.Generator) -> Tensor:
             number = int(torch.randint(0, count, (), generator=generator))

@@ -126,7 +126,8 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
     pools = pictures_of_each(
         target, target.prompts, settings.pictures, settings.seed, "p4d", lambda *_: progress(0, count * settings.steps)
     )
-    with target.erased.trainable() as erased, target.base.trainable() as base:
+    # The one with gradients last: how much room is left then decides whether it keeps its activations.
+    with target.base.trainable() as base, target.erased.trainable() as erased:
         for number, (prompt, asked, pictures) in enumerate(zip(target.prompts, conds, pools, strict=True)):
             step = part(progress, number, count)
             if settings.form is Form.N:

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import ConceptSpec, everyday
-from ..devices import moved
+from ..devices import has_float64, moved
 from ..operators.changes import Layers, LoRA
 from ..operators.cond import Cond
 from ..operators.train_loop import Kind, Optimiser, Phase, Trainer, cosine, generator_for
@@ -77,7 +77,10 @@ def layer_weights(model: TrainableModel, length: int) -> dict[str, Tensor]:
     def largest(w: Tensor) -> Tensor:
         w = w.float()
         squares = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
-        return torch.linalg.eigvalsh(squares)[-1].clamp_min(0).sqrt()  # many times quicker than by singular values
+        where = w.device if has_float64(w.device) else "cpu"  # Macs had no such kernel until the middle of 2026
+        return (
+            torch.linalg.eigvalsh(squares.to(where))[-1].clamp_min(0).sqrt().to(w.device)
+        )  # quicker than singular values
 
     found = {}
     for site in model.sites:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..artifact import Erasure
 from ..concept import TEMPLATES, ConceptSpec, EditRows, Rows, edit_rows
+from ..devices import has_float64
 from ..operators.linear_edit import (
     ContextMap,
     add_gram,
@@ -126,7 +127,7 @@ def squared(port: ModelPort, sites: list[Site], progress: Progress) -> Tensor:
         progress(i, len(sites))
         weight = port.weight(site)
         if upper is None:
-            where = "cpu" if weight.device.type == "mps" else weight.device  # which has no float64
+            where = weight.device if has_float64(weight.device) else "cpu"
             upper = torch.zeros(site.d_in, site.d_in, dtype=torch.float64, device=where)
         add_gram(upper, weight.to(upper.device))
     assert upper is not None, "text_sites refuses models without"

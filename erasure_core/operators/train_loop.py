@@ -17,6 +17,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from ..devices import has_float64
 from .checkpoint import Checkpoint
 from .trainable import TrainableModel, Weights
 
@@ -217,7 +218,7 @@ class Trainer:
             self.load_state_dict(state)
 
     def _read(self, sums: Mapping[str, Tensor], counts: Mapping[str, int], watch: Watch | None) -> None:
-        wide = torch.float32 if self.model.device.type == "mps" else torch.float64  # which it doesn't have
+        wide = torch.float64 if has_float64(self.model.device) else torch.float32
         values = torch.stack([x.to(wide) for x in sums.values()]).tolist() if sums else []
         means = {name: value / counts[name] for name, value in zip(sums, values, strict=True)}
         broken = [name for name, value in means.items() if not math.isfinite(value)]

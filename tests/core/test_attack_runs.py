@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from erasure_core import ConceptSpec
 from erasure_core.attacks import (
     AttackTarget,
     Sampler,
+    attack,
     concept_inversion,
     free_embedding,
     p4d,
@@ -355,3 +357,21 @@ def test_one_pooled_text_is_read_in_a_search(typing, monkeypatch, chosen, settin
     chosen.run(target, SPEC, settings, quiet)
     own, other = (target.erased.conditions([x])[0].extra["y"] for x in (read, "one dog"))
     assert seen and all(torch.equal(y, own.expand_as(y)) for y in seen) and not torch.equal(own, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("p4d", {"steps": 1, "pictures": 1}),
+        ("free_embedding", {"steps": 1, "starts": 1, "pictures": 1, "teacher": True}),
+        ("concept_inversion", {"steps": 1, "pictures": 1, "teacher": True}),
+    ],
+)
+def test_the_network_with_gradients_is_opened_last(typing, monkeypatch, name: str, settings: dict[str, Any]) -> None:
+    """A replica decides by the room that is left whether it keeps activations, which the other one has no use for."""
+    target, opened = target_of(typing), []
+    for which in ("erased", "base"):
+        port = getattr(target, which)
+        monkeypatch.setattr(port, "trainable", lambda o=port.trainable, w=which: (opened.append(w), o())[1])
+    attack(target, ConceptSpec.parse("cat"), name, settings)
+    assert opened[-2:] == ["base", "erased"]
