@@ -304,10 +304,13 @@ def test_embeddings_find_their_concept_among_several(server: ComfyServer) -> Non
 def test_settings_for_large_models_are_noted_on_the_demo(server: ComfyServer) -> None:
     g = Graph()
     model, clip, _ = g.demo()
-    said = [g.show(g.erase(model, clip, "cat", method=("speed", m))[2]) for m in ({}, {"threshold": 0.01})]
+    some = {"threshold": 0.02}
+    every = some | {"empty_prompt": "bos and 3 centres", "retain_scale": 3e-4}
+    said = [g.show(g.erase(model, clip, "cat", method=("speed", m))[2]) for m in ({}, some, every)]
     run = server.run(g.api)
-    note = "note: these settings are made for large models. For the demo model set empty_prompt bos and 3 centres, threshold "
-    assert note in shown(run, said[0]) and "note:" not in shown(run, said[1])
+    note = "note: these settings are made for large models. For the demo model set empty_prompt bos and 3 centres, "
+    assert f"{note}threshold " in shown(run, said[0]) and f"{note}retain_scale " in shown(run, said[1])
+    assert "note:" not in shown(run, said[2])
 
 
 def test_what_other_nodes_do_while_sampling_is_named(server: ComfyServer) -> None:
