@@ -79,7 +79,7 @@ def measured(bench: Bench, asked: Erasing, method: str, settings: Mapping[str, A
         port = EmojiCanvasPort(bench.studio.model, bf16=bench.studio.bf16)
         draw = draw_with(bench.studio, port, erasures, how)
         found, moved = measure(bench.studio, bench.asked(asked), asked, draw)
-        row = {"erased": asked.label, "kind": asked.kind, "method": f"{method}, {how}", "settings": dict(settings),
+        row = {"erased": asked.label, "kind": asked.kind, "method": method, "how": how.value, "settings": dict(settings),
                "seconds": None, "bf16": bench.studio.bf16, "kept_distance": round(moved, 4),
                **{k: v.to_json() for k, v in found.items()}}  # fmt: skip
         keep(path, row)
@@ -103,7 +103,7 @@ def combine(bench: Bench, chosen: Mapping[str, Mapping[str, Any]]) -> None:
     with tqdm(todo, unit="row") as bar:
         for asked, method, settings, how in bar:
             bar.set_description(f"{method}, {how}: {asked.label}")
-            rows.append(measured(bench, asked, method, settings, how))
+            rows.append(measured(bench, asked, method, settings, how) | {"method": f"{method}, {how}"})
     rows.sort(key=lambda row: (row["method"] != "none", row["method"]))  # how it is made beside what it is made of
     errors = errors_by_kind(bench)
     kinds = {

@@ -33,7 +33,7 @@ class Attacks(Probe):
         records = []
         for record in results:
             plain = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-            rates = {name: getattr(record, name) for name in ("asking", "attacked", "ceiling")}
+            rates = {name: getattr(record, name) for name in ("asking", "attacked", "ceiling", "found_on_base")}
             plain |= {name: rate and rate.to_json() for name, rate in rates.items()}
             records.append(plain | {"judge": dataclasses.asdict(record.judge), "budget": dict(record.budget)})
         return self.answer({"records": records})
