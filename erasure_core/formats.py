@@ -268,7 +268,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     path = Path(path)
     check_container(path)
-    with path.open("rb") as raw:  # among thousands of LoRAs: fifteen times as quick as to parse what each has
+    with path.open("rb") as raw:  # among thousands of LoRAs: to parse what each has takes much longer
         (length,) = struct.unpack("<Q", raw.read(8))
         if b'"erasure"' not in raw.read(length):
             raise _other_kind(path, _KIND)

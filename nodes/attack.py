@@ -208,7 +208,7 @@ class RedTeamAttack(io.ComfyNode):
                 erased = GatedPort(erased, gate.erasures, asked, gate.strengths)
             look = None
             if judge is not None:
-                look = watcher.asking(look_through(judge, lambda z: decode(z).movedim(-1, 1), word))
+                look = watcher.making_room(look_through(judge, lambda z: decode(z).movedim(-1, 1), word))
             target = AttackTarget(
                 erased, base, asked,
                 words=words_of(clip, erased.family.name) if chosen.needs_words else None,

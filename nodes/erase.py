@@ -99,7 +99,7 @@ def _known(judge, words: Sequence[str]) -> str | None:
 
 def _look_for(judge, word: str, decode: Decode, watcher: Watcher) -> Look:
     """The judge behind the decoder."""
-    return watcher.asking(look_through(judge, lambda z: decode(z).movedim(-1, 1), word))
+    return watcher.making_room(look_through(judge, lambda z: decode(z).movedim(-1, 1), word))
 
 
 def unfinished(what: str) -> Checkpoint:

@@ -159,7 +159,7 @@ class MineDarkEmbeddings(io.ComfyNode):
             look = None
             if judge is not None:
                 word = word_for(judge, spec.erase[0].words)
-                look = watcher.asking(look_through(judge, lambda z: decode(z).movedim(-1, 1), word))
+                look = watcher.making_room(look_through(judge, lambda z: decode(z).movedim(-1, 1), word))
             null = port.conditions([""])[0]
             found = mine(
                 port,

@@ -110,7 +110,7 @@ class Watcher:
         if self._model is not None and not self._model.closed:
             self._model.make_room()
 
-    def asking(self, look: Look) -> Look:
+    def making_room(self, look: Look) -> Look:
         """``look``, after which ComfyUI takes off again what it has loaded for it: a VAE, a judge."""
 
         def then_make_room(latents: Tensor) -> Tensor:

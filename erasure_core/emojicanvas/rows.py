@@ -311,8 +311,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def discard(path: Path) -> None:
     """Have a result measured again, also where that is stopped first and :meth:`Bench.recall` would bring the old one back."""
-    _discarded(path).touch()
-    path.unlink(missing_ok=True)
+    if path.exists():
+        _discarded(path).touch()
+        path.unlink()
 
 
 def _discarded(path: Path) -> Path:

@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 
-from erasure_core import ConceptError, ConceptSpec, Delta, Erasure, WrongModelError, erase, merge
+from erasure_core import Aids, ConceptError, ConceptSpec, Delta, Erasure, WrongModelError, erase, merge
 from erasure_core.analytic import AnalyticPort
 from erasure_core.concept import Rows, edit_rows
+from erasure_core.fusion import beyond_words
 
 pytestmark = pytest.mark.core
 SENTENCES = ("{}", "a {}", "a picture of {}")
@@ -184,3 +185,15 @@ def test_what_is_too_much_is_the_concepts_of_the_union(port, monkeypatch, one: s
         said = f"^merge: {len(concepts)} concepts, at most 1 fit in one erasure. Merge fewer of them$"
         with pytest.raises(ConceptError, match=said):
             merge(port, parts)
+
+
+def test_what_is_erased_beside_the_words_is_lost(port) -> None:
+    """Why Merge Erasures warns of methods that hold against more than words: stacking keeps what merging can't know of."""
+    states = torch.randn(1, 77, 256, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    aided = erase(
+        port, ConceptSpec.parse("red cat", "dog", "bird"), "uce", {"energy": 1.0}, aids=Aids(dark=(states[0],))
+    )
+    other = made(port, "big house", "tent")
+    assert difference(states[0, 1:], aided, merge(port, [aided, other])) > 0.8
+    assert difference(states[0, 1:], aided, added(aided, other)) < 0.5
+    assert beyond_words(made(port, "cat", method="rece")) and not beyond_words(other)
