@@ -27,7 +27,7 @@ from .mine import conditioning_of, latents_of, one_concept
 from .modes import ordinary_tensors
 from .patching import carried, check_ungated, check_unmerged, gate_of, note_unheard
 from .port import ComfyPort, family_of
-from .reading import memory_digest, memory_of
+from .reading import memory_digest, memory_of, uses_of
 from .sampling import PLACE, encode
 from .towers import words_of
 from .training import clock, decoder
@@ -285,8 +285,10 @@ class RedTeamAttack(io.ComfyNode):
                 f"brackets count as 1){', but what this attack found without guidance, so without it' if without else ''}, the "
                 "base model without. No record was made: receipts are of erasures alone"
             )
-        known = [c for header in carried(model) for c in header.spec.erase] + list(gate.concepts if gate else ())
-        if not any(w.casefold() == x.casefold() for c in known for w in c.words for x in spec.erase[0].words):
+        headers = [*carried(model), *(use.memory.header for use in uses_of(model))]
+        known = [c for header in headers for c in header.spec.erase] + list(gate.concepts if gate else ())
+        suppressed = {w.casefold() for c in known for w in c.words}
+        if not (same or target.negative or suppressed & {w.casefold() for w in spec.erase[0].words}):
             report += f"\nnote: no erasure of {name} by this pack is on model. If there should be one, check what is connected"
         report += unheard
         took = clock(time.monotonic() - began)
