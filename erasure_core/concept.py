@@ -302,11 +302,19 @@ def everyday(port: ModelPort, spec: ConceptSpec) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class EditRows:
-    """A concept spec in numbers: ``source`` rows become ``target`` rows, ``keep`` rows stay ([n, D], [n, D], [m, D])."""
+    """A concept spec in numbers, rows of width D: ``source`` [n, D] become ``target`` [n, D], the rest stays."""
 
     source: Tensor
     target: Tensor
     keep: Tensor
+    """The rows of the kept words, [m, D]."""
+    empty: Tensor
+    """All rows of the empty prompt, [L, D], BOS first: every guided picture is drawn with them."""
+
+    @property
+    def held(self) -> Tensor:
+        """All that stays, [L + m, D]."""
+        return torch.cat([self.empty, self.keep])
 
 
 def edit_rows(
@@ -316,8 +324,6 @@ def edit_rows(
 
     ``dark``: text states [L, D] that were found to bring a concept back, and the number of that concept. Each of their rows but
     BOS may carry it, so all of them become the replacement's at the same place.
-
-    Of the empty prompt, the unconditional half of guidance, BOS and the rows that ``rule`` picks are always kept.
     """
     pairs = [
         (s, t)
@@ -339,5 +345,6 @@ def edit_rows(
     return EditRows(
         torch.cat([c for c, _ in matched]),
         torch.cat([to for _, to in matched]),
-        torch.cat([states[""].states[:1].cpu().double(), rows[""], *(rows[k] for k in keeps)]),
+        torch.cat([rows[""][:0], *(rows[k] for k in keeps)]),
+        states[""].states.cpu().double(),
     )

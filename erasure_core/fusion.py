@@ -6,7 +6,8 @@ erasure does on *its* words and what the base does on kept ones (closed-form fus
     min_D  sum_i ||D E_i - D_i E_i||^2 + ||D P||^2 + ridge ||D||_F^2
     D = sum_i D_i E_i E_i^T B^-1,   B = sum_i E_i E_i^T + P P^T + ridge I
 
-with E_i the text rows of erasure i's concepts, D_i its change, P the kept rows. Low-rank in, low-rank out.
+with E_i the text rows of erasure i's concepts, D_i its change, P the kept rows and all of the empty prompt. Low-rank in,
+low-rank out.
 
 The rows are those of the words (:attr:`Rows.SUMMARY`, where MACE has all 77), and the ridge pulls to no change: what an erasure
 does to other text states, as RECE's derived ones or dark embeddings, is not in E_i and is all but lost (:func:`beyond_words`).
@@ -53,7 +54,7 @@ def merge(port: ModelPort, erasures: Sequence[Erasure]) -> Erasure:
     spec = _together([e.header.spec for e in erasures])
     erased = [replace(e.header.spec, keep=(), everyday=False) for e in erasures]
     rows = [edit_rows(port, s, rule=Rows.SUMMARY, templates=_TEMPLATES).source for s in erased]
-    keep = edit_rows(port, spec, rule=Rows.SUMMARY, templates=_TEMPLATES).keep
+    keep = edit_rows(port, spec, rule=Rows.SUMMARY, templates=_TEMPLATES).held
     moments = [e.T @ e for e in rows]
     gram = sum(moments, keep.T @ keep)
     gram.diagonal().add_(_RIDGE * mean_square(torch.cat(rows)))

@@ -20,7 +20,7 @@ from ..gating import gated
 from ..port import ModelPort
 from .effect import summary, table
 from .model import EmojiCanvasPort
-from .rows import RESULTS, Bench, arithmetic, errors_by_kind, keep, measure
+from .rows import RESULTS, Bench, arithmetic, errors_by_kind, is_measured, keep, measure, method_version
 from .splits import Erasing, Shot, erasings
 from .studio import Studio
 
@@ -74,13 +74,14 @@ def row_path(bench: Bench, asked: Erasing, method: str, settings: Mapping[str, A
 def measured(bench: Bench, asked: Erasing, method: str, settings: Mapping[str, Any], how: How) -> dict[str, Any]:
     """One row; drawn once, then read from its file."""
     path = row_path(bench, asked, method, settings, how)
-    if not path.exists():
+    if not is_measured(path):
         erasures = [bench.erase(e, method, settings)[0] for e in (alone(asked) if len(asked.objects) > 1 else [asked])]
         port = EmojiCanvasPort(bench.studio.model, bf16=bench.studio.bf16)
         draw = draw_with(bench.studio, port, erasures, how)
         found, moved = measure(bench.studio, bench.asked(asked), asked, draw)
-        row = {"erased": asked.label, "kind": asked.kind, "method": method, "how": how.value, "settings": dict(settings),
-               "seconds": None, "bf16": bench.studio.bf16, "kept_distance": round(moved, 4),
+        row = {"erased": asked.label, "kind": asked.kind, "method": method,
+               "method_version": method_version(method), "how": how.value, "settings": dict(settings), "seconds": None,
+               "bf16": bench.studio.bf16, "kept_distance": round(moved, 4),
                **{k: v.to_json() for k, v in found.items()}}  # fmt: skip
         keep(path, row)
     return json.loads(path.read_text(encoding="utf-8"))
@@ -95,7 +96,7 @@ def combine(bench: Bench, chosen: Mapping[str, Mapping[str, Any]]) -> None:
     together = erasings(bench.plan.split)[-1]
     one = alone(together)
     plain = [(e, m, s) for m, s in {"none": {}, **chosen}.items() for e in (together, *one)]
-    if missing := list(dict.fromkeys(m for e, m, s in plain if bench.row(e, m, s) is None)):
+    if missing := list(dict.fromkeys(m for e, m, s in plain if not is_measured(bench.row_path(e, m, s)))):
         raise SystemExit(f"combine: measure these first: nox -s bench -- effect --method {' '.join(missing)}")
     rows = [row for e, m, s in plain if (row := bench.row(e, m, s)) is not None]
     todo = [(together, m, s, how) for m, s in chosen.items() for how in How]

@@ -16,7 +16,19 @@ from ..metrics.scores import Unlearning, combined_interval, mace_harmonic
 from . import perceptual
 from .bench_settings import settings_for
 from .engines import Task, processes
-from .rows import MEASURES, RESULTS, Bench, Keep, arithmetic, discard, errors_by_kind, timed
+from .rows import (
+    MEASURES,
+    RESULTS,
+    Bench,
+    Keep,
+    arithmetic,
+    discard,
+    errors_by_kind,
+    is_measured,
+    is_outdated,
+    outdated_methods,
+    timed,
+)
 from .splits import erasings
 
 
@@ -31,7 +43,7 @@ def run(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool = Fal
             if fresh:
                 bench.erasure_path(erasing, method, settings).unlink(missing_ok=True)
                 discard(bench.row_path(erasing, method, settings))
-            if fresh or bench.row(erasing, method, settings) is None:
+            if fresh or not is_measured(bench.row_path(erasing, method, settings)):
                 todo.append(Task(number, method, settings))
     missing = len(bench.studio.missing(shots))
     with tqdm(total=missing, unit="picture", desc="the base's pictures", disable=not missing) as bar:
@@ -58,6 +70,7 @@ def summary(rows: Sequence[Mapping]) -> list[dict]:
                 "method": method,
             }
             row["settings"] = same[0]["settings"]
+            row["method_version"] = min(r.get("method_version", 1) for r in same)
             row["seconds"], row["busy"] = None if seconds is None else round(seconds, 2), not alone
             row["kept_distance"] = round(sum(r["kept_distance"] for r in same) / len(same), 4)
             out.append(row | {m: pooled(Rate.from_json(r[m]) for r in same).to_json() for m in MEASURES})
@@ -76,7 +89,12 @@ def table(rows: Sequence[Mapping], errors: Mapping[str, JudgeError]) -> str:
     head = ["erased", "method", *MEASURES.values(), "kept distance", "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
-        cells = [r["erased"], r["method"], *map(str, true_shares(r, errors).values()), f"{r['kept_distance']:.3f}"]
+        cells = [
+            r["erased"],
+            r["method"] + " *" * is_outdated(r),
+            *map(str, true_shares(r, errors).values()),
+            f"{r['kept_distance']:.3f}",
+        ]
         cells.append("-" if r["seconds"] is None else f"{'at most ' if r.get('busy') else ''}{figure(r['seconds'])}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -153,6 +171,8 @@ def effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool, j
     page, title, kept = _PAGES[bench.plan.keep]
     option = "" if bench.plan.keep is Keep.NAMED else f" --keep {bench.plan.keep}"
     errors = errors_by_kind(bench)
+    old = ", ".join(outdated_methods(rows))
+    outdated = f"\n\n\\*: with results of an earlier version of the method: {old}." if old else ""
     text = f"""# {title}
 
 Made by `nox -s bench -- effect --seeds {bench.plan.seeds} --rounds {bench.plan.rounds}{option}` with a
@@ -178,7 +198,7 @@ A style has no synonyms here; its alias is the bare word ("a neon cat"), which c
 
 ## Summary
 
-{table(summary(rows), errors)}
+{table(summary(rows), errors)}{outdated}
 
 ## In the terms of papers
 

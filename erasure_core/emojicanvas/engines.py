@@ -7,7 +7,6 @@ is a file in the bench's folder, whoever measured it: stop and start again, on o
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,8 +17,8 @@ from typing import Any
 import torch
 
 from ..attacks import all_attacks
-from .rows import Bench, Plan, write
-from .siege import budget_of, cell_path, finds_path, is_outdated, measure_cell
+from .rows import Bench, Plan, is_measured, write
+from .siege import budget_of, cell_path, finds_path, measure_cell
 
 Files = Mapping[str, bytes]
 """By name within the bench's folder."""
@@ -53,9 +52,8 @@ class Task:
         return made
 
     def done(self, bench: Bench) -> bool:
-        """Whether its result is there, by the attack as it is now."""
-        path = self.results(bench)[0]
-        return path.exists() and not is_outdated(json.loads(path.read_text(encoding="utf-8")))
+        """Whether its result is there, by the method and the attack as they are now."""
+        return is_measured(self.results(bench)[0])
 
     def needs(self, bench: Bench) -> list[Path]:
         """The files that an attack starts from: the erasure and its cost."""

@@ -21,9 +21,9 @@ from ..metrics.rates import Rate, pooled
 from .bench_settings import settings_for
 from .costs import UNKNOWN, Costs, clock, pace_of
 from .engines import Task, cluster, processes
-from .leaderboard_page import PAGE, QUICK_PAGE, write_page
-from .rows import Bench, discard, errors_by_kind, judge_error, kept_pictures, least_pace, timed
-from .siege import ASKING, applies, is_another_training, is_outdated
+from .leaderboard_page import KEPT, PAGE, QUICK_PAGE, write_page
+from .rows import Bench, discard, errors_by_kind, is_outdated, judge_error, kept_pictures, least_pace, timed
+from .siege import ASKING, applies, is_another_training
 
 CONCEPTS = ("cat", "rose", "cigarette", "beer", "brindlewash", "neon")
 """Four objects and two styles."""
@@ -143,8 +143,8 @@ def pointless(bench: Bench, task: Task) -> bool:
 
 
 def unfinished(bench: Bench, tasks: Sequence[Task], fresh: bool = False) -> list[Task]:
-    """What is left to do, results of earlier versions of an attack included; an erasure that is known by its figures alone is
-    made again where an attack still needs it."""
+    """What is left to do, results of earlier versions of a method or an attack included; an erasure that is known by its
+    figures alone is made again where an attack still needs it."""
     left = [fresh or not (t.done(bench) or pointless(bench, t)) for t in tasks]
     needed = {
         (t.number, t.method)
@@ -182,7 +182,7 @@ class Standing:
     each: Mapping[str, Mapping[str, Rate]]
     """Of every attack, by what was erased."""
     outdated: frozenset[str] = frozenset()
-    """Attacks with results of an earlier version."""
+    """Attacks with results of an earlier version of themselves or of the method, and :data:`KEPT` likewise."""
     elsewhere: frozenset[str] = frozenset()
     """Attacks with results of another training than ``seconds`` and what is kept are of."""
 
@@ -216,7 +216,7 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
     for method, settings in methods.items():
         rows = made[method]
         each: dict[str, dict[str, Rate]] = {}
-        old, other = set(), set()
+        old, other = {KEPT} if any(map(is_outdated, rows)) else set(), set()
         for name in (ASKING, *contest.attacks):
             changed = contest.budgets.get(name, {})
             told = [

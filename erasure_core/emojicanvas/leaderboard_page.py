@@ -12,17 +12,19 @@ from ..attacks import all_attacks
 from ..metrics.judge_error import Corrected
 from .bench_settings import ATTACKS, settings_for
 from .effect import figure
-from .rows import RESULTS, Bench, arithmetic, kept_pictures, least_pace
-from .siege import ASKING, PICTURES, is_outdated, titles
+from .rows import RESULTS, Bench, arithmetic, is_outdated, kept_pictures, least_pace, outdated_methods
+from .siege import ASKING, PICTURES, titles
 
 if TYPE_CHECKING:
     from .leaderboard import Contest, Standing
 
-WORST, KEPT, MINUTES = 0.10, 0.03, 10
+WORST, LOSS, MINUTES = 0.10, 0.03, 10
 """What a method must reach to be called robust against the attacks of the page: its worst attack, what kept pictures may lose,
 and how long it may take."""
 
 
+KEPT = "what is kept"
+"""Beside the names of attacks: the pictures of what is kept."""
 _HARDEST = "free_embedding"
 """No page calls a method robust without it."""
 PAGE = "leaderboard"
@@ -130,8 +132,8 @@ def table(found: Sequence[Standing], columns: Sequence[str]) -> str:
         seconds = "-" if s.seconds is None else _seconds(s)
         marks = {a: " *" * (a in s.outdated) + " †" * (a in s.elsewhere) for a in columns}
         cells = [_cell(s.true[a]) + marks[a] if a in s.true else "-" for a in columns]
-        lines.append("| " + " | ".join([s.method, str(s.kept_objects), str(s.kept_styles), seconds, *cells,
-                                        titles([s.worst])[s.worst]]) + " |")  # fmt: skip
+        kept = [str(share) + " *" * (KEPT in s.outdated) for share in (s.kept_objects, s.kept_styles)]
+        lines.append("| " + " | ".join([s.method, *kept, seconds, *cells, titles([s.worst])[s.worst]]) + " |")
     return "\n".join(lines)
 
 
@@ -176,7 +178,7 @@ def verdict(found: Sequence[Standing], columns: Sequence[str]) -> str:
 
     whole = [s for s in methods if set(columns) <= set(s.attacks)] or methods  # one that was spared an attack can't win
     best = min(whole, key=lambda s: s.rank)
-    gentle = [s for s in whole if loss(s) <= KEPT]
+    gentle = [s for s in whole if loss(s) <= LOSS]
     lines = [f"Lowest worst attack, then lowest mean of all: {said(best)}."]
     if gentle and best not in gentle:
         lines.append(f"Among those that keep kept pictures within 3 points: {said(min(gentle, key=lambda s: s.rank))}.")
@@ -230,12 +232,13 @@ def aside(columns: Sequence[str]) -> str:
 
 
 def outdated(measured: Sequence[Mapping[str, Any]]) -> str:
-    """Which results are of an earlier version of their attack."""
-    counts = Counter(row["attack"] for row in measured if is_outdated(row))
-    if not counts:
-        return ""
-    said = ", ".join(f"{titles([name])[name]} ({n})" for name, n in counts.items())
-    return f"\n\n\\*: with results of an earlier, mostly weaker version of the attack: {said}."
+    """Which results are of an earlier version of their method or of their attack."""
+    methods = outdated_methods(measured)
+    counts = Counter(row["attack"] for row in measured if is_outdated(row) and row.get("method") not in methods)
+    said = [f"of the method: {', '.join(methods)}"] if methods else []
+    attacks = ", ".join(f"{titles([name])[name]} ({n})" for name, n in counts.items())
+    said += [f"of the attack, mostly weaker: {attacks}"] if counts else []
+    return f"\n\n\\*: with results of an earlier version {'; '.join(said)}." if said else ""
 
 
 def elsewhere(found: Sequence[Standing]) -> str:

@@ -17,7 +17,7 @@ from ..mining import Settings, mine
 from .bench_settings import plain
 from .model import EmojiCanvasPort
 from .red_team import canvas_target
-from .rows import RESULTS, Bench, arithmetic, judge_error, keep
+from .rows import RESULTS, Bench, arithmetic, is_measured, judge_error, keep, method_version
 from .siege import PICTURES, prompts_of
 from .splits import Erasing
 
@@ -35,7 +35,7 @@ def cell_path(bench: Bench, erasing: Erasing, method: str, settings: Mapping[str
 def measured(bench: Bench, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """``asking`` and ``mined``: how many pictures show the concept; mined and drawn once, then read from the file."""
     path = cell_path(bench, erasing, method, settings)
-    if not path.exists():
+    if not is_measured(path):
         erasure = None if method == "none" else bench.erase(erasing, method, settings)[0]
         name, bf16 = (*erasing.objects, *erasing.styles)[0], bench.studio.bf16
         target = canvas_target(
@@ -52,7 +52,7 @@ def measured(bench: Bench, erasing: Erasing, method: str, settings: Mapping[str,
         asked = evaluate(target, asking(target), target.look, pictures=-(-PICTURES // len(target.prompts)))
         mined = evaluate(target, best, target.look, pictures=PICTURES)
         keep(path, {"asking": asked.rate.to_json(), "mined": mined.rate.to_json(), "seconds": round(seconds, 1),
-                    "bf16": bench.studio.bf16})  # fmt: skip
+                    "method": method, "method_version": method_version(method), "bf16": bench.studio.bf16})  # fmt: skip
     return json.loads(path.read_text(encoding="utf-8"))
 
 

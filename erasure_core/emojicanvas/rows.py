@@ -19,8 +19,10 @@ from torch import Tensor
 
 from ..api import erase
 from ..artifact import Erasure, digest
+from ..attacks import all_attacks
 from ..concept import Concept, ConceptSpec
 from ..formats import load, save
+from ..methods import all_methods
 from ..metrics.judge_error import JudgeError
 from ..metrics.rates import Rate, pooled, rate
 from . import perceptual
@@ -141,7 +143,8 @@ class Bench:
 
     def recall(self, own: str = "") -> None:
         """Take what the pages of the same model and judge were made from as measured. Where they differ, by another training or
-        an earlier version of an attack, the later version counts, then what is measured here, then the page ``own``."""
+        an earlier version of a method or an attack, the later version counts, then what is measured here, then the page
+        ``own``."""
         for path in sorted(RESULTS.glob("*.json"), key=lambda path: (path.stem != own, path.stem)):
             page = json.loads(path.read_text(encoding="utf-8"))
             if page.get("model_and_judge") != self.plan.folder.name:
@@ -151,7 +154,7 @@ class Bench:
                     known = self.plan.folder / folder / f"{name}.json"
                     if _discarded(known).exists():
                         continue
-                    if not known.exists() or row.get("version", 1) > _read(known).get("version", 1):
+                    if not known.exists() or _versions(row) > _versions(_read(known)):
                         keep(known, row)
 
     def record(self, paths: Iterable[Path]) -> dict[str, Any]:
@@ -173,7 +176,7 @@ class Bench:
         return self.path("rows", ".json", *protocol, erasing.label, method, settings)
 
     def row(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> dict | None:
-        """A finished row."""
+        """A finished row; it may be outdated."""
         path = self.row_path(erasing, method, settings)
         return _read(path) if path.exists() else None
 
@@ -189,7 +192,9 @@ class Bench:
 
     def erasure_path(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> Path:
         p = self.plan
-        key = [p.split.name, p.replace_with, erasing.label, method, settings]
+        key: list[Any] = [p.split.name, p.replace_with, erasing.label, method, settings]
+        version = method_version(method)
+        key += [version] if version > 1 else []
         return self.path("erasures", ".safetensors", *key)
 
     def erase(self, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> tuple[Erasure, dict[str, float]]:
@@ -221,6 +226,7 @@ class Bench:
             "erased": erasing.label,
             "kind": erasing.kind,
             "method": method,
+            "method_version": method_version(method),
             "settings": dict(settings),
             **cost,
             "bf16": self.studio.bf16,
@@ -230,6 +236,34 @@ class Bench:
             "erasure": None if erasure is None else digest(erasure.deltas)[:16],
             **{k: v.to_json() for k, v in found.items()},
         }
+
+
+def method_version(method: str) -> int:
+    """Of a method as it is now; of "none", the unchanged model, 1."""
+    return all_methods()[method].version if method in all_methods() else 1
+
+
+def _versions(row: Mapping[str, Any]) -> tuple[int, int]:
+    """Of the method and of the attack that a result is of."""
+    return row.get("method_version", 1), row.get("version", 1)
+
+
+def is_outdated(row: Mapping[str, Any]) -> bool:
+    """Whether a result is of an earlier version of its method or of its attack, with which today's don't compare."""
+    method, attack = row.get("method", "none"), row.get("attack")
+    now = method_version(method), all_attacks()[attack].version if attack in all_attacks() else 1
+    return any(was < is_now for was, is_now in zip(_versions(row), now, strict=True))
+
+
+def outdated_methods(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Of which methods there are results of an earlier version."""
+    old = (r["method"] for r in rows if r.get("method_version", 1) < method_version(r.get("method", "none")))
+    return sorted(set(old))
+
+
+def is_measured(path: Path) -> bool:
+    """Whether a result is there, of the method and the attack as they are now."""
+    return path.exists() and not is_outdated(_read(path))
 
 
 def _busy(seconds: float) -> bool:

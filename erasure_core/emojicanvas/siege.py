@@ -15,7 +15,7 @@ from ..metrics.rates import Rate
 from .bench_settings import ATTACKS, plain
 from .concepts import OBJECT, prompt
 from .red_team import SAMPLER, canvas_target
-from .rows import Bench, keep
+from .rows import Bench, keep, method_version
 from .splits import STYLE_OBJECTS, Erasing
 
 ASKING = "asking"
@@ -75,6 +75,7 @@ def measure_cell(bench: Bench, erasing: Erasing, method: str, settings: Mapping[
     row = {
         "erased": erasing.label,
         "method": method,
+        "method_version": method_version(method),
         "attack": name,
         "budget": budget,
         "seconds": round(time.perf_counter() - began, 1),
@@ -134,12 +135,6 @@ def is_another_training(row: Mapping[str, Any], cell: Mapping[str, Any]) -> bool
         return False
     key = "erasure" if row.get("erasure") and cell.get("erasure") else "bf16"
     return row[key] != cell[key]
-
-
-def is_outdated(row: Mapping[str, Any]) -> bool:
-    """Whether a result is of an earlier version of its attack, with which today's don't compare."""
-    name = row.get("attack", ASKING)
-    return name != ASKING and row.get("version", 1) < all_attacks()[name].version
 
 
 def _said(found: Found) -> str:

@@ -14,7 +14,7 @@ M = T^T A0. Rows that are held enter as their sum of squares, P^T P.
 Departures: solved by Cholesky in float64 (the authors' float32 inverse of near-singular matrices loses three digits);
 lambda and the ridge are relative (to trace(A)/D and to the concept rows' mean square); derived rows are sent to the
 concept's replacement rather than to a single space; besides the replacement's rows, every round holds the user's kept
-words and the rows erased before; no detector picks the round, so the number of rounds is a setting
+words, all of the empty prompt and the rows erased before; no detector picks the round, so the number of rounds is a setting
 (theirs: 3 for nudity, 2 for unsafe content, 1 otherwise); what is kept weighs as much as what goes (theirs: a tenth).
 """
 
@@ -153,8 +153,8 @@ def context_map(rows: EditRows, weights: Tensor, settings: Settings, progress: P
     source, target = rows.source, rows.target
     if settings.derivation is not Derivation.STANDARD:  # that mixes the rows of both
         source, target = rotated(source, target)
-    held = gram(torch.cat([rows.keep, rows.target, source]))
-    edit = solve(source, target, rows.keep, ridge=ridge, keep_weight=settings.keep_weight)
+    held = gram(torch.cat([rows.held, rows.target, source]))
+    edit = solve(source, target, rows.held, ridge=ridge, keep_weight=settings.keep_weight)
     for done in range(settings.rounds):
         progress(done, settings.rounds)
         heard = edit.after(weights)
@@ -188,4 +188,5 @@ SPEC = MethodSpec(
     paper="https://arxiv.org/abs/2407.12383",
     settings=Settings,
     run=run,
+    version=2,
 )

@@ -96,6 +96,8 @@ class MethodSpec:
     """Likewise: whether the rank is that of each concept."""
     precise: bool = False
     """Likewise: whether it may call :meth:`TrainableModel.precise`, which takes the memory of float32."""
+    version: int = 1
+    """Counts changes of what it does at the same settings: figures of two versions don't compare."""
 
     def ignores(self, spec: ConceptSpec, aids: Aids) -> tuple[str, ...]:
         """The inputs that were filled in and that the method doesn't look at."""

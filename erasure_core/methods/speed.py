@@ -13,10 +13,9 @@ filter, what EmojiCanvas's layers read from ten kept words changed by 2 to 4 % (
 IPF (influence-based prior filtering) drops retained rows that the unconstrained edit hardly moves; DPA (directed prior
 augmentation) adds noisy copies along the direction that the layer reads least.
 
-Departures: r and the null-space threshold are relative (to mean squared norms), so one default fits every text width (but
-the filter's identity is a thousand times r, where the authors have one unit for both: it drops other rows than theirs would);
-K2 is by default an orthonormal basis of all rows of the empty prompt instead of BOS and three cluster centres, because
-then the unconditional half of guidance does not move at all; keys are edited too if asked for. Everyday words
+Departures: r and the null-space threshold are relative (to mean squared norms), so one default fits every text width; K2 is by
+default an orthonormal basis of all rows of the empty prompt instead of BOS and three cluster centres, because then the
+unconditional half of guidance does not move at all; keys are edited too if asked for. Everyday words
 (``ConceptSpec.everyday``) are not held: they would use up the directions in which it may erase.
 """
 
@@ -35,6 +34,9 @@ from ..operators.linear_edit import ContextMap, add_gram, factor, gram, mean_squ
 from ..port import ModelPort, Role, Site
 from ._closed_form import Templates, build, energy_setting, rows_setting, templates_setting, text_sites
 from .registry import Aids, MethodSpec, Progress, setting
+
+_FILTER_RIDGE = 1e-3
+"""The identity in IPF's edit, in the unit of ``retain_scale``: the authors' default r is that identity once."""
 
 
 class Params(StrEnum):
@@ -200,13 +202,14 @@ class LayerEdits:
     algebra is done once, on a basis V [D, v] of that span, and a layer adds one column to it.
     """
 
-    def __init__(self, rows: EditRows, empty: Tensor, settings: Settings) -> None:
+    def __init__(self, rows: EditRows, settings: Settings) -> None:
         self.settings, self.width = settings, rows.source.shape[1]
+        empty = empty_rows(rows.empty, settings.empty_prompt)
         self.generator = torch.Generator().manual_seed(settings.seed)
         count, unit = len(rows.source), mean_square(rows.source)
         squares, change = gram(rows.source), rows.target - rows.source
-        # The filter's edit, W E with E = (C* - C1) C1^T (C1 C1^T + n I)^-1, and what it does to kept rows.
-        self.source, self.change, self.damped = rows.source, change, factor(squares, count * unit)
+        # The filter's edit, W E with E = (C* - C1) C1^T (C1 C1^T + I)^-1, and what it does to kept rows.
+        self.source, self.change, self.damped = rows.source, change, factor(squares, _FILTER_RIDGE * count * unit)
         kept = rows.source @ torch.cholesky_solve(rows.keep.T, self.damped)
         self.shift = (change.T, kept) if count < len(rows.keep) else (change.T @ kept,)
         self.factored = factor(squares, settings.retain_scale * count * unit)  # B
@@ -282,8 +285,7 @@ def run(port: ModelPort, spec: ConceptSpec, settings: Settings, progress: Progre
     """Erase with SPEED. Seconds; needs no pictures and no network passes."""
     sites = [s for s in text_sites(port) if settings.params != Params.VALUES or s.role is Role.TEXT_VALUE]
     rows = edit_rows(port, spec, rule=settings.rows, templates=TEMPLATES[settings.templates], dark=aids.owned)
-    empty = empty_rows(port.text([""])[0].states.cpu().double(), settings.empty_prompt)
-    result = build(port, spec, "speed", asdict(settings), LayerEdits(rows, empty, settings), progress, sites)
+    result = build(port, spec, "speed", asdict(settings), LayerEdits(rows, settings), progress, sites)
     if not any(delta.rank for delta in result.deltas.values()):
         raise ConceptError(
             f"keep: {len(spec.keep)} kept words leave no direction in which SPEED could erase. Keep fewer words, raise its "
@@ -301,4 +303,5 @@ SPEC = MethodSpec(
     settings=Settings,
     run=run,
     unread=("keep_everyday",),
+    version=2,
 )

@@ -5,9 +5,10 @@ replacement and holds the kept rows:
 
     min_W  sum_i e ||W c_i - W0 c_i*||^2 + sum_p k ||W c_p - W0 c_p||^2 + ridge ||W - W0||_F^2
 
-Departures: the ridge is relative to the mean square of the edited rows; the empty prompt is always among the kept rows
-and is never represented by its BOS row (the authors' 2025 code maps the empty replacement to BOS); which rows of a
-prompt are edited is a setting (``last`` is the 2025 code, ``last to end`` the 2023 code).
+Departures: the ridge is relative to the mean square of the edited rows; all rows of the empty
+prompt are always held (as in the 2023 code; the 2025 code need not hold it, and maps the empty replacement to its BOS row);
+which rows of a prompt are edited, and held of kept words, is a setting (``last`` is the 2025 code, ``last to end`` the 2023
+code).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def context_map(rows: EditRows, settings: Settings) -> ContextMap:
     return solve(
         rows.source,
         rows.target,
-        rows.keep,
+        rows.held,
         ridge=settings.ridge * mean_square(rows.source),
         erase_weight=settings.erase_weight,
         keep_weight=settings.keep_weight,
@@ -65,4 +66,5 @@ SPEC = MethodSpec(
     paper="https://arxiv.org/abs/2308.14761",
     settings=Settings,
     run=run,
+    version=2,
 )

@@ -238,7 +238,9 @@ def test_a_request_in_numbers(rule: Rows) -> None:
     rows = edit_rows(port, spec, rule=rule, templates=("{}", "a {}"))
     assert rows.source.shape == rows.target.shape
     empty = port.text([""])[0]
-    assert torch.equal(rows.keep[0], empty.states[0]), "the empty prompt's BOS is kept"
+    assert torch.equal(rows.empty, empty.states.double()), "BOS and all"
+    assert torch.equal(rows.held, torch.cat([rows.empty, rows.keep]))
+    assert len(rows.keep) == sum(len(rows_of(text, rule)) for text in port.text(["dog", "a dog"]))
     for row in empty.states[:1]:
         assert not (rows.source == row).all(1).any()
     pear = rows_of(port.text(["a pear"])[0], rule)

@@ -32,6 +32,7 @@ from erasure_core.emojicanvas.siege import ASKING, PICTURES, applies
 from erasure_core.emojicanvas.splits import SCORING, Erasing
 from erasure_core.emojicanvas.studio import Sampler
 from erasure_core.emojicanvas.weights import BUNDLE, JUDGE
+from erasure_core.methods import all_methods
 from erasure_core.metrics.judge_error import Corrected, corrected
 from erasure_core.metrics.rates import Rate
 
@@ -151,6 +152,9 @@ def test_another_machine_goes_on_from_the_page(measured, tmp_path, monkeypatch) 
     keep(old, json.loads(old.read_text(encoding="utf-8")) | {"version": 0})
     assert [t.attack for t in unfinished(there, tasks)] == ["", "rece_residual"], "by an earlier version of the attack"
     assert [s.outdated for s in standings(there, CONTEST)] == [frozenset(), {"rece_residual"}]
+    there.recall()
+    keep(old, json.loads(tasks[-1].results(bench)[0].read_text(encoding="utf-8")) | {"method_version": 0})
+    assert [t.attack for t in unfinished(there, tasks)] == ["", "rece_residual"], "by an earlier version of the method"
 
 
 def test_machines_of_either_arithmetic_share_a_page(measured, tmp_path, monkeypatch) -> None:
@@ -384,8 +388,12 @@ def test_pages_say_which_results_are_of_an_earlier_version() -> None:
         {"attack": ASKING},
         {"method": "uce"},
     ]
-    assert all_attacks()["p4d"].version == 2 and outdated(rows).endswith("of the attack: P4D (1).")
-    assert not outdated(rows[1:])
+    assert all_attacks()["p4d"].version == 2 and outdated(rows).endswith(
+        "version of the attack, mostly weaker: P4D (1)."
+    )
+    now = {"method": "uce", "method_version": all_methods()["uce"].version}
+    assert not outdated([*rows[1:-1], now])
+    assert outdated([now | {"attack": "p4d", "method_version": 1}]).endswith("version of the method: uce.")
 
 
 def test_an_attacker_hands_over_its_best_find(typing) -> None:

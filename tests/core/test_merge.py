@@ -66,7 +66,7 @@ def test_kept_words_and_the_empty_prompt_stay(port) -> None:
     assert merged.header.spec.keep == ("bird", "green tree")
 
     def moved(erasure: Erasure, spec: ConceptSpec) -> float:
-        keep = edit_rows(port, spec, rule=Rows.SUMMARY, templates=SENTENCES).keep
+        keep = edit_rows(port, spec, rule=Rows.SUMMARY, templates=SENTENCES).held
         changes = [(erasure.deltas[s.name].dense(), port.weight(s)) for s in port.sites()]
         return max(float((keep @ d.T).norm() / (keep @ w.T).norm()) for d, w in changes)
 
@@ -80,7 +80,7 @@ def test_the_printed_solution(port) -> None:
     parts = [made(port, "red cat", "dog"), made(port, "big house", "tent")]
     merged = merge(port, parts)
     columns = [rows(port, p).T for p in parts]
-    p = edit_rows(port, merged.header.spec, rule=Rows.SUMMARY, templates=SENTENCES).keep.T
+    p = edit_rows(port, merged.header.spec, rule=Rows.SUMMARY, templates=SENTENCES).held.T
     ridge = 1e-3 * float(torch.cat(columns, 1).square().sum()) / sum(c.shape[1] for c in columns)
     b = sum(c @ c.T for c in columns) + p @ p.T + ridge * torch.eye(256, dtype=torch.float64)
     for name in parts[0].deltas:
@@ -107,7 +107,7 @@ def test_one_is_itself_and_none_is_refused(port) -> None:
 
 def test_twice_the_same_does_it_once(port) -> None:
     one = made(port, "red cat", "dog")
-    assert difference(rows(port, one), one, merge(port, [one, one])) < 0.1
+    assert difference(rows(port, one), one, merge(port, [one, one])) < 0.15
 
 
 def test_methods_that_edit_other_weights_merge(port) -> None:

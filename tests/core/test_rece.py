@@ -52,8 +52,8 @@ def oracle(port: AnalyticPort, spec: ConceptSpec, mode: str, rounds: int, dampin
     rows = edit_rows(port, spec, rule=Rows.SUMMARY, templates=("{}", "a {}", "a picture of {}"))
     absolute = ridge * float(rows.source.square().sum()) / len(rows.source)
     first = [port.weight(s) for s in port.sites()]
-    now = [printed_edit(w, rows.source, rows.target, rows.keep, absolute, k) for w in first]
-    held = torch.cat([rows.keep, rows.target, rows.source])
+    now = [printed_edit(w, rows.source, rows.target, rows.held, absolute, k) for w in first]
+    held = torch.cat([rows.held, rows.target, rows.source])
     for _ in range(rounds):
         derived = printed_rows(now, first, rows.source, rows.target, damping, mode)
         now = [printed_edit(w, derived, rows.target, held, absolute, k) for w in now]
@@ -118,7 +118,7 @@ class Derived:
         self.rows = edit_rows(port, ConceptSpec.parse("cat", "dog", "bird"), rule=Rows.SUMMARY, templates=("{}",))
         self.first = [port.weight(s) for s in port.sites()]
         ridge = 1e-3 * mean_square(self.rows.source)
-        self.edit = solve(self.rows.source, self.rows.target, self.rows.keep, ridge=ridge)
+        self.edit = solve(self.rows.source, self.rows.target, self.rows.held, ridge=ridge)
         self.now = [w + w @ self.edit.dense() for w in self.first]
         heard = self.edit.after(sum(w.T @ w for w in self.first))
         a = self.edit.after(heard.T)

@@ -91,11 +91,12 @@ def test_few_rows_and_more_rows_than_columns(roomy, spec: ConceptSpec, rule: Row
 
 
 def influence_filter(retained: Tensor, w: Tensor, rows, unit: float) -> Tensor:
-    """IPF: W_e = W (C*C1^T - C1C1^T)(I + C1C1^T)^-1; rows that it moves more than the mean (I in units of the rows)."""
+    """IPF: W_e = W (C*C1^T - C1C1^T)(I + C1C1^T)^-1; rows that it moves more than the mean. I is r's default: 1e-3 of the rows'
+    mean square."""
     n, eye = len(rows.source), torch.eye(w.shape[1], dtype=w.dtype)
     moment = rows.source.T @ rows.source / n
     cross = rows.target.T @ rows.source / n
-    unconstrained = torch.linalg.solve(unit * eye + moment, w @ (cross - moment), left=False)
+    unconstrained = torch.linalg.solve(1e-3 * unit * eye + moment, w @ (cross - moment), left=False)
     influence = torch.stack([(unconstrained @ row).norm() for row in retained])
     return retained[influence > influence.mean()]
 

@@ -37,7 +37,7 @@ def rows(port: AnalyticPort, pairs: list[tuple[str, str]], keep: list[str], rule
             n = min(len(c), len(t))
             sources.append(c[:n])
             targets.append(t[:n])
-    kept = [port.text([""])[0].states[:1], pick(port, "", rule)]
+    kept = [port.text([""])[0].states]  # all of it, whatever stands for a word
     kept += [pick(port, s.format(word), rule) for word in keep for s in sentences]
     return torch.cat(sources), torch.cat(targets), torch.cat(kept)
 
