@@ -250,7 +250,7 @@ def _versions(row: Mapping[str, Any]) -> tuple[int, int]:
 
 def is_outdated(row: Mapping[str, Any]) -> bool:
     """Whether a result is of an earlier version of its method or of its attack, with which today's don't compare."""
-    method, attack = row.get("method", "none"), row.get("attack")
+    method, attack = row.get("method", "none"), row.get("attack", "")
     now = method_version(method), all_attacks()[attack].version if attack in all_attacks() else 1
     return any(was < is_now for was, is_now in zip(_versions(row), now, strict=True))
 

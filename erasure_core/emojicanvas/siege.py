@@ -13,7 +13,7 @@ from ..attacks import AttackTarget, Found, Knowledge, Sampler, Way, all_attacks,
 from ..methods import all_methods
 from ..metrics.rates import Rate
 from .bench_settings import ATTACKS, plain
-from .concepts import OBJECT, prompt
+from .concepts import OBJECT, caption_words, prompt
 from .red_team import SAMPLER, canvas_target
 from .rows import Bench, keep, method_version
 from .splits import STYLE_OBJECTS, Erasing
@@ -23,6 +23,8 @@ ASKING = "asking"
 PICTURES = 16
 """Of what an attack found, with noises that no attack has seen. Six concepts together make an interval of at most 10
 points either way, 10.5 with the judge's error; the four objects alone, of an attack that styles have not, 13."""
+EVERY_WORD = "captions"
+"""Given as the words of *synonyms*: all that the text encoder knows, each in the place of the name."""
 _LOOKS = 12
 """Pictures, at other noises again, by which an attacker chooses among several finds."""
 
@@ -47,7 +49,8 @@ def budget_of(name: str, erasing: Erasing, changed: Mapping[str, Any]) -> dict[s
     default = {} if name == ASKING else plain(all_attacks()[name].settings())
     budget = {k: v for k, v in {**ATTACKS.get(name, {}), **changed}.items() if v != default[k]}
     if name == "synonyms":
-        budget["words"] = ", ".join(OBJECT[erasing.objects[0]].unseen)
+        every = budget.get("words") == EVERY_WORD
+        budget["words"] = ", ".join(sorted(caption_words()) if every else OBJECT[erasing.objects[0]].unseen)
     return budget
 
 

@@ -12,8 +12,8 @@ and c_r. A theta step (Adam 1e-5) and a pi step (Adam 1e-2) in turn; pi starts u
 Departures: the vocabulary is the k nearest of the words given, without the authors' k-means behind it, by default the everyday
 ones (asked to be kept or not) that don't mean the concept; the x0 losses weigh noisy times up enormously ((1 - abar) / abar,
 METHODS 1.2), so ``space`` can be eps; a replacement is the base of the target; linear layers only. The latent lies at exactly
-the time that is trained (the authors draw one of the twenty behind it), c and c_r start from noises of their own, and words
-that are to be kept are held by a term in eps space, which the default x0 losses outweigh at noisy times.
+the time that is trained (the authors draw one of the twenty behind it), c and c_r start from noises of their own; words
+that are to be kept are held by a third term, in the space of the others.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def run(
     """
     prompts = Prompts(port, spec, aids.owned)
     words = vocabulary_of(port, spec, settings.vocabulary, prompts.keep)
-    held = [keep_term(KEEP, settings.keep_weight)] if prompts.keep and settings.keep_weight else []
+    holding = bool(prompts.keep and settings.keep_weight)
+    held = [keep_term(KEEP, settings.keep_weight, space=settings.space)] if holding else []
     with port.trainable() as model:
         table = Cond.cat(port.conditions(words)).on(model.device, model.dtype)
         searched = []

@@ -77,23 +77,23 @@ class TextMeasures:
     """For the kept words: should be near 0. None where there are none."""
     kept_worst: float | None
     empty: float
-    """For the empty prompt, which every guided picture is drawn with."""
+    """Root mean square change for all rows of the empty prompt, which every guided picture is drawn with."""
     residual: float
     """How far the nearest other text states stay from bringing the erased words back through the edited projections: near 0
     they are all still reachable (RECE's derivation), near 1 they are gone."""
 
 
 def text_measures(base: ModelPort, erased: ModelPort, spec: ConceptSpec, damping: float = 1e-6) -> TextMeasures:
-    """All of them, over the last content row of every word that ``spec`` names."""
+    """All of them: of words over the last content row of each that ``spec`` names, of the empty prompt over all its rows."""
     words, kept = [w for c in spec.erase for w in c.words], list(spec.keep)
-    c, empty = _rows(base, words), _rows(base, [""])
+    c, empty = _rows(base, words), base.text([""])[0].states
     k = output_change(base, erased, _rows(base, kept)) if kept else None
     residual = Residual(base, erased)
     left = residual.misfit(c, residual.rows(c, damping)).mean().sqrt()
     return TextMeasures(
         float(output_change(base, erased, c).square().mean().sqrt()),
         None if k is None else float(k.square().mean().sqrt()), None if k is None else float(k.max()),
-        float(output_change(base, erased, empty).mean()), float(left),
+        float(output_change(base, erased, empty).square().mean().sqrt()), float(left),
     )  # fmt: skip
 
 

@@ -184,6 +184,10 @@ def test_weight_measures_of_an_erasure() -> None:
     made = text_measures(base, erased, spec)
     assert made.erased > 0.5 and made.kept < 0.1 * made.erased and made.kept <= made.kept_worst
     assert made.empty < 0.1 and 0 <= made.residual <= 1
+    rows, sites = base.text([""])[0].states, base.sites()
+    moved, was = (torch.cat([rows @ w(s).T for s in sites], 1).norm(dim=1) for w in (
+        lambda s: erased.weight(s) - base.weight(s), base.weight))  # fmt: skip
+    assert made.empty == pytest.approx(float((moved / was).square().mean().sqrt())), "all its rows, BOS and padding too"
     nothing = text_measures(base, base, spec)
     assert nothing.erased == nothing.kept == nothing.empty == 0 and nothing.residual < 1e-2
     assert all(c.rank == 0 and c.drift == 0 for c in weight_changes(base, base))

@@ -288,6 +288,22 @@ def test_eap_end_to_end(tiny) -> None:
     assert eap.nearest(table, torch.zeros(1, 2, 2), 2).tolist() == [1, 3]
 
 
+@pytest.mark.parametrize("space", list(Space))
+def test_eap_compares_all_that_it_trains_in_one_space(tiny, monkeypatch, space: Space) -> None:
+    """In x0, where noisy times weigh enormously, a kept word held in eps would hardly count beside the rest."""
+    asked: list[Space | None] = []
+
+    def record(model, terms, z, t, conds):
+        asked.extend(term.space for term in terms)
+        return regress(model, terms, z, t, conds)
+
+    monkeypatch.setattr(eap, "regress", record)
+    eap.run(
+        tiny, SPEC, eap.Settings(**{**SMALL, "iterations": 1}, vocabulary="tree, house", space=space), quiet, Aids()
+    )
+    assert asked == [space] * 3  # what goes, what is kept, what suffers
+
+
 def test_eap_does_not_preserve_words_for_what_is_erased(tiny) -> None:
     """Of everyday words those that mean it are left out too, on the demo model's encoder; of listed words only itself."""
     spec = ConceptSpec.parse("Automobile", "", "rocket")
