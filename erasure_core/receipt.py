@@ -158,7 +158,9 @@ class Receipt:
             return "it tells of other words or another method"
         if self.digest != digest(erasure.deltas):
             return "the numbers were changed after it was made"
-        return ""
+        # Which erasure a record attacked only its own two marks say: a receipt knows the model before.
+        faults = (a.fault(self.spec, self.base, a.erased, a.weights, a.memory, self.weights) for a in self.attacks)
+        return next((f"an attack in it is of something else: {fault}" for fault in faults if fault), "")
 
     def other_base(self, fingerprint: str) -> str:
         """A sentence where the model with this fingerprint isn't the one that was measured on; "" where it is."""

@@ -463,6 +463,22 @@ def test_whose_attack_it_was(changes: dict, marks: tuple[str, ...], sentence: st
     assert sentence in fault and bool(fault) == bool(sentence)
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, ""),
+        ({"concept": "fish"}, "P4D attacked 'fish', which this erasure does not suppress"),
+        ({"base": OTHER}, "P4D was run on an erasure of another base model"),
+        ({"base_weights": "cd" * 32}, "beside a base_model that is not the receipt's model"),
+    ],
+)
+def test_a_receipt_with_an_attack_on_something_else_is_not_of_this_erasure(changes: dict, sentence: str) -> None:
+    """Written by hand into a file that is otherwise in order."""
+    receipt = replace(RECEIPT, weights="12" * 32, attacks=(ATTACK, replace(ATTACK, **changes)))
+    why = receipt.mismatch(erasure())
+    assert sentence in why and bool(why) == bool(sentence)
+
+
 # Rounding, against numpy and hand-written grids
 
 
