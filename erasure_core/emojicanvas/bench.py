@@ -37,7 +37,7 @@ from .bench_settings import parse_settings, settings_for
 from .combine import METHODS as COMBINED
 from .combine import combine
 from .concepts import OBJECTS, STYLES, prompt
-from .effect import effect, tune
+from .effect import effect, page_of, tune
 from .judge import Judge
 from .leaderboard import CONCEPTS, QUICK_ATTACKS, QUICK_CONCEPTS, QUICK_METHODS, Contest, budgets, leaderboard
 from .leaderboard_page import PAGE, QUICK_PAGE
@@ -197,7 +197,7 @@ def main() -> None:
     chosen = {m: settings_for(m, parse_settings(m, a.set)) for m in methods}
     bench = Bench(plan)
     page = a.page or (QUICK_PAGE if a.quick else PAGE)
-    bench.recall(page)
+    bench.recall({"leaderboard": page, "effect": page_of(plan.keep)}.get(a.what, a.what))
     if a.what == "memory":
         memory_effect(bench)
         return

@@ -160,6 +160,11 @@ _PAGES = {
 """Name and title of the page, and what erasers were told to keep."""
 
 
+def page_of(keep: Keep) -> str:
+    """The name of the page under docs/results."""
+    return _PAGES[keep][0]
+
+
 def effect(bench: Bench, chosen: Mapping[str, Mapping[str, Any]], fresh: bool, jobs: int) -> None:
     """Measure ``chosen`` methods on the scoring split and write the tables, with all other methods' default rows."""
     run(bench, chosen, fresh, jobs)
