@@ -160,6 +160,40 @@ def tiny_flow() -> TinyPort:
     return TinyPort(torch.float64, Prediction.FLOW)
 
 
+@pytest.fixture
+def read_late() -> Callable[..., list[str]]:
+    """read_late(*ports): a list of the prompts that are read for the first time while one of their networks is open.
+
+    Whatever reads them is loaded then, which no memory estimate counts; what was read before is only looked up.
+    """
+
+    def watch(*ports: TinyPort) -> list[str]:
+        opened: list[TrainableModel] = []
+        known: set[str] = set()
+        late: list[str] = []
+
+        def watched(port: TinyPort) -> None:
+            text, trainable = port.text, port.trainable
+
+            def reading(prompts: Sequence[str]) -> list[TextStates]:
+                if any(model._hooks for model in opened):
+                    late.extend(x for x in prompts if x not in known)
+                known.update(prompts)
+                return text(prompts)
+
+            def opening() -> TrainableModel:
+                opened.append(trainable())
+                return opened[-1]
+
+            port.text, port.trainable = reading, opening  # type: ignore[method-assign]
+
+        for port in ports:
+            watched(port)
+        return late
+
+    return watch
+
+
 class TypingPort(TinyPort):
     """A tiny port whose text side is a real text encoder over forty words: start 0, end 1, padding 2, unknown words 3."""
 

@@ -4,91 +4,54 @@ and rate, and which word each picture is learned with."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from watched_runs import (
+    ALONE,
+    IN_TURN,
+    SPEC,
+    TEXTS,
+    Sampled,
+    coloured,
+    instead,
+    named,
+    numbers,
+    quiet,
+    reads,
+    run,
+    sampled,
+)
 
 from erasure_core import ConceptSpec, suppress
-from erasure_core.methods import Aids, _training, concept_ablation, eap, esd, forget_me_not, leco, sdd, spm
+from erasure_core.methods import (
+    Aids,
+    _training,
+    concept_ablation,
+    cpe,
+    dark_miner,
+    duo,
+    eap,
+    esd,
+    forget_me_not,
+    kpop,
+    leco,
+    sdd,
+    spm,
+)
 from erasure_core.methods._training import ERASE, NULL, TO
 from erasure_core.operators.cond import Cond
 from erasure_core.operators.regress import combine
 from erasure_core.operators.train_loop import Trainer, generator_for
-from erasure_core.operators.trainable import TrainableModel, Weights
+from erasure_core.operators.trainable import Weights
 
 pytestmark = pytest.mark.core
-SPEC = ConceptSpec.parse("cat, red apple\nbomb", "pear\nriver")
-IN_TURN = ["cat", "bomb", "red apple", "bomb"]
-"""Each concept is met as often, one with fewer words more often by each."""
-ALONE = replace(SPEC, erase=SPEC.erase[:1])
-TEXTS = ("", "cat", "red apple", "bomb", "cat, red apple, bomb", "pear", "river", "orchard")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def quiet(done: int, total: int) -> None:
-    pass
-
-
-def named(port, contexts: Tensor, texts: Sequence[str] = TEXTS) -> list[str]:
-    """Whose text states these are."""
-    known = {text: port.conditions([text])[0].context[0] for text in texts}
-    return [next((text for text, x in known.items() if torch.allclose(x, row, atol=1e-5)), "?") for row in contexts]
-
-
-def instead(monkeypatch, look: Callable[[Trainer], object]) -> None:
-    """Trainings do ``look`` in the place of their steps."""
-
-    def run(self: Trainer, *_args, **_more) -> Trainer:
-        look(self)
-        return self
-
-    monkeypatch.setattr(Trainer, "run", run)
-
-
-@dataclass(frozen=True)
-class Sampled:
-    context: Tensor
-    weights: Weights
-    progress: float
-
-
-def sampled(monkeypatch, module=_training) -> list[Sampled]:
-    """What is asked of the sampler from here on; noise is what it gives."""
-    asked: list[Sampled] = []
-
-    def on_policy(model, cond, null, settings, generator, weights, progress) -> tuple[Tensor, Tensor]:
-        asked.append(Sampled(cond.context.detach().clone(), weights, progress))
-        t = torch.full((len(cond),), model.schedule.time_at(progress), dtype=torch.long)
-        return model.noise(len(cond), generator), t
-
-    monkeypatch.setattr(module, "on_policy", on_policy)
-    return asked
-
-
-@dataclass(frozen=True)
-class Read:
-    z: Tensor
-    t: Tensor
-    cond: Cond
-    weights: Weights
-
-
-def reads(monkeypatch) -> list[Read]:
-    """The passes from here on. Pooled text is noted, and not read."""
-    seen, plain = [], TrainableModel.predict
-
-    def predict(self, z: Tensor, t: Tensor, cond: Cond, weights=Weights.STUDENT, memory=None) -> Tensor:
-        seen.append(Read(z, t, cond, weights))
-        return plain(self, z, t, Cond(cond.context), weights, memory)
-
-    monkeypatch.setattr(TrainableModel, "predict", predict)
-    return seen
 
 
 def steps_of(monkeypatch, port, method, settings, count: int = 1) -> list[Sampled]:
@@ -171,23 +134,36 @@ def test_esd_2023_cannot_erase_from_something(tiny) -> None:
 # Optimisers and rates
 
 
+ADAM, ADAMW = torch.optim.Adam, torch.optim.AdamW
+
+
 @pytest.mark.parametrize(("method", "steps", "optimisers"), [
-    (esd, 200, [(torch.optim.Adam, 5e-5, 0)]),
-    (sdd, 1500, [(torch.optim.AdamW, 1e-5, 1e-4)]),
-    (leco, 500, [(torch.optim.AdamW, 1e-4, 0.01)]),
-    (spm, 3000, [(torch.optim.AdamW, 1e-4, 0.01)]),
-    (forget_me_not, 35, [(torch.optim.AdamW, 2e-6, 0.01)]),
-    (eap, 1000, [(torch.optim.Adam, 1e-5, 0), (torch.optim.Adam, 1e-2, 0)]),
-], ids=["esd", "sdd", "leco", "spm", "forget-me-not", "eap"])  # fmt: skip
+    (esd, 200, [(ADAM, 5e-5, 0)]),
+    (sdd, 1500, [(ADAMW, 1e-5, 1e-4)]),
+    (leco, 500, [(ADAMW, 1e-4, 0.01)]),
+    (spm, 3000, [(ADAMW, 1e-4, 0.01)]),
+    (forget_me_not, 35, [(ADAMW, 2e-6, 0.01)]),
+    (eap, 1000, [(ADAM, 1e-5, 0), (ADAM, 1e-2, 0)]),
+    (concept_ablation, 400, [(ADAM, 1e-5, 0)]),
+    (kpop, 1000, [(ADAM, 1e-2, 0), (ADAM, 1e-5, 0)]),  # the key, the weights
+    (duo, 1000, [(ADAMW, 6e-5, 0.01)]),  # 3e-4 at beta 100, here it is 500
+    (dark_miner, 200, [(ADAM, 1e-4, 0)] * 2),  # the words, then what a round found
+    (cpe, 450, [(ADAMW, 3e-3, 0.01), (ADAMW, 1e-2, 0.01), (ADAMW, 3e-3, 0.01)]),  # erase, attack, erase
+], ids=[
+    "esd", "sdd", "leco", "spm", "forget-me-not", "eap", "ablation", "kpop", "duo", "dark miner", "cpe",
+])  # fmt: skip
 def test_the_papers_optimiser_at_its_rate(tiny, monkeypatch, method, steps: int, optimisers) -> None:
+    """Of Concept Ablation and Dark Miner ours, of KPOP and CPE one of the two: see their docstrings."""
     trainers: list[Trainer] = []
     instead(monkeypatch, trainers.append)
-    method.run(tiny, ALONE, method.Settings(sample_steps=2), quiet, Aids())
-    assert trainers[0].iterations == steps
-    made = [(type(p.made), p.made.defaults["lr"], p.made.defaults["weight_decay"]) for p in trainers[0].phases]
-    assert made == optimisers
-    if method is not spm:
-        assert all(phase.rate(i) == 1 for phase in trainers[0].phases for i in (0, steps // 2, steps - 1))
+    run(method, tiny, ALONE)
+    assert {trainer.iterations for trainer in trainers} == {steps}
+    phases = [phase for trainer in trainers for phase in trainer.phases]
+    made = [(type(p.made), p.made.defaults["lr"], p.made.defaults["weight_decay"]) for p in phases]
+    assert made == [(kind, pytest.approx(lr), decay) for kind, lr, decay in optimisers]
+    assert [p.clip for p in phases] == ([1.0] if method is duo else [None] * len(phases))
+    if method not in (spm, kpop, cpe):
+        assert all(phase.rate(i) == 1 for phase in phases for i in (0, steps // 2, steps - 1))
 
 
 @pytest.mark.parametrize(("iterations", "warmup"), [(3000, 500), (600, 100)])
@@ -218,16 +194,6 @@ def test_every_concept_is_met_as_often_however_many_words_it_has(tiny) -> None:
     assert {(own[word], to) for word, to in prompts.pairs} == {(0, ""), (1, "pear"), (2, "river")}
     for found, concept in zip(states, prompts.pairs[5::3], strict=False):
         assert torch.equal(prompts[concept[0]].context[0], found)
-
-
-def coloured(count: int) -> Tensor:
-    """Pictures whose number can be read through noise at any time."""
-    return 100 * torch.arange(1, count + 1).view(-1, 1, 1, 1).expand(-1, 4, 4, 4).float()
-
-
-def numbers(port, read: Read) -> list[int]:
-    """Which of those pictures a network is shown."""
-    return (read.z.mean((1, 2, 3)) / port.schedule.signal[read.t] / 100 - 1).round().int().tolist()
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["drawn", "given"])
