@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -104,11 +104,11 @@ class Erasure:
                 f"{len(self.deltas)} weights do not fit, first {wrong[0]}. Erase the concept on this model instead"
             )
 
-    def summary(self) -> str:
-        """One paragraph for people: what, how, on what, how large."""
+    def summary(self, unsure: Collection[str] = ()) -> str:
+        """One paragraph for people: what, how, on what, how large; ``unsure`` are words that a text encoder may not know."""
         h = self.header
         read = h.spec.without(h.unread)
-        erased = "; ".join(", ".join(c.words) + (f" -> {c.to}" if c.to else "") for c in read.erase)
+        erased = in_words(read, unsure)
         ranks = sorted({d.rank for d in self.deltas.values()})
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "0"
         kept = f"; kept: {read.kept}" if read.kept else ""
@@ -120,6 +120,14 @@ class Erasure:
             f"{len(self.deltas)} weights{added}, rank {span}, {_megabytes(2 * numbers)} as a file in half precision; "
             f"strength {h.strength:g}; library {h.version}"
         )
+
+
+def in_words(spec: ConceptSpec, unsure: Collection[str] = ()) -> str:
+    """What ``spec`` erases, for people."""
+    shown = {word: f"{word} (if the text encoder knows it)" for word in unsure}
+    return "; ".join(
+        ", ".join(shown.get(word, word) for word in c.words) + (f" -> {c.to}" if c.to else "") for c in spec.erase
+    )
 
 
 def _megabytes(size: int) -> str:

@@ -115,22 +115,23 @@ def mine(
     """
     chosen, tick = settings or Settings(), progress or (lambda done, total: None)
     total = (chosen.count + 1) * chosen.steps
+    asking, null = (base or port).conditions(list(spec.erase[0].words)), port.conditions([""])[0]
+    variable = free(null) if words is None else pseudo_words(words.slot, null)
     with torch.no_grad(), ExitStack() as held:
-        knowing = None if base is None else held.enter_context(base.trainable())
-        model = held.enter_context(port.trainable())
-        asking, null = (base or port).conditions(list(spec.erase[0].words)), port.conditions([""])[0]
+        knowing = model = held.enter_context((base or port).trainable())
         examples = pictures
         if examples is None:
             accept = None if look is None else lambda z: look(z) >= threshold
-            examples = _draw(knowing or model, asking, null, chosen, accept, "model" if base is None else "base_model",
+            examples = _draw(knowing, asking, null, chosen, accept, "model" if base is None else "base_model",
                 lambda done, of: tick(done * chosen.steps // max(1, of), total))  # fmt: skip
+        if base is not None:  # behind the pictures, so that both together need no room for drawing them
+            model = held.enter_context(port.trainable())
         if examples.shape[1:] != torch.Size(model.latent_shape):
             raise ValueError(
                 f"pictures: latents of shape {tuple(examples.shape[1:])}, this model draws {tuple(model.latent_shape)}. "
                 "Scale the images to the model's size"
             )
-        variable = free(null) if words is None else pseudo_words(words.slot, null)
-        teacher = None if knowing is None else _teacher(knowing, asking, model)
+        teacher = None if base is None else _teacher(knowing, asking, model)
         values, states, drawn, scores = [], [], [], []
         for number in range(chosen.count):
             value = _search(model, examples, variable, teacher, chosen, number, tick, searching)

@@ -28,9 +28,10 @@ from .modes import ordinary_tensors
 from .patching import carried, check_ungated, check_unmerged, gate_of, note_unheard
 from .port import ComfyPort, family_of
 from .reading import memory_digest, memory_of, uses_of
+from .replica import make_room
 from .sampling import PLACE, encode
 from .towers import words_of
-from .training import clock, decoder
+from .training import clock, decoder, making_room
 from .types import CATEGORY, Attacks, Judge
 
 _AT_ONCE, _SHOWN = 8, 32
@@ -202,13 +203,13 @@ class RedTeamAttack(io.ComfyNode):
         watcher, demand = AttackWatcher(name, decode, memory), demand_of(chosen, tuned, gate.erasures if gate else ())
         with ordinary_tensors():
             word = "" if judge is None else word_for(judge, spec.erase[0].words)
-            erased = ComfyPort(model, clip, demand=demand, opened=watcher.opened)
+            erased: ComfyPort | GatedPort = ComfyPort(model, clip, demand=demand, opened=watcher.opened)
             base = ComfyPort(base_model, clip, demand=demand)
             if gate is not None:
                 erased = GatedPort(erased, gate.erasures, asked, gate.strengths)
             look = None
             if judge is not None:
-                look = watcher.making_room(look_through(judge, lambda z: decode(z).movedim(-1, 1), word))
+                look = making_room(look_through(judge, lambda z: decode(z).movedim(-1, 1), word))
             target = AttackTarget(
                 erased, base, asked,
                 words=words_of(clip, erased.family.name) if chosen.needs_words else None,
@@ -224,6 +225,7 @@ class RedTeamAttack(io.ComfyNode):
             def count(latents: Tensor) -> Tensor:
                 seen = torch.cat([decode(part) for part in latents.split(_AT_ONCE)])
                 said = torch.zeros(len(seen)) if judge is None else judge.probability(seen.movedim(-1, 1), word)
+                make_room()
                 watcher.counted(seen, said)
                 return said
 
@@ -255,7 +257,7 @@ class RedTeamAttack(io.ComfyNode):
                 if best.states is None
                 else conditioning_of(clip, best.states, family_of(model))
             )
-            if by is not None and not (same or gate or target.negative):
+            if by is not None and before is not None and ceiling is not None and not (same or gate or target.negative):
                 results = (*results, AttackRecord(
                     attack=attack, title=chosen.title, version=chosen.version, given=chosen.given, concept=word,
                     budget=plain(tuned), share=share_of(chosen, tuned), prompts=asked, seed=seed, steps=steps, cfg=cfg,
@@ -271,7 +273,7 @@ class RedTeamAttack(io.ComfyNode):
                 "made: it shows what the attack reaches on this model. To test an erasure, connect the model from before it to "
                 "base_model"
             )
-        if gate is not None:
+        if gate is not None and isinstance(erased, GatedPort):
             opened = ", ".join(f"{m + had:.2f}" for m, had in zip(erased.asked, gate.strengths, strict=True))
             report += (
                 "\nnote: these erasures are gated. Each prompt was drawn with the gates that it opens (those attacked, the "

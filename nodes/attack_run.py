@@ -97,7 +97,8 @@ def settings_of(chosen: AttackSpec, effort: float, seed: int, synonyms: str, wri
         raise ValueError(f"effort: {effort:g} must lie between 0.001 and 2; 1 is the attack's own budget")
     fields = {f.name: f for f in dataclasses.fields(chosen.settings)}
     budget, share = fields[chosen.budget], max(1.0, effort) if chosen.quick else effort
-    scaled = min(max(round(budget.default * share), budget.metadata["low"]), budget.metadata["high"])
+    usual: int = getattr(chosen.settings(), chosen.budget)
+    scaled = min(max(round(usual * share), budget.metadata["low"]), budget.metadata["high"])
     made: dict[str, Any] = {chosen.budget: scaled}
     if "seed" in fields:
         made["seed"] = seed

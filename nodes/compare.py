@@ -109,7 +109,8 @@ def labels_of(erasures: Sequence[CoreErasure], text: str) -> list[str]:
         raise ValueError(
             f"labels: {len(given)} for {len(erasures)} erasures. Write one a line, in the order of the inputs"
         )
-    known, made = all_methods(), []
+    known = all_methods()
+    made: list[str] = []
     for number, erasure in enumerate(erasures):
         method = erasure.header.method
         name = (given[number] if number < len(given) else "") or (known[method].title if method in known else method)
@@ -251,10 +252,12 @@ class CompareErasures(io.ComfyNode):
             for variant in variants:
                 patched = model if variant.erasure is None else apply_erasure(model, variant.erasure, variant.strength)
                 for prompt in lines:
-                    latents = sample(
-                        patched, conds[prompt], conds[""], range(seed, seed + seeds), how, at_once=1,
-                        step=lambda share, before=done: bar.update_absolute(before + round(share * seeds * steps), total),
-                    )  # fmt: skip
+
+                    def step(share: float, before: int = done) -> None:
+                        bar.update_absolute(before + round(share * seeds * steps), total)
+
+                    each = range(seed, seed + seeds)
+                    latents = sample(patched, conds[prompt], conds[""], each, how, at_once=1, step=step)
                     # One by one: in batches the last bits, and now and then a pixel, differ from KSampler's.
                     pictures, key = decode(vae, latents, at_once=1), (variant, prompt)
                     done += seeds * steps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management as mm
@@ -24,7 +26,7 @@ from .types import CATEGORY, Judge
 
 
 class _DemoConfig(comfy.supported_models_base.BASE):
-    unet_config = {}
+    unet_config: dict[str, Any] = {}
     unet_extra_config = {"num_heads": UNetConfig().num_heads, "num_head_channels": -1}
     latent_format = comfy.latent_formats.SD15
     memory_usage_factor = 0.2

@@ -18,13 +18,13 @@ from ..erasure_core.methods.registry import Look
 from ..erasure_core.metrics.judges import look_through, word_for
 from ..erasure_core.operators.checkpoint import Checkpoint
 from ..erasure_core.presets import PRESETS
-from .erase_notes import check_not_made, note_for_demo, note_spelling, told_of_dark
+from .erase_notes import check_not_made, doubted, note_for_demo, told_of_dark
 from .methods import seed_widget
 from .modes import ordinary_tensors
 from .patching import apply_erasure, check_ungated, note_unheard
 from .port import ComfyPort, family_of
 from .towers import pseudo_words
-from .training import Decode, Watcher, decoder, demand_of, watcher_of
+from .training import Decode, Watcher, decoder, demand_of, making_room, watcher_of
 from .types import CATEGORY, Dark, Erasure, Judge, Method, Pairs
 
 _RELIEF = (
@@ -78,7 +78,7 @@ def aids_of(
         known = [_known(judge, concept.words) if chosen.asks_judge else None for concept in spec.erase]
         if chosen.asks_judge and not any(known):
             word_for(judge, [word for concept in spec.erase for word in concept.words])  # says why not
-        looks = tuple(word and _look_for(judge, word, decode, watcher) for word in known)
+        looks = tuple(None if word is None else _look_for(judge, word, decode) for word in known)
 
     return Aids(
         dark=tuple(states),
@@ -86,6 +86,7 @@ def aids_of(
         pairs=None if pairs is None else replace(pairs, unsafe=pairs.unsafe.clone(), safe=pairs.safe.clone()),
         looks=looks,
         watch=watcher.watch,
+        drawing=watcher.drawing,
     )
 
 
@@ -97,9 +98,9 @@ def _known(judge, words: Sequence[str]) -> str | None:
         return None
 
 
-def _look_for(judge, word: str, decode: Decode, watcher: Watcher) -> Look:
+def _look_for(judge, word: str, decode: Decode) -> Look:
     """The judge behind the decoder."""
-    return watcher.making_room(look_through(judge, lambda z: decode(z).movedim(-1, 1), word))
+    return making_room(look_through(judge, lambda z: decode(z).movedim(-1, 1), word))
 
 
 def unfinished(what: str) -> Checkpoint:
@@ -260,7 +261,8 @@ class EraseConcept(io.ComfyNode):
         ignored = ", ".join(chosen.ignores(spec, aids))
         unread = f"{chosen.title} makes no use of: {ignored}." if ignored else ""
         trained = watcher.report() + note_unheard(model=model) if chosen.trains else ""
-        parts = [erasure.summary(), told_of_dark(dark, spec, chosen), note_spelling(port, spec), unread]
+        doubts = doubted(spec, port.family)
+        parts = [erasure.summary(doubts), told_of_dark(dark, spec, chosen), *doubts.values(), unread]
         parts += [note_for_demo(port, chosen, wanted), said, trained]
         report = "\n".join(part for part in parts if part)
         shown = ui.PreviewText(report).as_dict()

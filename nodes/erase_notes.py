@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any
+
+import comfy.sd1_clip
 
 from ..erasure_core import ConceptSpec
 from ..erasure_core.dark import DarkEmbeddings
 from ..erasure_core.emojicanvas.bench_settings import TESTBED
+from ..erasure_core.emojicanvas.concepts import caption_words
 from ..erasure_core.methods import MethodSpec
-from ..erasure_core.port import TokenKind
+from ..erasure_core.port import Family
 from .attack_report import plain
 from .patching import carried
-from .port import ComfyPort
+from .port import BOS, EOS, ComfyPort
 
 
 def note_for_demo(port: ComfyPort, chosen: MethodSpec, settings: Any) -> str:
@@ -25,19 +29,34 @@ def note_for_demo(port: ComfyPort, chosen: MethodSpec, settings: Any) -> str:
     return f"note: these settings are made for large models. For the demo model set {better}"
 
 
-def note_spelling(port: ComfyPort, spec: ConceptSpec) -> str:
-    """Words of which the text encoder may know nothing: it reads English, and takes what it does not know apart."""
-    words = [word for concept in spec.erase for word in concept.words if "embedding:" not in word]
-    notes = []
-    for word, text in zip(words, port.text(words), strict=True):
-        pieces = int((text.kinds == TokenKind.CONTENT).sum())
-        if not word.isascii():
-            notes.append(
+@cache
+def _tokenizer() -> comfy.sd1_clip.SDTokenizer:
+    """The words of every text encoder that this pack works with."""
+    return comfy.sd1_clip.SDTokenizer()
+
+
+def _pieces(word: str) -> int:
+    tokens = [token[0] for section in _tokenizer().tokenize_with_weights(word) for token in section]
+    return sum(token not in (BOS, EOS) for token in tokens)
+
+
+def doubted(spec: ConceptSpec, family: Family) -> dict[str, str]:
+    """Words to erase of which the text encoder may know nothing, with a note on each: it reads English, and takes what it does
+    not know apart. Of the demo model's all words are known."""
+    notes = {}
+    for word in (word for concept in spec.erase for word in concept.words if "embedding:" not in word):
+        if family.name == "emojicanvas":
+            if not caption_words().issuperset(word.casefold().split()):
+                notes[word] = (
+                    f"note: the demo model never learned {word!r}. Its words stand in erasure_core/emojicanvas/concepts.py"
+                )
+        elif not word.isascii():
+            notes[word] = (
                 f"note: {word!r} is not in plain letters, and this text encoder reads English: add the English word"
             )
-        elif pieces > 2 * len(re.findall(r"\w+", word)):
-            notes.append(f"note: {word!r} is read in {pieces} pieces, as unknown words are: check the spelling")
-    return "\n".join(notes)
+        elif (pieces := _pieces(word)) > 2 * len(re.findall(r"\w+", word)):
+            notes[word] = f"note: {word!r} is read in {pieces} pieces, as unknown words are: check the spelling"
+    return notes
 
 
 def check_not_made(model, name: str, spec: ConceptSpec, settings: Any) -> None:

@@ -17,6 +17,7 @@ from ..erasure_core.formats import check_file_name, opened, read_receipt, receip
 from ..erasure_core.fusion import beyond_words
 from ..erasure_core.methods._training import fingerprint
 from ..erasure_core.receipt_file import parse_receipt, receipt_json
+from .erase_notes import doubted
 from .modes import ordinary_tensors
 from .patching import apply_erasure, check_without
 from .port import ComfyPort
@@ -113,8 +114,10 @@ class SaveErasure(io.ComfyNode):
             if not saved:  # Windows refuses to replace a file that Load LoRA has open
                 save(erasure, root / file, layout=_LAYOUTS[layout], dtype=_PRECISIONS[precision])
             receipt = receipt_of(erasure, _LAYOUTS[layout], _PRECISIONS[precision])
-        beside = _beside(root / file)
-        told = (b"", b"") if receipt is None else (receipt_json(receipt, indent=1).encode(), receipt.sheet)
+        beside: tuple[Path, ...] = _beside(root / file)
+        told: tuple[bytes, ...] = (
+            (b"", b"") if receipt is None else (receipt_json(receipt, indent=1).encode(), receipt.sheet)
+        )
         if receipt is not None and not receipt.sheet and _tells_of(beside[0], receipt.digest):
             beside, told = beside[:1], told[:1]  # a receipt from a file has no sheet; the one beside it is still right
         for path, contents in zip(beside, told, strict=True):
@@ -249,7 +252,8 @@ class LoadErasure(io.ComfyNode):
                 port = ComfyPort(model)
                 own = fingerprint(port)
                 fits = f"\n{model_report(port, own, erasure)}"
-            report = f"{erasure.summary()}{fits}\n\n{receipt_report(path, erasure, port, own)}"
+            said = erasure.summary(doubted(erasure.header.spec, erasure.header.family))
+            report = f"{said}{fits}\n\n{receipt_report(path, erasure, port, own)}"
         return io.NodeOutput(erasure, report, ui=ui.PreviewText(report))
 
 
@@ -289,7 +293,7 @@ class MergeErasures(io.ComfyNode):
             check_without(model, given)
             merged = merge(ComfyPort(model, clip), given)
             patched = apply_erasure(model, merged, 1.0)
-        report = merged.summary()
+        report = merged.summary(doubted(merged.header.spec, merged.header.family))
         first = merged.header.base
         if others := [name for name, e in named.items() if not same_base(first, e.header.base)]:
             report += (

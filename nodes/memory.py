@@ -20,6 +20,7 @@ from ..erasure_core.operators.memory import Mode, Placement, SavedMemory, load_m
 from ..erasure_core.suppress import Settings as SuppressSettings
 from ..erasure_core.suppress import suppress
 from .erase import check_words_are_read, unfinished
+from .erase_notes import doubted
 from .methods import seed_widget
 from .modes import ordinary_tensors
 from .patching import apply_erasure, check_ungated, note_unheard
@@ -195,7 +196,8 @@ class LearnSafePromptMemory(io.ComfyNode):
             port = ComfyPort(model, clip, demand=_demand(settings), opened=watcher.opened)
             check_words_are_read(port, spec)
             watcher.encode(port.conditions)
-            aids = Aids(watch=watcher.watch, checkpoint=unfinished(f"memory-{mode}") if resume else None)
+            kept = unfinished(f"memory-{mode}") if resume else None
+            aids = Aids(watch=watcher.watch, drawing=watcher.drawing, checkpoint=kept)
             if isinstance(settings, SuppressSettings):
                 memory = suppress(port, spec, settings, watcher.progress, aids)
                 erasure, patched = CoreErasure(memory.header, {}), apply_memory(model, memory, 1.0)
@@ -203,7 +205,8 @@ class LearnSafePromptMemory(io.ComfyNode):
                 hidden = kpop.hide(port, spec, settings, watcher.progress, aids)
                 memory, erasure = hidden.key, hidden.erasure
                 patched = apply_erasure(model, erasure, 1.0)
-        report = f"{memory.summary()}\n{watcher.report()}{note_unheard(model=model)}"
+        doubts = doubted(spec, port.family)
+        report = "\n".join((memory.summary(doubts), *doubts.values(), watcher.report())) + note_unheard(model=model)
         if mode == Mode.KEY and seed == 0:
             report += "\nnote: at seed 0, where everybody begins, the key is easily learned again. Take one that nobody guesses"
         shown = ui.PreviewText(report).as_dict()
@@ -331,4 +334,5 @@ class LoadPromptMemory(io.ComfyNode):
     def execute(cls, file) -> io.NodeOutput:
         with ordinary_tensors():
             memory: SavedMemory = load_memory(SAVED.path(file))
-        return io.NodeOutput(memory, memory.summary(), ui=ui.PreviewText(memory.summary()))
+        report = memory.summary(doubted(memory.header.spec, memory.header.family))
+        return io.NodeOutput(memory, report, ui=ui.PreviewText(report))

@@ -29,7 +29,7 @@ from .port import ComfyPort, family_of
 from .replica import Demand, latent_shape
 from .saved import Saved, place
 from .towers import pseudo_words
-from .training import Watcher, decoder
+from .training import Watcher, decoder, making_room
 from .types import CATEGORY, Dark, Judge
 
 _FREE, _WORDS = "free", "words"
@@ -159,7 +159,7 @@ class MineDarkEmbeddings(io.ComfyNode):
             look = None
             if judge is not None:
                 word = word_for(judge, spec.erase[0].words)
-                look = watcher.making_room(look_through(judge, lambda z: decode(z).movedim(-1, 1), word))
+                look = making_room(look_through(judge, lambda z: decode(z).movedim(-1, 1), word))
             null = port.conditions([""])[0]
             found = mine(
                 port,

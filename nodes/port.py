@@ -21,13 +21,13 @@ from ..erasure_core.operators.cond import Cond
 from ..erasure_core.operators.trainable import TrainableModel
 from ..erasure_core.port import FAMILIES, token_kinds
 from .modes import host_mode
-from .replica import PREFIX, Demand, build, effective, latent_shape, prediction_of
+from .replica import PREFIX, Demand, build, effective, latent_shape, make_room, prediction_of
 
 # Of a UNet: others (LTXV) have attn2 too, fed by a projection of the text that no port knows.
 _TEXT_SITE = re.compile(
     r"^diffusion_model\.((?:input_blocks|middle_block|output_blocks)\..+\.attn2\.to_([kv]))\.weight$"
 )
-_BOS, _EOS = 49406, 49407
+BOS, EOS = 49406, 49407
 _ENCODE_AT_ONCE = 32
 _CACHED_BYTES = 256 << 20
 
@@ -126,6 +126,7 @@ class ComfyPort:
             mm.throw_exception_if_processing_interrupted()
             with host_mode():
                 pooled = self._clip.encode_from_tokens(_plain([self._clip.tokenize(prompt)]), return_pooled=True)[1]
+            make_room()
         _, height, width = self.latent_shape
         y = self._model.model.encode_adm(
             pooled_output=pooled.clone().float().cpu(), width=8 * width, height=8 * height, device=torch.device("cpu")
@@ -150,6 +151,8 @@ class ComfyPort:
             mm.throw_exception_if_processing_interrupted()
             for read in _encode(clip, wanted[start : start + _ENCODE_AT_ONCE]):
                 cache[(*state, read[0].prompt)] = read
+        if wanted:
+            make_room()
         return [cache[(*state, p)] for p in prompts]
 
     def predict(self, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -180,7 +183,7 @@ def _encode(clip, prompts: Sequence[str]) -> list[Read]:
     out, start, at = [], 0, 0
     for prompt, tokens, count in zip(prompts, tokenised, counts, strict=True):
         ids = [[w[0] if isinstance(w[0], int) else -1 for w in section] for section in tokens[first]]
-        kinds = torch.cat([token_kinds(section, bos=_BOS, eos=_EOS) for section in ids])
+        kinds = torch.cat([token_kinds(section, bos=BOS, eos=EOS) for section in ids])
         own = None if pooled is None else pooled[at : at + 1].clone()  # ComfyUI takes the first section's too
         out.append((TextStates(prompt, states[start : start + count].clone(), kinds), own))
         start, at = start + count, at + len(tokens[first])

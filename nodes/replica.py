@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from weakref import WeakSet, ref
 
 import comfy.ldm.modules.attention
 import comfy.lora
@@ -19,11 +22,12 @@ import torch.nn.functional as F
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..erasure_core import Prediction
 from ..erasure_core.operators.changes import FullWeights, Layers, LoRA
 from ..erasure_core.operators.cond import Cond
-from ..erasure_core.operators.trainable import TrainableModel, blocks_of
+from ..erasure_core.operators.trainable import TrainableModel, blocks_of, rows_of
 from ..erasure_core.schedule import Schedule
 from .modes import host_mode
 
@@ -32,6 +36,8 @@ _SIDES = {"sd15": 512, "sd20": 512}
 _LARGE = 1024
 """Pixels of the pictures that a family was trained on: these, SDXL and what came later."""
 _TEXT_LENGTH = 77
+_ROWS = 16
+"""Of a pass without gradients at most, however small: eight pictures, guided."""
 _MARGIN, _CPU_MARGIN = 1.15, 1.35
 """What allocators and short-lived tensors take on top of the estimate. On the CPU it is more: with SD 1.5, 5.3 GB in tensors
 were 6.4 GB of a process, and 3.9 GB with blocks computed again 5.1."""
@@ -46,6 +52,8 @@ class Demand:
     """Further copies of what is trained, such as a running average."""
     pictures: int = 3
     """Latents whose activations are kept at the same time."""
+    keeps: Callable[[TrainableModel], int] | None = None
+    """Bytes that a step keeps beside that, as :class:`MethodSpec` has it."""
     latents: int = 0
     """Latents that it holds from the first step to the last."""
     beside: int = 0
@@ -61,20 +69,27 @@ class Replica(TrainableModel):
 
     closed = False
     room = 0
-    """Bytes that a training step needs beside the weights."""
+    """Bytes that a training step or drawing needs beside the weights."""
     takes = 0
     """Bytes that training takes in all, by the estimate that :func:`build` goes by."""
-
-    def make_room(self) -> None:
-        """After ComfyUI has loaded something else, which it does not know it must take off again: a VAE, a judge."""
-        with host_mode():
-            mm.free_memory(self.room, self.device)
 
     def close(self) -> None:
         super().close()
         self.closed = True
+        _open.discard(self)
         self.net.to("meta")
         mm.soft_empty_cache()
+
+
+_open: WeakSet[Replica] = WeakSet()
+
+
+def make_room() -> None:
+    """For the replicas that are open, after ComfyUI has loaded something that it does not know it must take off again: a text
+    encoder, a VAE, a judge."""
+    for replica in _open:
+        with host_mode():
+            mm.free_memory(replica.room, replica.device)
 
 
 def effective(entry: list[Any], key: str, device: torch.device) -> Tensor:
@@ -100,7 +115,8 @@ def build(
     half = None if demand.precise else _half(device)
     kept_in = half if half is torch.bfloat16 else torch.float32  # what attention with gradients computes in
     need = footprint(model, schedule, prediction, shape, demand, fused=_attends_in_pieces(device, kept_in))
-    checkpoint = _fit(need, half is torch.bfloat16, device, demand.relief)
+    most = min(_ROWS, rows_of(shape))
+    checkpoint, rows = _fit(need, half is torch.bfloat16, device, demand.relief, most)
     net = _network(model, torch.device("meta"))  # memory only in the type that stays
     if half is torch.bfloat16:  # autocast would round these at every pass: the same numbers in half the room
         for module in net.modules():
@@ -121,8 +137,11 @@ def build(
             )
         target.copy_(source)
     made = Replica(net, schedule, prediction, shape, autocast=half, checkpoint=checkpoint)
-    made.room = need.total(half=half is torch.bfloat16, checkpoint=checkpoint, weights=False)
-    made.takes = need.total(half=half is torch.bfloat16, checkpoint=checkpoint, margin=_margin(device))
+    made.rows = rows
+    how: dict[str, Any] = {"half": half is torch.bfloat16, "checkpoint": checkpoint, "rows": rows}
+    made.room = need.total(**how, weights=False)
+    made.takes = need.total(**how, margin=_margin(device))
+    _open.add(made)
     return made
 
 
@@ -218,6 +237,29 @@ class _Fused(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Alive(TorchDispatchMode):
+    """Adds up the tensors that a pass without gradients holds at the same time."""
+
+    def __init__(self, before: set[int]) -> None:
+        super().__init__()
+        self.most, self._now = 0, 0
+        self._known: dict[int, Any] = dict.fromkeys(before)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for x in made if isinstance(made, tuple | list) else (made,):
+            if torch.is_tensor(x) and (key := _storage(x)) not in self._known:
+                storage = x.untyped_storage()
+                self._known[key] = ref(storage, partial(self._gone, key, storage.nbytes()))
+                self._now += storage.nbytes()
+        self.most = max(self.most, self._now)
+        return made
+
+    def _gone(self, key: int, size: int, _: object) -> None:
+        del self._known[key]  # another may lie there next
+        self._now -= size
+
+
 @dataclass(frozen=True)
 class Footprint:
     """Bytes of a training in float32, measured on a network without data."""
@@ -230,10 +272,17 @@ class Footprint:
     activations: int
     checkpointed: int
     """Activations when the blocks are computed again."""
+    drawn: int
+    """Activations of a row in a pass without gradients."""
+    kept: int
+    """What a step keeps that is of no pass, float32 everywhere."""
 
-    def total(self, *, half: bool, checkpoint: bool, margin: float = _MARGIN, weights: bool = True) -> int:
-        """Half precision halves the matrices; of the activations those around norms stay in float32."""
-        moving = (self.checkpointed if checkpoint else self.activations) * (0.7 if half else 1)
+    def total(self, *, half: bool, checkpoint: bool, rows: int, margin: float = _MARGIN, weights: bool = True) -> int:
+        """Where ``rows`` are drawn at a time. Half precision halves the matrices; of the activations those around norms stay
+        in float32."""
+        share = 0.7 if half else 1
+        learned = self.kept + (self.checkpointed if checkpoint else self.activations) * share
+        moving = max(learned, rows * self.drawn * share)  # no step is under way while pictures are drawn
         held = self.others + self.matrices / (2 if half else 1) if weights else 0
         return int(margin * (held + self.trained + moving))
 
@@ -241,7 +290,8 @@ class Footprint:
 def footprint(
     model, schedule: Schedule, prediction: Prediction, shape: tuple[int, int, int], demand: Demand, *, fused: bool = True
 ) -> Footprint:  # fmt: skip
-    """Run one pass on the meta device, where tensors have shapes but no contents, and add up what autograd keeps.
+    """Run two passes on the meta device, where tensors have shapes but no contents: one to add up what autograd keeps, and one
+    without gradients.
 
     Args:
         fused: no attention matrix is kept.
@@ -280,20 +330,24 @@ def footprint(
         width = model.model.model_config.unet_config["context_dim"]
         cond = Cond(torch.empty(1, _TEXT_LENGTH, width, device=meta), extra)
         z = torch.empty(1, *shape, device=meta)
-        attention = _Fused() if fused else nullcontext()
-        with attention, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
-            out = trained.predict(z, torch.zeros(1, dtype=torch.long), cond)
-        for handle in handles:
-            handle.remove()
+        t, alive = torch.zeros(1, dtype=torch.long), _Alive(weights)
+        with _Fused() if fused else nullcontext():
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
+                out = trained.predict(z, t, cond)
+            for handle in handles:
+                handle.remove()
+            with alive:
+                trained.reference(z, t, cond)
         bytes_of = {block: sum(s.nbytes() for s in storages.values()) for block, storages in kept.items()}
         outside = bytes_of.pop(None)
         blocks = list(bytes_of.values())
         amount = sum(p.numel() * 4 for p in parameters)
+        beside = demand.keeps(trained) if demand.keeps else 0
         del out
     n, held = demand.pictures, demand.latents * math.prod(shape) * 4 + demand.beside * 4
     return Footprint(
         matrices, sum(sizes.values()) - matrices, amount * (4 + demand.copies) + held,
-        n * (outside + sum(blocks)), n * (outside + entering + max(blocks, default=0)),
+        n * (outside + sum(blocks)), n * (outside + entering + max(blocks, default=0)), alive.most, beside,
     )  # fmt: skip
 
 
@@ -306,21 +360,24 @@ def _margin(device: torch.device) -> float:
     return _CPU_MARGIN if device.type == "cpu" else _MARGIN
 
 
-def _fit(need: Footprint, half: bool, device: torch.device, relief: str) -> bool:
-    """Make room; returns whether activations must be computed again to fit.
+def _fit(need: Footprint, half: bool, device: torch.device, relief: str, most: int) -> tuple[bool, int]:
+    """Make room; returns whether activations must be computed again to fit, and how many rows, up to ``most``, a pass without
+    gradients can have.
 
     Raises:
         ValueError: it does not fit even so.
     """
-    plain, least = (need.total(half=half, checkpoint=c, margin=_margin(device)) for c in (False, True))
+
+    def total(checkpoint: bool, rows: int) -> int:
+        return need.total(half=half, checkpoint=checkpoint, rows=rows, margin=_margin(device))
+
     with host_mode():
-        mm.free_memory(plain, device)
+        mm.free_memory(total(False, most), device)
     free = mm.get_free_memory(device)
-    if plain <= free:
-        return False
-    if least <= free:
-        return True
-    raise ValueError(
-        f"model: training on it here takes about {least / 1e9:.1f} GB, and {free / 1e9:.1f} GB of {device.type} memory are "
-        f"free. {relief}"
-    )
+    checkpoint, least = total(False, 1) > free, total(True, 1)
+    if least > free:
+        raise ValueError(
+            f"model: training on it here takes about {least / 1e9:.1f} GB, and {free / 1e9:.1f} GB of {device.type} memory are "
+            f"free. {relief}"
+        )
+    return checkpoint, max(rows for rows in range(1, most + 1) if total(checkpoint, rows) <= free)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import comfy.utils
@@ -19,7 +20,7 @@ from ..erasure_core.operators.changes import FullWeights, Layers, LoRA
 from ..erasure_core.operators.cond import Cond
 from ..erasure_core.operators.trainable import TrainableModel
 from .modes import host_mode
-from .replica import Demand, Replica
+from .replica import Demand, Replica, make_room
 
 _T = TypeVar("_T")
 Decode = Callable[[Tensor], Tensor]
@@ -59,6 +60,7 @@ def demand_of(settings: Any, method: MethodSpec, concepts: int) -> Demand:
         LoRA(layers, rank * (concepts if method.rank_each else 1)) if rank else FullWeights(layers),
         copies=int(getattr(settings, "average", None) is not None),
         pictures=max(at_once, getattr(settings, "population", 0)),
+        keeps=partial(method.keeps, settings) if method.keeps else None,
         latents=getattr(settings, "views", 0) * (4 * concepts + 2),
         precise=method.precise,
     )
@@ -67,8 +69,8 @@ def demand_of(settings: Any, method: MethodSpec, concepts: int) -> Demand:
 class Watcher:
     """Shows a training on its node: pictures that it draws itself at a fixed seed, the losses, the progress.
 
-    ``opened``, ``progress`` and ``watch`` are what a port and a method call. Raises through ``progress`` when the user
-    cancels. Of the prompts the first ``turns`` take turns to be drawn.
+    ``opened``, ``progress``, ``drawing`` and ``watch`` are what a port and a method call. Raises through ``progress`` and
+    ``drawing`` when the user cancels. Of the prompts the first ``turns`` take turns to be drawn.
     """
 
     captions = ("erased: ", "kept: ")
@@ -84,6 +86,8 @@ class Watcher:
         self._pictures: list[Image.Image] = []
         self._fresh = False
         self._started = self._drawn = time.monotonic()
+        self._begun: tuple[float, int] | None = None
+        """When the steps began, and after how many: a training that is resumed doesn't begin at 0."""
         self._taken = ""
         self.spent, self._cost = 0.0, 0.0
         self.losses: dict[str, list[float]] = {}
@@ -98,6 +102,7 @@ class Watcher:
         self._model = model
         self._taken = f"training takes about {model.takes / 1e9:.1f} GB of {model.device.type} memory, by estimate"
         self._started = self._drawn = time.monotonic()
+        self._begun = None
         self.spent = self._cost = 0.0
 
     @property
@@ -105,32 +110,25 @@ class Watcher:
         """Seconds since the training began."""
         return time.monotonic() - self._started
 
-    def make_room(self) -> None:
-        """Once something beside the training has been loaded."""
-        if self._model is not None and not self._model.closed:
-            self._model.make_room()
-
-    def making_room(self, look: Look) -> Look:
-        """``look``, after which ComfyUI takes off again what it has loaded for it: a VAE, a judge."""
-
-        def then_make_room(latents: Tensor) -> Tensor:
-            seen = look(latents)
-            self.make_room()
-            return seen
-
-        return then_make_room
-
     def watch(self, _model: TrainableModel, _done: int, losses: Mapping[str, float]) -> None:
         for name, value in losses.items():
             self.losses.setdefault(name, []).append(value)
         self._fresh = True
 
+    def drawing(self, done: int, total: int) -> None:
+        """Pictures that a training begins with: its own steps come later."""
+        self._begun = None
+        picture = self._compose(f"drawing pictures to train on: {done} / {total}")
+        self._bar.update_absolute(done, max(1, total), ("JPEG", picture, _WIDTH))
+
     def progress(self, done: int, total: int) -> None:
+        if self._begun is None or done <= self._begun[1]:
+            self._begun = time.monotonic(), done
         if self._due(done):
             self._draw()
         shown = None
         if self._fresh and (self._pictures or self.losses):
-            self.picture = self._compose(done, total)
+            self.picture = self._compose(self._status(done, total))
             shown, self._fresh = ("JPEG", self.picture, _WIDTH), False
         self._bar.update_absolute(done, max(1, total), shown)
 
@@ -151,7 +149,7 @@ class Watcher:
             generator=torch.Generator().manual_seed(_SEED),
         )  # fmt: skip
         pictures = (self._decode(latents) * 255).round().to(torch.uint8).numpy()
-        self.make_room()
+        make_room()
         self._pictures = [ImageOps.pad(Image.fromarray(p), (_PICTURE, _PICTURE), color=_PAPER) for p in pictures]
         self._drawn = time.monotonic()
         self._cost = self._drawn - began
@@ -162,8 +160,8 @@ class Watcher:
         """What belongs to the prompts that are drawn last."""
         return [of[self._turn], *of[self._turns :]]
 
-    def _compose(self, done: int, total: int) -> Image.Image:
-        """Captions and pictures above, the curves below."""
+    def _compose(self, status: str) -> Image.Image:
+        """Captions and pictures above, the curves and the status below."""
         top = _PICTURE + _LINE if self._pictures else 0
         canvas = Image.new("RGB", (_WIDTH, top + _CURVE + _LINE), _PAPER)
         draw = ImageDraw.Draw(canvas)
@@ -171,12 +169,15 @@ class Watcher:
             canvas.paste(picture, (i * _PICTURE, _LINE))
             _write(draw, (i * _PICTURE + 6, 3), self.captions[min(i, 1)] + prompt, _INK)
         self._curves(draw, top)
-        _write(draw, (6, top + _CURVE + 3), self._status(done, total), _INK)
+        _write(draw, (6, top + _CURVE + 3), status, _INK, most=68)
         return canvas
 
     def _status(self, done: int, total: int) -> str:
-        left = self.elapsed * (total - done) / done if done else None
-        return f"{done} / {total}" + (f", {clock(left)} left" if left is not None else "")
+        assert self._begun is not None
+        began, first = self._begun
+        if done <= first:
+            return f"{done} / {total}"
+        return f"{done} / {total}, {clock((time.monotonic() - began) * (total - done) / (done - first))} left"
 
     def _curves(self, draw: ImageDraw.ImageDraw, top: int) -> None:
         """Magnitudes on one logarithmic axis; each curve over the whole width."""
@@ -217,12 +218,25 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, colour: tuple[int, int, int]) -> None:
+def making_room(look: Look) -> Look:
+    """``look``, after which ComfyUI takes off again what it has loaded for it: a VAE, a judge."""
+
+    def then_make_room(latents: Tensor) -> Tensor:
+        seen = look(latents)
+        make_room()
+        return seen
+
+    return then_make_room
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, colour: tuple[int, int, int], most: int = 34
+) -> None:
     try:
         font: Any = ImageFont.load_default(13)
     except TypeError:  # Pillow before 10.1 has one size only
         font = ImageFont.load_default()
-    plain = text[:34].encode("latin-1", "replace").decode("latin-1")  # the built-in font knows no other letters
+    plain = text[:most].encode("latin-1", "replace").decode("latin-1")  # the built-in font knows no other letters
     draw.text(place, plain, fill=colour, font=font)
 
 

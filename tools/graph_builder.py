@@ -22,6 +22,9 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 BYPASS = 4
 TITLE = 30
 """Height of a node's title bar, which lies above its position."""
+SCREEN, VISIBLE, READABLE = (1440, 900), (70, 100, 1350, 780), 0.65
+"""Pixels of a small screen; its part that no bar of the page covers (left, top, width, height); a scale at which nodes can be
+read. The page writes no text below 0.57, and fits a graph it opens into three quarters of its window."""
 PACK_ID = "concept-erasure"
 """Our name in the registry; Manager finds the pack of a missing node by it."""
 OURS = {"color": "#232", "bgcolor": "#353"}
@@ -205,6 +208,23 @@ class Graph:
         entry = {"id": len(self.groups) + 1, "title": title, "bounding": bounding, "color": color, "font_size": 24}
         self.groups.append(entry | {"flags": {}})
 
+    def bounds(self, groups: bool = True) -> tuple[int, int, int, int]:
+        """(left, top, width, height) of all nodes, and of the frames around them."""
+        boxes = [(n.pos[0], n.pos[1] - TITLE, n.size[0], n.height + TITLE) for n in self.nodes]
+        boxes += [tuple(group["bounding"]) for group in self.groups] if groups else []
+        left, top = (min(box[i] for box in boxes) for i in (0, 1))
+        return left, top, *(max(box[i] + box[i + 2] for box in boxes) - start for i, start in enumerate((left, top)))
+
+    def view(self) -> Json:
+        """How the page is to open it: nothing where it fits it readably itself, else from the note at the top left on."""
+        own = 0.75 * min(side / (size + 20) for side, size in zip(SCREEN, self.bounds(groups=False)[2:], strict=True))
+        if own >= READABLE:
+            return {}
+        left, top, *sizes = self.bounds()
+        whole = min(side / size for side, size in zip(VISIBLE[2:], sizes, strict=True))
+        scale = max(READABLE, round(whole, 2))
+        return {"ds": {"scale": scale, "offset": [round(VISIBLE[0] / scale) - left, round(VISIBLE[1] / scale) - top]}}
+
     def _nodes(self) -> list[Json]:
         for number, source, *_ in self.links:
             if source.node > 0:
@@ -220,7 +240,7 @@ class Graph:
         out |= {"last_link_id": len(self.links), "nodes": self._nodes(), "links": links, "groups": self.groups}
         if self.subgraphs:
             out["definitions"] = {"subgraphs": [s.definition() for s in self.subgraphs.values()]}
-        return out | {"config": {}, "extra": {}, "version": 0.4}
+        return out | {"config": {}, "extra": self.view(), "version": 0.4}
 
 
 class Subgraph(Graph):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_client import Json
 from graph_builder import Graph, Node
-from workflow_parts import ALIAS, BLUE, CONCEPT, GREEN, GREY, RED, WORD, Drawing
+from workflow_parts import ALIAS, BLUE, CONCEPT, GREEN, GREY, RED, WORD, Drawing, fitted
 
 
 def mine_erase_mine(info: Json) -> Graph:
@@ -29,41 +29,41 @@ and finds mean (*fast*, *balanced*) does not close all ways.
 Scores come from the **judge** that the demo model brings along; on your own model use *Example Judge*, *CLIP Judge* or *ONNX
 Judge*, or none and your eyes.
 """,
-        (340, 460),
+        (300, 520),
     )
     mining = {"concept": f"{WORD}, {ALIAS}", "count": 3, "steps": 100}
     first = g.node(
         "ErasureEraseConcept",
-        (320, 300),
+        (300, 300),
         title="1  Erase the words",
         model=d.demo["MODEL"],
         clip=d.demo["CLIP"],
         **CONCEPT,
     )
     shared = {"clip": d.demo["CLIP"], "vae": d.demo["VAE"], "base_model": d.demo["MODEL"], "judge": d.demo["JUDGE"]}
-    mine = g.node("ErasureMineDarkEmbeddings", (340, 460), title="2  What is left?", model=first["MODEL"], seed=1, **mining,
+    mine = g.node("ErasureMineDarkEmbeddings", (320, 545), title="2  What is left?", model=first["MODEL"], seed=1, **mining,
         **shared)  # fmt: skip
     second = g.node(
-        "ErasureEraseConcept", (320, 300), title="3  Erase words and finds", model=d.demo["MODEL"], clip=d.demo["CLIP"],
+        "ErasureEraseConcept", (300, 300), title="3  Erase words and finds", model=d.demo["MODEL"], clip=d.demo["CLIP"],
         dark=mine["DARK_EMBEDDINGS"], **CONCEPT,
     )  # fmt: skip
-    again = g.node("ErasureMineDarkEmbeddings", (340, 460), title="4  And now?", model=second["MODEL"], seed=2, **mining,
+    again = g.node("ErasureMineDarkEmbeddings", (320, 545), title="4  And now?", model=second["MODEL"], seed=2, **mining,
         **shared)  # fmt: skip
     g.place(0, 0, note)
-    g.place(390, 0, d.demo, *d.shared)
-    g.group("Model, size and seed", (d.demo, *d.shared), GREEN)
     prompt = d.prompt(f"a {WORD}")
+    g.place(340, 0, d.demo, *d.shared, prompt)
+    g.group("Model and prompt", (d.demo, *d.shared, prompt), GREEN)
     for row, (erase, search, word) in enumerate(
         ((first, mine, "words erased"), (second, again, "words and finds erased"))
     ):
-        y = 900 * row
+        y = 655 * row
         drawn, shown = d.preview(f"a {WORD}: {word}", erase["MODEL"], prompt["CONDITIONING"])
-        found = g.node("PreviewImage", (430, 300), title=f"Found in round {row + 1}", images=search["images"])
-        report = g.node("PreviewAny", (430, 200), title="Scores", source=search["report"])
-        g.place(740, y, erase, *((prompt,) if row == 0 else ()))
-        g.place(1100, y, drawn, shown)
-        g.place(1560, y, search)
-        g.place(1940, y, found, report)
+        found = g.node("PreviewImage", (340, 250), title=f"Found in round {row + 1}", images=search["images"])
+        report = g.node("PreviewAny", (340, 150), title="Scores", source=search["report"])
+        g.place(660, y, erase)
+        g.place(995, y, drawn, shown)
+        g.place(1345, y, search)
+        g.place(1700, y, found, report)
         g.group(
             f"{'First' if row == 0 else 'Second'} round", (erase, search, drawn, shown, found, report), (RED, BLUE)[row]
         )
@@ -92,44 +92,41 @@ that nobody named, and a prompt that must stay. The concept goes, and the rest c
 pairs and steps, and on the demo model some objects stay (docs/results/effect.md). For your own model use photographs of the
 concept on *images*, 32 pairs or more, and DUO's own settings.
 """,
-        (340, 430),
+        (300, 560),
     )
     styles = ("", " in pixel art style", " in pencil sketch style", " in neon style", " in brindlewash style", "")
     others = ("house", "crown", "car", "tulip", "pizza", "cactus")
     pair = g.node(
-        "ErasureMakeSDEditPair", (320, 0), model=d.demo["MODEL"], clip=d.demo["CLIP"], vae=d.demo["VAE"],
+        "ErasureMakeSDEditPair", (300, 0), model=d.demo["MODEL"], clip=d.demo["CLIP"], vae=d.demo["VAE"],
         judge=d.demo["JUDGE"], unsafe_prompt="\n".join(f"a dog{style}" for style in styles),
         safe_prompt="\n".join(f"a {other}{style}" for other, style in zip(others, styles, strict=True)),
         strength=0.7, count=24, cfg=4.0, concept="dog",
     )  # fmt: skip
-    unsafe, safe = (g.node("PreviewImage", (430, 250), title=t, images=pair[t]) for t in ("unsafe", "safe"))
-    method = g.node(
-        "ErasureMethodDUO", (320, 0), iterations=80, beta=50.0, base_learning_rate=4e-4, base_prior_weight=100.0,
-        own_prompts=True, batch=6,
-    )  # fmt: skip
+    unsafe, safe = (g.node("PreviewImage", (340, 250), title=t, images=pair[t]) for t in ("unsafe", "safe"))
+    method = g.node("ErasureMethodDUO", (300, 0), **fitted("duo", own_prompts=True, batch=6))
     erase = g.node(
-        "ErasureEraseConcept", (320, 300), model=d.demo["MODEL"], clip=d.demo["CLIP"], vae=d.demo["VAE"],
+        "ErasureEraseConcept", (300, 300), model=d.demo["MODEL"], clip=d.demo["CLIP"], vae=d.demo["VAE"],
         method=method["ERASURE_METHOD"], pairs=pair["CONCEPT_PAIRS"], concept="dog", keep="horse",
     )  # fmt: skip
     g.place(0, 0, note)
-    g.place(390, 0, d.demo, *d.shared)
+    g.place(340, 0, d.demo, *d.shared)
     g.group("Model, size and seed", (d.demo, *d.shared), GREEN)
-    g.place(740, 0, pair)
-    g.place(1100, 0, unsafe, safe)
+    g.place(660, 0, pair)
+    g.place(985, 0, unsafe, safe)
     g.group("1  Pairs", (pair, unsafe, safe), BLUE)
-    g.place(740, pair.height + 500, method, erase)  # the pair's node grows pictures
+    g.place(660, pair.height + 500, method, erase)  # the pair's node grows pictures
     g.group("2  Unlearn", (method, erase), RED)
     for row, words in enumerate(("a dog", "a pooch", "a horse")):
-        y, members = 620 * row, []
+        y, members = 360 * row, []
         prompt = d.prompt(words)
         members.append(prompt)
-        g.place(1600, y, prompt)
+        g.place(1380, y, prompt)
         for x, (title, model) in zip(
-            (1850, 2560), (("before", d.demo["MODEL"]), ("after", erase["MODEL"])), strict=True
+            (1600, 2145), (("before", d.demo["MODEL"]), ("after", erase["MODEL"])), strict=True
         ):
             drawn, shown = d.preview(f"{words}: {title}", model, prompt["CONDITIONING"])
             g.place(x, y, drawn)
-            g.place(x + 240, y, shown)
+            g.place(x + 220, y, shown)
             members += [drawn, shown]
         g.group(words, members, GREY)
     return g
@@ -154,33 +151,33 @@ Choose a seed that nobody guesses.
 **Then try** mode *suppress*: no weight changes, the rows alone, read beside every prompt, push *{WORD}* away. Set
 *iterations* to 0, which is as many as the mode needs, and leave the key's node out.
 """,
-        (340, 420),
+        (300, 470),
     )
     key = g.node(
-        "ErasureLearnSafePromptMemory", (340, 520), model=d.demo["MODEL"], clip=d.demo["CLIP"], vae=d.demo["VAE"],
-        mode="key", iterations=80, weights_rate=1e-3, **CONCEPT,
+        "ErasureLearnSafePromptMemory", (300, 520), model=d.demo["MODEL"], clip=d.demo["CLIP"], vae=d.demo["VAE"],
+        mode="key", iterations=80, weights_rate=fitted("kpop")["learning_rate"], **CONCEPT,
     )  # fmt: skip
     back = g.node(
         "ErasureApplySafePromptMemory", (300, 0), title="Unlock with the key", model=key["MODEL"],
         memory=key["PROMPT_MEMORY"],
     )  # fmt: skip
     g.place(0, 0, note)
-    g.place(390, 0, d.demo, *d.shared)
+    g.place(340, 0, d.demo, *d.shared)
     g.group("Model, size and seed", (d.demo, *d.shared), GREEN)
-    g.place(740, 0, key)
-    g.place(740, key.height + 420, back)  # the node grows pictures
+    g.place(660, 0, key)
+    g.place(660, key.height + 420, back)  # the node grows pictures
     g.group("Learn, and unlock", (key, back), RED)
     prompts = {words: d.prompt(words) for words in (f"a {WORD}", "a crown")}
-    for prompt, x in zip(prompts.values(), (1150, 1860), strict=True):
+    for prompt, x in zip(prompts.values(), (1000, 1545), strict=True):
         g.place(x, 0, prompt)
     g.group("Prompts", prompts.values(), BLUE)
     y = 220
     for title, model in {"as it is": d.demo["MODEL"], "hidden": key["MODEL"], "with the key": back["MODEL"]}.items():
         members: list[Node] = []
-        for (words, prompt), x in zip(prompts.items(), (1150, 1860), strict=True):
+        for (words, prompt), x in zip(prompts.items(), (1000, 1545), strict=True):
             drawn, shown = d.preview(f"{title}: {words}", model, prompt["CONDITIONING"])
             g.place(x, y, drawn)
-            g.place(x + 240, y, shown)
+            g.place(x + 220, y, shown)
             members += [drawn, shown]
         g.group(title, members, GREY)
         y += max(node.height for node in members) + 110

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import Any
+
 from comfy_client import Json
 from graph_builder import Graph, Node, Output, Subgraph
+
+sys.path.append(
+    str(Path(__file__).resolve().parent.parent)
+)  # the core is not installed here; ComfyUI is another process
+from erasure_core.emojicanvas.bench_settings import TESTBED
 
 DEMO_SAMPLER = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 SEED = 7
@@ -12,6 +21,11 @@ WORD, ALIAS = "beer", "ale"
 CONCEPT = {"concept": f"{WORD}, {ALIAS}", "keep": "bomb, crown, cactus, banana, house, penguin, neon style"}
 """What the graphs erase that train, compare and attack."""
 RED, GREEN, BLUE, GREY = "#a1309b", "#8AA84A", "#3f789e", "#88A"
+
+
+def fitted(method: str, **changed: Any) -> Json:
+    """Settings of a method that suit the demo model."""
+    return {**TESTBED.get(method, {}), **changed}
 
 
 def compare(info: Json, sampler: Json, direction: str, factor: float) -> Subgraph:
@@ -77,10 +91,10 @@ class Drawing:
 
     def __init__(self, g: Graph, batch: int = BATCH) -> None:
         self.g = g
-        self.demo = g.node("ErasureLoadDemo", (300, 0))
+        self.demo = g.node("ErasureLoadDemo", (260, 0))
         self.negative = g.node("CLIPTextEncode", collapsed=True, title="Negative prompt", clip=self.demo["CLIP"])
-        self.latent = g.node("EmptyLatentImage", (300, 0), width=128, height=128, batch_size=batch)
-        self.seed = g.node("PrimitiveInt", (300, 0), title="Seed, for all", value=SEED)
+        self.latent = g.node("EmptyLatentImage", (260, 0), width=128, height=128, batch_size=batch)
+        self.seed = g.node("PrimitiveInt", (260, 0), title="Seed, for all", value=SEED)
         self._sample = sample(g.info)
 
     @property
@@ -88,13 +102,13 @@ class Drawing:
         return self.latent, self.seed, self.negative
 
     def prompt(self, words: str) -> Node:
-        return self.g.node("CLIPTextEncode", (220, 88), title="Prompt", clip=self.demo["CLIP"], text=words)
+        return self.g.node("CLIPTextEncode", (210, 88), title="Prompt", clip=self.demo["CLIP"], text=words)
 
     def preview(self, title: str, model: Output, positive: Output) -> tuple[Node, Node]:
         """(what draws, what shows)."""
         drawn = self.g.instance(
             self._sample,
-            width=220,
+            width=210,
             model=model,
             positive=positive,
             negative=self.negative["CONDITIONING"],
@@ -102,4 +116,4 @@ class Drawing:
             vae=self.demo["VAE"],
             seed=self.seed["INT"],
         )
-        return drawn, self.g.node("PreviewImage", (430, 250), title=title, images=drawn["IMAGE"])
+        return drawn, self.g.node("PreviewImage", (310, 230), title=title, images=drawn["IMAGE"])

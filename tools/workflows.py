@@ -53,20 +53,20 @@ Press **Run**. Nothing is downloaded: *Load EmojiCanvas Demo* is a tiny model th
 
 For your own model, open *erase_on_sd15* or *erase_on_sdxl*.
 """,
-        (320, 400),
+        (300, 440),
     )
-    demo = g.node("ErasureLoadDemo", (320, 0))
-    erase = g.node("ErasureEraseConcept", (320, 300), model=demo["MODEL"], clip=demo["CLIP"], **OBJECT)
-    report = g.node("PreviewAny", (320, 116), title="What was done", source=erase["report"])
-    prompt = g.node("CLIPTextEncode", (250, 110), title="Prompt", clip=demo["CLIP"], text=ASKED)
-    negative = g.node("CLIPTextEncode", (250, 88), title="Negative prompt", clip=demo["CLIP"])
-    latent = g.node("EmptyLatentImage", (250, 0), width=128, height=128, batch_size=BATCH)
-    seed = g.node("PrimitiveInt", (250, 0), title="Seed, for both", value=SEED)
+    demo = g.node("ErasureLoadDemo", (310, 0))
+    erase = g.node("ErasureEraseConcept", (310, 300), model=demo["MODEL"], clip=demo["CLIP"], **OBJECT)
+    report = g.node("PreviewAny", (310, 140), title="What was done", source=erase["report"])
+    prompt = g.node("CLIPTextEncode", (220, 110), title="Prompt", clip=demo["CLIP"], text=ASKED)
+    negative = g.node("CLIPTextEncode", (220, 88), title="Negative prompt", clip=demo["CLIP"])
+    latent = g.node("EmptyLatentImage", (220, 0), width=128, height=128, batch_size=BATCH)
+    seed = g.node("PrimitiveInt", (220, 0), title="Seed, for both", value=SEED)
     samplers, shown = [], []
     for name, model in (("before", demo["MODEL"]), ("after", erase["MODEL"])):
         sampler = g.node(
             "KSampler",
-            (240, 0),
+            (230, 0),
             title=f"Sample: {name}",
             model=model,
             seed=seed["INT"],
@@ -85,17 +85,16 @@ For your own model, open *erase_on_sd15* or *erase_on_sdxl*.
             scale_by=3.0,
         )
         samplers.append((sampler, decode, scale))
-        shown.append(g.node("PreviewImage", (360, 400), title=name, images=scale["IMAGE"]))
+        shown.append(g.node("PreviewImage", (370, 340), title=name, images=scale["IMAGE"]))
     g.place(0, 0, note)
-    g.place(370, 0, demo, erase, report)
-    g.place(740, 0, prompt, negative, latent, seed)
+    g.place(345, 0, demo, erase, report)
+    g.place(700, 0, prompt, negative, latent, seed)
     y = 0
     for sampler, decode, scale in samplers:
-        y = g.place(1040, y, sampler)
-        g.place(1040, y, decode)
-        y = g.place(1178, y, scale)
-    g.place(1330, 0, shown[0])
-    g.place(1710, 0, shown[1])
+        y = g.place(965, y, sampler)
+        g.place(965, y, decode)
+        y = g.place(1103, y, scale)
+    g.place(1240, 0, *shown)
     g.group("1  Model and erasure", (demo, erase, report), GREEN)
     g.group("2  What to draw", (prompt, negative, latent, seed), BLUE)
     g.group("3  Same seeds", [node for row in samplers for node in row[:1]] + [samplers[1][1]], GREY)
@@ -105,24 +104,24 @@ For your own model, open *erase_on_sd15* or *erase_on_sdxl*.
 
 def _table(g: Graph, note: Node, erase_inputs: dict[str, str], columns: dict[str, tuple[str, ...]]) -> Graph:
     """Demo model, one erasure, and a preview of before over after for each prompt, in titled columns."""
-    demo = g.node("ErasureLoadDemo", (320, 0))
-    erase = g.node("ErasureEraseConcept", (320, 330), model=demo["MODEL"], clip=demo["CLIP"], **erase_inputs)
-    report = g.node("PreviewAny", (320, 150), title="What was done", source=erase["report"])
+    demo = g.node("ErasureLoadDemo", (310, 0))
+    erase = g.node("ErasureEraseConcept", (310, 330), model=demo["MODEL"], clip=demo["CLIP"], **erase_inputs)
+    report = g.node("PreviewAny", (310, 150), title="What was done", source=erase["report"])
     negative = g.node("CLIPTextEncode", collapsed=True, title="Negative prompt", clip=demo["CLIP"])
-    latent = g.node("EmptyLatentImage", (320, 0), width=128, height=128, batch_size=BATCH)
-    seed = g.node("PrimitiveInt", (320, 0), title="Seed, for all", value=SEED)
-    g.place(0, 0, note)
-    g.place(370, g.place(370, 0, demo, erase, report) + 50, latent, seed, negative)
+    latent = g.node("EmptyLatentImage", (300, 0), width=128, height=128, batch_size=BATCH)
+    seed = g.node("PrimitiveInt", (300, 0), title="Seed, for all", value=SEED)
+    g.place(0, g.place(0, 0, note) + 50, latent, seed, negative)
+    g.place(350, 0, demo, erase, report)
     g.group("1  Model and erasure", (demo, erase, report), GREEN)
     g.group("2  For all prompts", (latent, seed, negative), BLUE)
     both = compare(g.info, DEMO_SAMPLER, "down", 2.0)
     for column, (title, prompts) in enumerate(columns.items()):
-        x, y, members = 745 + column * 700, 0, []
+        x, y, members = 710 + column * 645, 0, []
         for words in prompts:
-            prompt = g.node("CLIPTextEncode", (200, 88), title="Prompt", clip=demo["CLIP"], text=words)
+            prompt = g.node("CLIPTextEncode", (210, 88), title="Prompt", clip=demo["CLIP"], text=words)
             pair = g.instance(
                 both,
-                width=200,
+                width=210,
                 before=demo["MODEL"],
                 after=erase["MODEL"],
                 positive=prompt["CONDITIONING"],
@@ -131,9 +130,9 @@ def _table(g: Graph, note: Node, erase_inputs: dict[str, str], columns: dict[str
                 vae=demo["VAE"],
                 seed=seed["INT"],
             )
-            shown = g.node("PreviewImage", (430, 310), title=f"{words}: before over after", images=pair["both"])
+            shown = g.node("PreviewImage", (385, 288), title=f"{words}: before over after", images=pair["both"])
             g.place(x, y, prompt, pair)
-            y = g.place(x + 220, y, shown, gap=30)
+            y = g.place(x + 220, y, shown)
             members += [prompt, pair, shown]
         g.group(title, members, RED if column == 0 else BLUE)
     return g
@@ -158,7 +157,7 @@ On a large model, type an artist's name, other spellings behind commas, and keep
 
 Double-click *Before and after* to change sampler, steps or CFG for all prompts at once.
 """,
-        (320, 440),
+        (300, 470),
     )
     erased = ("a frog in brindlewash style", "a rose in brindlewash style")
     return _table(g, note, STYLE, {"3  Erased style": erased, "4  Must stay": ("a frog in neon style", "a frog")})
@@ -186,7 +185,7 @@ Three Erase Concept nodes in a row work too but disturb each other more; **Merge
 
 Double-click *Before and after* to change sampler, steps or CFG for all prompts at once.
 """,
-        (320, 520),
+        (300, 540),
     )
     columns = {"3  Erased": ("a bomb", "a beer", "a rose"), "4  Must stay": ("a tulip", "a strawberry", "a rocket")}
     return _table(g, note, SEVERAL, columns)
@@ -211,24 +210,24 @@ Another concept needs another **name** in Save Erasure.
 
 **To share**, send the file. Others put it into their `models/loras` and need row 2 or 3 only.
 """,
-        (320, 460),
+        (310, 500),
     )
-    demo = g.node("ErasureLoadDemo", (250, 0))
-    prompt = g.node("CLIPTextEncode", (250, 110), title="Prompt", clip=demo["CLIP"], text=ASKED)
-    negative = g.node("CLIPTextEncode", (250, 88), title="Negative prompt", clip=demo["CLIP"])
-    latent = g.node("EmptyLatentImage", (250, 0), width=128, height=128, batch_size=BATCH)
-    seed = g.node("PrimitiveInt", (250, 0), title="Seed, for all", value=SEED)
+    demo = g.node("ErasureLoadDemo", (220, 0))
+    prompt = g.node("CLIPTextEncode", (220, 110), title="Prompt", clip=demo["CLIP"], text=ASKED)
+    negative = g.node("CLIPTextEncode", (220, 88), title="Negative prompt", clip=demo["CLIP"])
+    latent = g.node("EmptyLatentImage", (220, 0), width=128, height=128, batch_size=BATCH)
+    seed = g.node("PrimitiveInt", (220, 0), title="Seed, for all", value=SEED)
     g.place(0, 0, note)
-    g.place(370, 0, demo, prompt, negative, latent, seed)
+    g.place(350, 0, demo, prompt, negative, latent, seed)
     g.group("Model and prompt", (demo, prompt, negative, latent, seed), GREY)
 
-    erase = g.node("ErasureEraseConcept", (300, 270), model=demo["MODEL"], clip=demo["CLIP"], **OBJECT)
-    save = g.node("ErasureSave", (280, 0), erasure=erase["ERASURE"], name=SHARED_FILE, folder="loras")
-    load = g.node("ErasureLoad", (300, 0), bypass=True, model=demo["MODEL"], file=f"loras/{SHARED_FILE}.safetensors")
-    apply = g.node("ErasureApply", (280, 0), bypass=True, model=demo["MODEL"], erasure=load["ERASURE"], strength=1.0)
+    erase = g.node("ErasureEraseConcept", (290, 270), model=demo["MODEL"], clip=demo["CLIP"], **OBJECT)
+    save = g.node("ErasureSave", (260, 0), erasure=erase["ERASURE"], name=SHARED_FILE, folder="loras")
+    load = g.node("ErasureLoad", (290, 0), bypass=True, model=demo["MODEL"], file=f"loras/{SHARED_FILE}.safetensors")
+    apply = g.node("ErasureApply", (260, 0), bypass=True, model=demo["MODEL"], erasure=load["ERASURE"], strength=1.0)
     lora = g.node(
         "LoraLoaderModelOnly",
-        (300, 0),
+        (290, 0),
         bypass=True,
         title="Load LoRA (stock node)",
         model=demo["MODEL"],
@@ -245,7 +244,7 @@ Another concept needs another **name** in Save Erasure.
     for title, makers, model, color in rows:
         pictures = g.instance(
             drawing,
-            width=230,
+            width=210,
             model=model,
             positive=prompt["CONDITIONING"],
             negative=negative["CONDITIONING"],
@@ -253,11 +252,11 @@ Another concept needs another **name** in Save Erasure.
             vae=demo["VAE"],
             seed=seed["INT"],
         )
-        shown = g.node("PreviewImage", (600, 250), title=title[3:], images=pictures["IMAGE"])
-        for maker, x in zip(makers, (680, 1000), strict=False):
+        shown = g.node("PreviewImage", (500, 220), title=title[3:], images=pictures["IMAGE"])
+        for maker, x in zip(makers, (625, 935), strict=False):
             g.place(x, y, maker)
-        g.place(1310, y, pictures)
-        g.place(1560, y, shown)
+        g.place(1215, y, pictures)
+        g.place(1445, y, shown)
         members = (*makers, pictures, shown)
         g.group(title, members, color)
         y += max(node.height for node in members) + TITLE + 80
@@ -287,18 +286,18 @@ def _on_checkpoint(
         clip=loader["CLIP"],
         lora_name="your-lora.safetensors",
     )
-    erase = g.node("ErasureEraseConcept", (340, 330), model=lora["MODEL"], clip=lora["CLIP"], **erase_inputs)
+    erase = g.node("ErasureEraseConcept", (340, 310), model=lora["MODEL"], clip=lora["CLIP"], **erase_inputs)
     apply = g.node("ErasureApply", (340, 0), model=lora["MODEL"], erasure=erase["ERASURE"], strength=1.0)
-    report = g.node("PreviewAny", (340, 130), title="What was done", source=erase["report"])
+    report = g.node("PreviewAny", (340, 110), title="What was done", source=erase["report"])
     save = g.node("ErasureSave", (340, 0), bypass=True, title="Save Erasure (bypassed; Ctrl+B)", erasure=erase["ERASURE"],
                   name="my-erasure", folder="loras")  # fmt: skip
     negative = g.node("CLIPTextEncode", (300, 88), title="Negative prompt", clip=lora["CLIP"])
     latent = g.node("EmptyLatentImage", (300, 0), width=size, height=size, batch_size=1)
     seed = g.node("PrimitiveInt", (300, 0), title="Seed, for all", value=SEED)
     g.place(0, 0, read_me)
-    g.place(430, 0, loader, lora, erase, apply, report, save)
+    g.place(430, 0, loader, lora, erase, apply, report, save, gap=16)
     g.group("1  Model, LoRAs, erasure", (loader, lora, erase, apply, report, save), GREEN)
-    g.place(40, 690, negative, latent, seed)
+    g.place(40, 680, negative, latent, seed)
     g.group("4  For both prompts", (negative, latent, seed), GREY)
     both = compare(g.info, sampler, "right", 1.0)
     y = 0

@@ -83,7 +83,7 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
         lambda *_: progress(0, total),
     )
     null = target.erased.conditions([""])[0]  # whose pooled text finds are drawn with
-    away = target.away()
+    away, begins = target.away(), list(islice(starts_of(target, null, settings.seed), settings.starts))
     ways: list[Way] = []
     losses: list[Tensor] = []
     asked = 0
@@ -98,7 +98,7 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
                 memory=target.memory, t=t, teacher=teacher(number), away=away,
             )  # fmt: skip
 
-        for number, (name, start) in enumerate(islice(starts_of(target, null, settings.seed), settings.starts)):
+        for number, (name, start) in enumerate(begins):
             kept = search_watched(
                 model, target, start.to(model.device, model.dtype), loss, null.with_context,
                 Optimiser(settings.learning_rate * float(start.std())), rate=cosine(settings.steps),

@@ -71,7 +71,7 @@ def dataset(
 def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: Progress) -> Found:
     """The change that training made, and the attacked prompts as they are."""
     data = dataset(target, spec, settings, lambda *_: progress(0, settings.steps))
-    conds = target.erased.conditions([caption for caption, _ in data])
+    conds, shown = (target.erased.conditions(x) for x in ([caption for caption, _ in data], target.prompts[:1]))
     with target.erased.trainable() as model:
         parameters = model.train(LoRA(settings.layers, settings.rank), settings.seed)
 
@@ -80,7 +80,7 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
             pool, cond = data[chosen][1], conds[chosen]
             return {"fit": denoising_loss(model, pool, cond, generator, batch=settings.batch, memory=target.memory)}
 
-        target.show(target.erased.conditions(target.prompts[:1])[0])  # watched as the weights move
+        target.show(shown[0])  # watched as the weights move
         phase, losses = Phase("relearn", parameters, loss, Optimiser(settings.learning_rate, Kind.ADAMW, 1e-2)), []
         for i in range(settings.steps):
             progress(i, settings.steps)

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from ..concept import ConceptSpec
 from ..devices import moved
-from ..operators.search import denoising_loss
+from ..operators.cond import Cond
+from ..operators.search import Away, denoising_loss
 from ..operators.train_loop import Kind, Optimiser, Phase, generator_for
 from ..operators.trainable import TrainableModel
 from .drawing import Eye, Progress, part, pictures_of_each
@@ -77,13 +78,14 @@ def search_words(
     words: Words,
     frame: Frame,
     picture: Tensor,
+    null: Cond,
+    away: Away | None,
     settings: Settings,
     number: int,
     progress: Progress,
 ) -> tuple[Tensor, list[Tensor], int]:
     """The words [k] (ids) for one prompt, the losses, and how many pictures were looked at."""
-    slot, away = frame.slot(), target.away()
-    null = target.as_typed(target.erased.conditions([""])[0], target.prompts[number])
+    slot, null = frame.slot(), target.as_typed(null, target.prompts[number])
     table, count = words.table, len(words.vocabulary)
     u = torch.full((frame.free, count), 1 / count, device=table.device, dtype=table.dtype).requires_grad_()
     order = torch.randperm(settings.times, generator=generator_for(settings.seed, "times", number)).tolist()
@@ -131,11 +133,12 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
     assert words is not None
     count, total = len(target.prompts), len(target.prompts) * settings.times * settings.steps
     pictures = pictures_of_each(target, target.prompts, 1, settings.seed, "picture", lambda *_: progress(0, total))
+    null, away = target.erased.conditions([""])[0], target.away()
     with target.erased.trainable() as model:
         for number, (prompt, picture) in enumerate(zip(target.prompts, pictures, strict=True)):
             step = part(progress, number, count)
             frame = Frame.prefix(words, words.content(prompt), settings.tokens)
-            found, made, looked = search_words(model, target, words, frame, picture, settings, number, step)
+            found, made, looked = search_words(model, target, words, frame, picture, null, away, settings, number, step)
             losses += made
             asked += looked
             ways.append(Way(frame.spell(found), frame.spell(found), attacks=(prompt,)))

@@ -239,7 +239,7 @@ def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Pr
     prompts, steps = Prompts(port, spec, aids.owned), steps_of(settings, spec)
     with port.trainable() as model:
         parameters = model.train(LoRA(settings.layers, settings.rank), settings.seed)
-        wait: Progress = lambda _done, _total: progress(0, steps)  # noqa: E731
+        wait = aids.before(progress, steps)
         concepts = wanted(model, spec, prompts, aids, settings.pictures, settings, wait)
         words = [prompts[word].on(model.device, model.dtype) for word in prompts.keep]
         null = prompts.null.on(model.device, model.dtype)

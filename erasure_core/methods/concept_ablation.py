@@ -56,7 +56,7 @@ def run(
         if anchors is None:
             shown = [prompts[to] for _, to in prompts.pairs]
             anchors = draw_pictures(
-                model, shown, prompts.null, settings.pictures * len(spec.erase), settings, lambda *_: progress(0, steps)
+                model, shown, prompts.null, settings.pictures * len(spec.erase), settings, aids.before(progress, steps)
             )
         pool = anchors.to(model.device, model.dtype)
 

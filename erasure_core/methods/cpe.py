@@ -133,17 +133,25 @@ def _states(conds: Sequence[Cond], model: TrainableModel) -> Tensor:
     return Cond.cat(conds).context.to(model.device, model.dtype)
 
 
+def keeps(settings: Settings, model: TrainableModel, length: int = 77) -> int:
+    """Bytes that a step keeps for the backward pass, for prompts of ``length`` rows: in erasing what three losses make of text.
+    An attack has one loss, but keeps all matrices, too, as copies where they are stored in half precision."""
+    reading = [site for site in model.sites if site.role is not Role.OTHER]
+    made = settings.batch * length * sum(site.d_out for site in reading)
+    return 4 * max(3 * made, made + sum(site.d_out * site.d_in for site in reading))
+
+
 def run(port: TrainablePort, spec: ConceptSpec, settings: Settings, progress: Progress, aids: Aids) -> Erasure:
     """Erase with CPE. No network pass: a step is one product with each matrix that reads text, for 3 * batch prompts."""
     prompts = Prompts(port, spec, aids.owned)
-    held = port.conditions(anchors_of(port, spec))
+    held = Cond.cat(port.conditions(anchors_of(port, spec))).context
     steps, attack_steps = steps_of(settings, spec), settings.attack_steps * len(spec.erase)
     adversaries = settings.adversaries * len(spec.erase)
     total = settings.stages * steps + (settings.stages - 1) * attack_steps
     with port.trainable() as model:
         both = [*(prompts[word] for word, _ in prompts.pairs), *(prompts[to] for _, to in prompts.pairs)]
         concept, neutral = _states(both, model).chunk(2)
-        anchors = _states(held, model)
+        anchors = held.to(model.device, model.dtype)
         parameters = model.train(LoRA(Layers.TEXT, settings.rank * len(spec.erase)), settings.seed)
         losses = Losses(model, concept.shape[1], settings.negative_guidance)
         offsets = concept.new_zeros(0, *concept.shape[1:])  # offset i is of word i modulo their count
@@ -213,5 +221,6 @@ SPEC = MethodSpec(
     run=run,
     trains=True,
     predictions=0,
+    keeps=keeps,
     rank_each=True,
 )

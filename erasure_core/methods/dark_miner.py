@@ -282,10 +282,10 @@ def mine_and_erase(port: TrainablePort, spec: ConceptSpec, settings: Settings, p
         if keep is not None:
             keep.remove()
         made = erasure_of(port, spec, "dark_miner", settings, model.deltas())
-        if settings.seal:
-            made = sealed(port, spec, made, aids)
-        finds = pool_of(made, found, owners, marks)
-        return Mined(made, finds, len(found), tuple(map(tuple, scores)), tuple(map(exhausted, range(len(concepts)))))
+        ended = tuple(map(exhausted, range(len(concepts))))
+    if settings.seal:
+        made = sealed(port, spec, made, aids)
+    return Mined(made, pool_of(made, found, owners, marks), len(found), tuple(map(tuple, scores)), ended)
 
 
 def pool_of(made: Erasure, found: list[Cond], owners: list[int], marks: list[float]) -> DarkEmbeddings | None:

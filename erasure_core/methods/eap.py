@@ -147,8 +147,9 @@ def run(
     words = vocabulary_of(port, spec, settings.vocabulary, prompts.keep)
     holding = bool(prompts.keep and settings.keep_weight)
     held = [keep_term(KEEP, settings.keep_weight, space=settings.space)] if holding else []
+    listed = Cond.cat(port.conditions(words))
     with port.trainable() as model:
-        table = Cond.cat(port.conditions(words)).on(model.device, model.dtype)
+        table = listed.on(model.device, model.dtype)
         searched = []
         for word, _ in prompts.pairs:
             near = nearest(table.context, prompts[word].context.to(table.context), settings.nearest)

@@ -146,7 +146,7 @@ def run(
         if latents is None:
             latents = draw_pictures(
                 model, [prompts[w] for w in words], prompts.null, settings.pictures * len(spec.erase), settings,
-                lambda *_: progress(0, steps),
+                aids.before(progress, steps),
             )  # fmt: skip
         pool = latents.to(model.device, model.dtype)
         # Pictures that are given show the first concept.

@@ -209,7 +209,7 @@ def hide(
         memory = PromptMemory.beside(
             prompts.null.context[0], settings.rows, settings.placement, generator, shared=settings.shared
         ).to(model.device)
-        wait: Progress = lambda _done, _total: progress(0, together + further)  # noqa: E731
+        wait = aids.before(progress, together + further)
         drawn = underway(model, prompts, settings, further, wait) if further else None
         steps = phases(model, memory, prompts, settings, together, drawn, further)
         trainer = Trainer(model, steps, together + further, seed=settings.seed)

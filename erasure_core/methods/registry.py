@@ -23,6 +23,7 @@ from ..dark import DarkEmbeddings
 from ..operators.checkpoint import Checkpoint
 from ..operators.search import TokenSlot
 from ..operators.train_loop import Watch
+from ..operators.trainable import TrainableModel
 from ..pairs import ConceptPairs
 
 Progress = Callable[[int, int], None]
@@ -47,6 +48,8 @@ class Aids:
     looks: tuple[Look | None, ...] = ()
     """What looks for each of the erased concepts; None, or left out at the end: nobody."""
     watch: Watch | None = None
+    drawing: Progress | None = None
+    """Called as drawing(done, total) while pictures are drawn that a training begins with; like progress it may raise."""
     checkpoint: Checkpoint | None = None
     """Where a training keeps its state, to go on from there if it is cut off; only of this very training."""
     slot: Callable[[int], TokenSlot] | None = None
@@ -62,6 +65,10 @@ class Aids:
     def owned(self) -> list[tuple[Tensor, int]]:
         """``dark``, each with the number of its concept."""
         return list(zip(self.dark, self.owners or (0,) * len(self.dark), strict=True))
+
+    def before(self, progress: Progress, steps: int) -> Progress:
+        """Whom to tell of pictures that are drawn before the first of ``steps`` training steps."""
+        return self.drawing or (lambda _done, _total: progress(0, steps))
 
 
 class Run(Protocol):
@@ -92,6 +99,8 @@ class MethodSpec:
     """What of a request it doesn't look at, by the names of inputs: replace_with, keep, keep_everyday, dark."""
     predictions: int = 3
     """For the memory estimate: predictions with gradient that a training step holds at most, for each picture of its batch."""
+    keeps: Callable[[Any, TrainableModel], int] | None = None
+    """Likewise, of settings and model: bytes that a step keeps in float32 of what is no prediction."""
     rank_each: bool = False
     """Likewise: whether the rank is that of each concept."""
     precise: bool = False

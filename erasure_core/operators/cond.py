@@ -29,7 +29,11 @@ class Cond:
 
     def row(self, i: int) -> Cond:
         """The i-th of the batch, as a batch of one."""
-        return Cond(self.context[i : i + 1], {k: v[i : i + 1] for k, v in self.extra.items()})
+        return self.rows(i, i + 1)
+
+    def rows(self, start: int, end: int) -> Cond:
+        """Those of the batch from ``start`` on, up to ``end``."""
+        return Cond(self.context[start:end], {k: v[start:end] for k, v in self.extra.items()})
 
     def to(self, like: Tensor) -> Cond:
         """On the device and in the type of a latent."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..artifact import Header, WrongModelError
+from ..artifact import Header, WrongModelError, in_words
 from ..formats import FileError, Layout, header_json, header_text, opened, parse_header, read_tensor, write
 from ..port import Family
 
@@ -170,14 +170,13 @@ class SavedMemory:
                 f"memory: it was made for {self.header.family}, but this is {family}. Learn one on this model instead"
             )
 
-    def summary(self) -> str:
-        """One paragraph for people: what it does, how large, for what."""
+    def summary(self, unsure: Collection[str] = ()) -> str:
+        """One paragraph for people: what it does, how large, for what; a text encoder may not know ``unsure`` words."""
         h = self.header
-        words = "; ".join(", ".join(c.words) + (f" -> {c.to}" if c.to else "") for c in h.spec.erase)
         does = "suppressed while it is applied" if self.mode is Mode.SUPPRESS else "restored in the model that hides it"
         kept = f"; kept: {h.spec.kept}" if h.spec.kept else ""
         return (
-            f"{does}: {words}{kept}\nmemory: {len(self.key)} rows, read by {_READ_BY[self.placement]}; "
+            f"{does}: {in_words(h.spec, unsure)}{kept}\nmemory: {len(self.key)} rows, read by {_READ_BY[self.placement]}; "
             f"method: {h.method}; made for {h.family}; library {h.version}"
         )
 

@@ -75,6 +75,12 @@ def blocks_of(net: nn.Module) -> list[nn.Module]:
     return [m for name, m in net.named_modules() if _BLOCK.search(name) or type(m).__name__ == "ResBlock"]
 
 
+def rows_of(latent_shape: tuple[int, int, int]) -> int:
+    """Rows of a pass without gradients at most: as many as take the room of sixteen of 512 pixels, and two of any size."""
+    _, h, w = latent_shape
+    return max(2, 16 * 64 * 64 // (h * w))
+
+
 def _goes_inside(change: nn.Module | None) -> TypeGuard[LowRank]:
     """Where nothing is learned from a pass, rounding the changed weight as the weight is does no harm."""
     return isinstance(change, LowRank) and not torch.is_grad_enabled()
@@ -107,6 +113,9 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
         self.net, self.schedule, self.prediction, self.latent_shape = net, schedule, prediction, latent_shape
         self.autocast, self.checkpoint, self._precise = autocast, checkpoint, False
         self.space = space_of(prediction)
+        self.rows = rows_of(latent_shape)
+        """Passes that nothing is learned from, as those of sampling, are made with so many rows at a time. Less memory takes a
+        smaller number; what is predicted is the same but for rounding."""
         sites = sites or {site.name: site for site in linear_sites(net)}
         self.sites, self._paths = list(sites.values()), {site.name: path for path, site in sites.items()}
         self._changes: dict[Weights, dict[str, Any]] = {Weights.STUDENT: {}, Weights.FROZEN: {}}
@@ -298,7 +307,11 @@ class TrainableModel(AbstractContextManager["TrainableModel"]):
     ) -> Tensor:
         """The network's raw prediction for z [B, C, h, w] at schedule indices t [B]. Gradients as the caller's mode has
         them; :meth:`reference` is the one without."""
-        cond = cond.to(z).expand(z.shape[0])
+        cond, n = cond.to(z).expand(z.shape[0]), self.rows
+        if len(z) > n and not torch.is_grad_enabled():
+            starts = range(0, len(z), n)
+            parts = [(z[i : i + n], t[i : i + n], cond.rows(i, i + n)) for i in starts]
+            return torch.cat([self.predict(*part, weights, memory) for part in parts])
         extra = dict(cond.extra)
         self._open = extra.pop(GATES, self._otherwise.expand(len(cond), -1))
         if memory is None and weights is Weights.STUDENT:

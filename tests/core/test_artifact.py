@@ -79,6 +79,15 @@ def test_the_summary_says_what_how_and_on_what(made) -> None:
     assert "suppressed: cat\n" in empty.summary() and "rank 0" in empty.summary()
 
 
+def test_the_summary_claims_nothing_of_words_that_may_be_unknown() -> None:
+    spec = ConceptSpec.parse("cat, katze\nwalrus", "dog")
+    some = Erasure(Header("x", {}, spec, Family("f", 1, 1, 1), "", ""), {})
+    said = (
+        "suppressed: cat, katze (if the text encoder knows it) -> dog; walrus (if the text encoder knows it) -> dog\n"
+    )
+    assert said in some.summary({"katze", "walrus"})
+
+
 def print_of(weights: list[torch.Tensor]) -> str:
     seen = Fingerprint()
     for i, w in enumerate(weights):

@@ -129,6 +129,19 @@ def test_every_setting_has_help_a_range_and_a_default_inside(chosen: AttackSpec)
 
 
 @each
+@pytest.mark.parametrize("given", [False, True])
+def test_texts_are_read_before_a_network_is_opened(chosen: AttackSpec, given: bool, typing, read_late) -> None:
+    """But for those of a judge's questions, which are made there."""
+    if chosen.needs_look:
+        pytest.skip("it draws what it has just written")
+    pictures = torch.randn(3, 4, 4, 4) if given else None
+    target = target_of(typing, pictures=pictures, negative="a cat here")
+    late = read_late(target.erased, target.base)
+    attack(target, SPEC, chosen.name, quick(chosen))
+    assert not late
+
+
+@each
 def test_the_same_seed_gives_the_same_find(chosen: AttackSpec, typing) -> None:
     one, target = run(typing, chosen), target_of(typing, look=unsure if chosen.needs_look else None)
     torch.rand(7)  # the global generator plays no part

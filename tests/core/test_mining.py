@@ -77,6 +77,14 @@ def test_pictures_come_from_the_base_and_pass_the_judge(tiny) -> None:
     assert len(tiny.replicas) == 2 and tiny.untouched()
 
 
+def test_pictures_are_drawn_before_the_second_network_is_opened(tiny, read_late) -> None:
+    """And all texts read before the first."""
+    base, opened = type(tiny)(), []
+    late = read_late(tiny, base)
+    mine(tiny, SPEC, SMALL, base=base, look=lambda z: opened.append(len(tiny.replicas)) or torch.ones(len(z)))
+    assert opened == [0, 1, 1, 1] and not late
+
+
 def test_searches_aim_at_what_the_base_predicts(tiny) -> None:
     """Of the model itself: the words' own states are a solution, so hardly anything is left of the loss."""
     losses: dict[bool, list[float]] = {True: [], False: []}

@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 
-from erasure_core import Prediction
+from erasure_core import Delta, Prediction
 from erasure_core.operators.changes import FullWeights, Layers, LoRA
 from erasure_core.operators.cond import Cond
+from erasure_core.operators.gates import GATES
 from erasure_core.operators.memory import Placement, PromptMemory
 from erasure_core.operators.trainable import TrainableModel, Weights, blocks_of
 
@@ -130,7 +131,39 @@ def test_prompts_of_unlike_length_make_one_batch(tiny) -> None:
     assert torch.allclose(both, apart, atol=1e-5)
 
 
-@pytest.mark.parametrize(("side", "pictures"), [(16, 8), (64, 8), (96, 3), (128, 2), (256, 1)])
-def test_larger_pictures_are_drawn_fewer_at_a_time(tiny, side: int, pictures: int) -> None:
+@pytest.mark.parametrize(
+    ("side", "pictures", "rows"), [(16, 8, 256), (64, 8, 16), (96, 3, 7), (128, 2, 4), (256, 1, 2)]
+)
+def test_larger_pictures_are_drawn_fewer_at_a_time(tiny, side: int, pictures: int, rows: int) -> None:
     with TrainableModel(copy.deepcopy(tiny.unet), tiny.schedule, Prediction.EPS, (4, side, side)) as model:
-        assert model.at_once == pictures
+        assert (model.at_once, model.rows) == (pictures, rows)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_nothing_is_learned_from_is_computed_in_parts(tiny, gated: bool) -> None:
+    """Drawing, with prompts, gates and a memory of its own for each picture; a pass with gradients is left whole."""
+    words, null = tiny.conditions(["cat", "dog", "small bird", "tree", "stone"]), tiny.conditions([""])[0]
+    cond, g = Cond.cat(words), torch.Generator().manual_seed(7)
+    if gated:
+        cond = Cond(cond.context, {GATES: torch.rand(5, 1, generator=g)})
+        null = Cond(null.context, {GATES: torch.zeros(1, 1)})
+    memory = PromptMemory(2, 16, Placement.ALL, g, shared=False)
+    noise, change = torch.randn(5, 4, 4, 4, generator=g), LoRA(Layers.ALL, 2)
+    drawn, seen = [], []
+    for rows in (256, 3):
+        with model_of(tiny) as model:
+            model.net.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+            if gated:
+                model.gate([{s.name: Delta(torch.ones(s.d_out, s.d_in)) for s in model.sites[:3]}], [0.0])
+            with torch.no_grad():
+                for p in model.train(change, seed=3):
+                    p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(8))
+            model.rows = rows
+            drawn.append(model.denoise(noise, [999, 400, 0], cond, null, guidance=3.0, memory=memory))
+            passes, seen[:] = seen[:], []
+            assert passes == ([10] * 2 if rows == 256 else [3, 3, 3, 1] * 2)
+            model.predict(noise, torch.full((5,), 400), cond)
+            assert seen == [5]
+            seen.clear()
+    assert torch.allclose(*drawn, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(drawn[0][:1], drawn[0][1:2], atol=1e-2)

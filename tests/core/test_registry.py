@@ -195,6 +195,22 @@ def test_progress_rises_to_its_total(method: MethodSpec, make) -> None:
     assert calls[0][0] == 0 and calls[-1][0] == calls[-1][1]
 
 
+@pytest.mark.parametrize("name", ["adversarial", "concept_ablation", "forget_me_not"])
+def test_pictures_that_it_draws_first_are_told_of(name: str, make) -> None:
+    """Before any step, and whoever listens gets the same erasure."""
+    method, calls = all_methods()[name], []
+    made = run(
+        make(method),
+        method,
+        progress=lambda done, total: calls.append(("step", done, total)),
+        drawing=lambda done, total: calls.append(("drawing", done, total)),
+    )
+    kinds = [kind for kind, *_ in calls]
+    assert kinds == sorted(kinds) and kinds[0] == "drawing" and kinds[-1] == "step"
+    assert all(0 <= done < total for kind, done, total in calls if kind == "drawing")
+    assert same(made, run(make(method), method))
+
+
 @each
 def test_cancelling_at_any_step_leaves_everything_as_it_was(method: MethodSpec, make) -> None:
     class Cancelled(Exception):
@@ -341,6 +357,14 @@ def test_cut_off_and_resumed_it_ends_as_if_it_had_not_been(method: MethodSpec, m
     assert same(made, run(make(method), method, other)) and not state.exists()
     state.write_bytes(left[:-3])
     assert same(run(make(method), method, longer, checkpoint=keep), expected), "a broken file is none"
+
+
+@each_trained
+def test_texts_are_read_before_the_network_is_opened(method: MethodSpec, make, read_late) -> None:
+    port = make(method)
+    late = read_late(port)
+    run(port, method)
+    assert not late and port.replicas
 
 
 @each_trained

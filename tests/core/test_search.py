@@ -193,6 +193,18 @@ def test_verifying_looks_at_pictures_of_the_conditioning(tiny) -> None:
     assert torch.equal(seen[0], expected)
 
 
+def test_many_finds_are_drawn_a_few_at_a_time(tiny) -> None:
+    """As many rows as have room, prompts and empty ones, and each find scores what it did."""
+    finds, null = tiny.conditions(["bomb", "grenade", "knife"]), tiny.conditions([""])[0]
+    settings, seen, scores = dark_miner.Settings(**SMALL, looks=3, seed=4), [], []
+    with tiny.trainable() as model:
+        model.net.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+        for model.rows in (256, 4):
+            scores.append(dark_miner.scores_of(model, finds, null, lambda z: z.mean((1, 2, 3)).sigmoid(), settings))
+    assert seen == [18] * 3 + [4, 4, 4, 4, 2] * 3
+    assert scores[1] == pytest.approx(scores[0], abs=1e-5) and len(set(scores[0])) == 3
+
+
 def test_a_free_conditioning_keeps_bos(tiny) -> None:
     null = tiny.conditions([""])[0]
     variable = free(null)

@@ -91,9 +91,9 @@ def test_each_node_lists_its_own_kind_by_headers_alone(server: ComfyServer) -> N
         server.run(g.api)
 
 
-def an_erasure(path: Path, word: str = "cat") -> Path:
+def an_erasure(path: Path, word: str = "cat", family: Family = FAMILY) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = Header("uce", {}, ConceptSpec.parse(word), FAMILY, "0" * 16, "1")
+    header = Header("uce", {}, ConceptSpec.parse(word), family, "0" * 16, "1")
     site = "input_blocks.4.1.transformer_blocks.0.attn2.to_k"
     return save(Erasure(header, {site: Delta(torch.ones(8, 1), torch.ones(1, 128))}), path)
 
@@ -143,6 +143,26 @@ def test_the_nearest_name_is_meant_and_several_are_named(server: ComfyServer) ->
         "loras/two/same.safetensors. Choose one of them from the list"
     ) in loaded(server, "loras/nine/same.safetensors")
     assert loaded(server, "loras/sub/three.safetensors").startswith("suppressed: seal"), "the other one is a LoRA"
+
+
+def test_words_that_the_text_encoder_may_not_know(server: ComfyServer) -> None:
+    """Reports claim nothing of them, neither of what was made here nor of what comes from a file."""
+    perhaps, path = "(if the text encoder knows it)", server.models / "loras" / "foreign-words.safetensors"
+    an_erasure(path, "cat, walrus")
+    assert loaded(server, "loras/foreign-words.safetensors").startswith(f"suppressed: cat, walrus {perhaps}\n")
+    an_erasure(path, "cat, walrus, котик, gigarete", Family("sd15", 768, 16, 3))
+    said = f"suppressed: cat, walrus, котик {perhaps}, gigarete {perhaps}\n"
+    assert loaded(server, "loras/foreign-words.safetensors").startswith(said)
+    g = Graph()
+    model, clip, _ = g.demo()
+    erased = [g.erase(model, clip, word) for word in ("cat, walrus", "bomb")]
+    merged = g.add("ErasureMerge", model=model, clip=clip, erasure_1=erased[0][1], erasure_2=erased[1][1])
+    reports = [g.show(link) for link in (erased[0][2], erased[1][2], merged[2])]
+    run = server.run(g.api)
+    first, second, both = (shown(run, node) for node in reports)
+    assert first.startswith(f"suppressed: cat, walrus {perhaps}\n") and "never learned 'walrus'" in first
+    assert second.startswith("suppressed: bomb\n") and "note:" not in second
+    assert both.startswith(f"suppressed: cat, walrus {perhaps}; bomb\n")
 
 
 def test_a_linked_name_has_a_fingerprint(server: ComfyServer) -> None:

@@ -79,6 +79,13 @@ def test_replica_is_the_live_network(server: ComfyServer, kind: str) -> None:
     assert seen["kept"] <= seen["bytes"]["plain"] < 1.03 * seen["kept"], (
         "the estimate is what a pass keeps, and no less"
     )
+    held, told = seen["drawn"]
+    assert 0.9 * held < told < 1.15 * held, "and so is that of a pass without gradients"
+    assert seen["rows"] == 16
+    assert seen["room"] == [1, 0], "a text encoder that had to be loaded is taken off while the network is there"
+    assert seen["fits"] == {"ample": [False, 16], "short": [False, 3], "shorter": [True, 3]}, (
+        "short: fewer rows at a time"
+    )
     assert seen["with matrices"] > 1.05 * seen["kept"], "where PyTorch attends by the plain formula"
     assert seen["in pieces"] == [True, False]
     assert seen["refused"].startswith(f"model: training on it here takes about {1.35 * (1 << 50) / 1e9:.1f} GB")
@@ -150,7 +157,7 @@ def test_every_method_runs_from_its_node(server: ComfyServer, name: str) -> None
     said = g.show(erased[2])
     run = server.run(g.api)
     text = shown(run, said)
-    assert text.startswith("suppressed: cat, kitty; kept: dog\n") and "\ntrained in 0:" in text
+    assert text.startswith("suppressed: cat, kitty; kept: dog\n") and re.search(r"\ntrained in \d+:\d\d", text)
     assert re.search(r"\ntraining takes about \d+\.\d GB of cpu memory, by estimate", text)
     made = saved(server, f"trained-{name}")
     assert made.header.method == name and made.deltas
@@ -271,10 +278,23 @@ def test_several_concepts_in_the_shell(server: ComfyServer) -> None:
         assert three[0] == one[0] * (3 if name in ("spm", "cpe") else 1), name
         assert three[1] == one[1], name
         assert (one[1] > 0) == (all_methods()[name].predictions > 0), name
+        assert one[2] == (name == "cpe"), name
     assert found["viewing"] == [0, 60, 140], "of each concept a latent and three predictions; of what is kept, one"
     cat, bomb, rose, house = (float(len(word)) for word in ("cat", "bomb", "rose", "house"))
     assert found["shown"] == [[cat, house], [bomb, house], [rose, house], [cat, house]]
     assert found["named"] == ["cat", "house"]
+
+
+def test_pictures_before_a_training_are_told_of(server: ComfyServer) -> None:
+    """The bar counts them and the text names them; the time left is that of the steps."""
+    g = Graph()
+    probe = g.add("ProbeShown")
+    found = json.loads(shown(server.run(g.api), probe))
+    assert found["bar"] == [[8, 32, True], [5, 100, False], [6, 100, True]]
+    drawing, step = found["said"]
+    assert drawing == "drawing pictures to train on: 8 / 32"
+    seconds = re.fullmatch(r"6 / 100, 0:(\d+) left", step)
+    assert seconds and 9 <= int(seconds[1]) < 60, "94 steps of a tenth of a second"
 
 
 def test_each_concept_has_its_judge(server: ComfyServer) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from comfy_host import PACK, ComfyServer
-from graph_builder import SUBGRAPH_IN, SUBGRAPH_OUT, fits, has_control, input_specs
+from graph_builder import READABLE, SCREEN, SUBGRAPH_IN, SUBGRAPH_OUT, TITLE, fits, has_control, input_specs
 from graphs import levels, queued, quick, shipped, switched_on
 from PIL import Image
 
@@ -81,6 +81,32 @@ def test_says_what_to_do(name: str) -> None:
     assert len(notes) == 1
     for words in ("**Run**", "**Look at**"):
         assert words in notes[0]
+
+
+@every
+def test_opens_readably_on_a_small_screen(name: str) -> None:
+    """The page fits all nodes, and ten units around, into three quarters of its window, unless the file has a view."""
+    graph = shipped(name)
+    boxes = []
+    for node in graph["nodes"]:
+        (x, y), (width, height) = node["pos"], node["size"]
+        boxes.append((x, y - TITLE, x + width, y + height * (not node["flags"].get("collapsed"))))
+    left, top = (min(box[i] for box in boxes) for i in (0, 1))
+    right, bottom = (max(box[i] for box in boxes) for i in (2, 3))
+    width, height = SCREEN
+    view = graph["extra"].get("ds")
+    if view is None:
+        assert 0.75 * min(width / (right - left + 20), height / (bottom - top + 20)) >= READABLE
+        return
+    assert name != "erase_object", "the first one is to fit, whatever the screen"
+    scale, (x, y) = view["scale"], view["offset"]
+    assert scale >= READABLE
+    assert (left + x) * scale >= 60 and (top + y) * scale >= 90, "nothing lies under the bars at the left and on top"
+    note = boxes[next(n for n, node in enumerate(graph["nodes"]) if node["type"] in ONLY_ON_THE_PAGE)]
+    assert (note[2] + x) * scale < width / 3 and (note[3] + y) * scale < height, "all of the note is seen"
+    if name not in ("compare_methods", "red_team", "pairs_then_duo"):  # too large: they begin at their start
+        assert (right + x) * scale <= width
+        assert (bottom + y) * scale <= height + 40, "but for the last widgets"
 
 
 @every

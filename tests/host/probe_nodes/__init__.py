@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import comfy.lora
@@ -191,6 +193,10 @@ class Replica(Probe):
                     gradients = torch.autograd.grad(own.predict(z, t, cond).square().mean(), parameters)
                 inference = sum(p.is_inference() for p in own.net.parameters())
                 kept = self.kept(own, replica.Demand().what, cond.row(0))
+                drawn, rows = self.alive(own, 4, cond.row(0)), own.rows
+                read, new = port.ComfyPort(model, clip).text, f"number {time.time_ns()}"
+                asked = self.asked_for(lambda: (read(["a cat"]), read([new]), read([new])))
+            asked_later = self.asked_for(lambda: read([new + ", later"]))
             how = (model, own.schedule, own.prediction, own.latent_shape, replica.Demand(pictures=1))
             need, plain = replica.footprint(*how), replica.footprint(*how, fused=False)
             holding = replica.footprint(*how[:-1], replica.Demand(pictures=1, latents=10))
@@ -198,8 +204,13 @@ class Replica(Probe):
             math = torch.nn.attention.SDPBackend.MATH
             with torch.nn.attention.sdpa_kernel(math):
                 by_formula = replica._attends_in_pieces(torch.device("cpu"), torch.float32)
+            cpu, fits = torch.device("cpu"), {}
+            room = mm.get_free_memory(cpu) / 1.35
+            for name, share, draws in (("ample", 0.1, 0.01), ("short", 0.1, 0.29), ("shorter", 2, 0.29)):
+                like = replica.Footprint(0, 0, 0, int(share * room), int(0.1 * room), int(draws * room), 0)
+                fits[name] = replica._fit(like, False, cpu, "", 16)
             try:
-                replica._fit(replica.Footprint(1 << 50, 0, 0, 0, 0), False, torch.device("cpu"), "Lower the batch")
+                replica._fit(replica.Footprint(1 << 50, 0, 0, 0, 0, 0, 0), False, cpu, "Lower the batch", 16)
                 refused = ""
             except ValueError as error:
                 refused = str(error)
@@ -219,6 +230,10 @@ class Replica(Probe):
                     "ten latents": holding.trained - need.trained,
                 },
                 "kept": kept,
+                "drawn": [drawn, 4 * need.drawn],
+                "rows": rows,
+                "room": [x.count(own.room) for x in (asked, asked_later)],
+                "fits": fits,
                 "with matrices": plain.activations,
                 "in pieces": [in_pieces, by_formula],
                 "refused": refused,
@@ -239,6 +254,27 @@ class Replica(Probe):
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
             own.predict(torch.randn(1, *own.latent_shape), torch.tensor([500]), cond)
         return sum(storage.nbytes() for storage in seen.values())
+
+    @staticmethod
+    def asked_for(what):
+        """How much memory ComfyUI is asked to free meanwhile, each time."""
+        asked, plain = [], mm.free_memory
+        mm.free_memory = lambda size, *args, **kwargs: asked.append(size) or plain(size, *args, **kwargs)
+        try:
+            what()
+        finally:
+            mm.free_memory = plain
+        return asked
+
+    @staticmethod
+    def alive(own, rows, cond):
+        """Bytes that a real pass of some rows without gradients holds at most."""
+        z, t = torch.randn(rows, *own.latent_shape), torch.full((rows,), 500)
+        with torch.profiler.profile(profile_memory=True) as seen:
+            own.reference(z, t, cond)
+        moves = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+        sizes = [e.nbytes() for e in sorted(moves, key=lambda e: e.start_ns())]
+        return max(itertools.accumulate(sizes))
 
     @staticmethod
     def by_comfy(model, clip, prompts):
@@ -315,7 +351,7 @@ class Shell(Probe):
         for name, method in core.all_methods().items():
             settings = method.settings()
             made = [training.demand_of(settings, method, n) for n in (1, 3)]
-            demands[name] = [(getattr(d.what, "rank", 0), d.pictures) for d in made]
+            demands[name] = [(getattr(d.what, "rank", 0), d.pictures, d.keeps is not None) for d in made]
         adversarial = core.all_methods()["adversarial"]
         viewing = [
             training.demand_of(adversarial.settings(views=v), adversarial, n).latents
@@ -339,6 +375,26 @@ class Shell(Probe):
         return answer(
             {"demands": demands, "viewing": viewing, "shown": shown, "named": watcher._in_turn(watcher._prompts)}
         )
+
+
+class Shown(Probe):
+    """What a node says while pictures are drawn, and then in two steps of a training that was cut off after the fifth."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+
+    def run(self):
+        spec, bar, said = pack("erasure_core").ConceptSpec.parse("cat"), [], []
+        watcher = pack("nodes.training").watcher_of(spec, lambda z: z)
+        compose = watcher._compose
+        watcher._compose = lambda status: said.append(status) or compose(status)
+        watcher._bar.update_absolute = lambda done, total, shown: bar.append((done, total, shown is not None))
+        watcher.drawing(8, 32)
+        watcher._started -= 1000  # they took long
+        watcher.progress(5, 100)
+        time.sleep(0.1)
+        watcher.watch(None, 6, {"erase": 1.0})
+        watcher.progress(6, 100)
+        return answer({"bar": bar, "said": said})
 
 
 class Memory(Probe):
@@ -403,6 +459,7 @@ NODES = (
     FixedJudge,
     Memory,
     Shell,
+    Shown,
     TinyClip,
     Tower,
 )

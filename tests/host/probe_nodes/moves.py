@@ -47,7 +47,7 @@ class Moves(Probe):
         mine, towers, replica = (pack(f"nodes.{x}") for x in ("mine", "towers", "replica"))
         model, clip, vae = pack("nodes.demo").load_demo()
         latents, pictures, how = torch.zeros(1, 4, 16, 16), torch.zeros(1, 128, 128, 3), sampling.Drawing(1, 1.0)
-        need = replica.Footprint(0, 0, 0, 0, 0)
+        need = replica.Footprint(0, 0, 0, 0, 0, 0, 0)
 
         def sample():
             prompt = sampling.encode(clip, "a cat")
@@ -71,7 +71,7 @@ class Moves(Probe):
             "prediction": (
                 lambda: port.ComfyPort(model, clip).predict(latents, torch.tensor([500]), torch.zeros(1, 77, 128)), sample,
             ),
-            "room": (lambda: replica._fit(need, False, torch.device("cpu"), ""), sample),
+            "room": (lambda: replica._fit(need, False, torch.device("cpu"), "", 2), sample),
         }  # fmt: skip
         found = {}
         with giving_new_memory():
