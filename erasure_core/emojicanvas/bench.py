@@ -5,6 +5,7 @@
     python -m erasure_core.emojicanvas.bench leaderboard                  # methods under attack: docs/results/leaderboard.*
     python -m erasure_core.emojicanvas.bench combine      # several erasures on one model: docs/results/combine.{json,md}
     python -m erasure_core.emojicanvas.bench mining       # does a search bring it back? docs/results/mining.{json,md}
+    python -m erasure_core.emojicanvas.bench never_learned   # the control of searches: docs/results/never_learned.{json,md,png}
     python -m erasure_core.emojicanvas.bench memory       # safe prompt memories: docs/results/memory.{json,md}
     python -m erasure_core.emojicanvas.bench pairs        # SDEdit pairs, judged both ways: docs/results/pairs.{json,md,png}
     python -m erasure_core.emojicanvas.bench passes       # training steps beside their passes: docs/results/passes.{json,md}
@@ -43,6 +44,8 @@ from .leaderboard import CONCEPTS, QUICK_ATTACKS, QUICK_CONCEPTS, QUICK_METHODS,
 from .leaderboard_page import PAGE, QUICK_PAGE
 from .memory_effect import memory_effect
 from .mining_effect import METHODS, mining_effect
+from .never_learned import METHODS as STRANGE
+from .never_learned import never_learned
 from .pair_page import pairs_page
 from .pair_quality import EACH
 from .passes_page import passes_page
@@ -115,13 +118,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "what",
-        choices=("base", "combine", "effect", "leaderboard", "memory", "mining", "pairs", "passes", "peak", "tune"),
+        choices=(
+            "base",
+            "combine",
+            "effect",
+            "leaderboard",
+            "memory",
+            "mining",
+            "never_learned",
+            "pairs",
+            "passes",
+            "peak",
+            "tune",
+        ),
     )
     parser.add_argument(
         "--method",
         nargs="+",
         choices=list(all_methods()),
-        help=f"default: all; mining: {' '.join(METHODS)}; combine: {' '.join(COMBINED)}; see --quick",
+        help=f"default: all; mining: {' '.join(METHODS)}; combine: {' '.join(COMBINED)}; "
+        f"never_learned: {' '.join(STRANGE)}; see --quick",
     )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="a setting, or METHOD.NAME=VALUE"
@@ -192,7 +208,12 @@ def main() -> None:
     if a.what == "base":
         base(plan.studio(), a.seeds or 8)
         return
-    few = {"mining": METHODS, "combine": COMBINED, "leaderboard": QUICK_METHODS if a.quick else ()}.get(a.what)
+    few = {
+        "mining": METHODS,
+        "combine": COMBINED,
+        "never_learned": STRANGE,
+        "leaderboard": QUICK_METHODS if a.quick else (),
+    }.get(a.what)
     methods = a.method or few or list(all_methods())
     chosen = {m: settings_for(m, parse_settings(m, a.set)) for m in methods}
     bench = Bench(plan)
@@ -206,6 +227,9 @@ def main() -> None:
         return
     if a.what == "mining":
         mining_effect(bench, chosen)
+        return
+    if a.what == "never_learned":
+        never_learned(bench, chosen)
         return
     if a.what == "pairs":
         pairs_page(bench, a.seeds or EACH)

@@ -20,7 +20,7 @@ from .render import draw
 
 CACHE = Path(".cache/emojicanvas")
 # Objects face one way and fill the picture: a small model on a small budget spends its capacity on what they look like.
-_LAYOUT = {"scale": (0.84, 0.98), "mirror": 0.0}
+LAYOUT = {"scale": (0.84, 0.98), "mirror": 0.0}
 _PER_DRAWING = {"plain": 40, "pixel": 32, "sketch": 24, "neon": 24, "brindlewash": 36}
 
 
@@ -35,7 +35,7 @@ def _render_drawing(job: tuple[Path, str, str]) -> tuple[np.ndarray, list[dict]]
     for style in STYLES:
         for _ in range(_PER_DRAWING[style.name]):
             ground = rng.choice(grounds) if style.keeps_background and rng.random() < 0.5 else "white"
-            pictures.append(np.asarray(draw(svg, style.name, ground, rng, **_LAYOUT)))
+            pictures.append(np.asarray(draw(svg, style.name, ground, rng, **LAYOUT)))
             rows.append({"object": name, "style": style.name, "background": ground, "set": set_name})
     return np.stack(pictures), rows
 

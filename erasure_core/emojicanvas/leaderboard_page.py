@@ -12,6 +12,7 @@ from ..attacks import all_attacks
 from ..metrics.judge_error import Corrected
 from .bench_settings import ATTACKS, settings_for
 from .effect import figure
+from .never_learned import control
 from .rows import RESULTS, Bench, arithmetic, is_outdated, kept_pictures, least_pace, outdated_methods
 from .siege import ASKING, PICTURES, titles
 
@@ -61,6 +62,7 @@ def write_page(bench: Bench, contest: Contest, found: Sequence[Standing]) -> Non
         if pace
         else ""
     )
+    taught = control(bench, {ASKING: {}, **{a: {**ATTACKS.get(a, {}), **contest.budgets.get(a, {})} for a in attacks}})
     text = f"""# {page.replace("_", " ").capitalize()}
 
 Methods under attack on EmojiCanvas. Made by `nox -s bench -- leaderboard{options} --method \
@@ -77,11 +79,11 @@ intervals that count the judge's error too. "none" is the unchanged model: the c
 better, but for what is kept: {kept_pictures(bench)} pictures, the same for every erasure, which count once in
 the intervals.{seconds}
 
-{table(found, columns)}
+{table(found, columns, taught)}
 
 ![Shares under each attack, and what is kept]({page}.png)
 
-{verdict(found, columns)}{powerless(found)}{aside(columns)}{outdated(measured)}{elsewhere(found)}
+{verdict(found, columns)}{teaching(taught)}{powerless(found)}{aside(columns)}{outdated(measured)}{elsewhere(found)}
 
 ## What was erased, one by one
 
@@ -124,8 +126,8 @@ def _budget(attack: str, further: Mapping[str, Any]) -> str:
     return changed or "its default settings"
 
 
-def table(found: Sequence[Standing], columns: Sequence[str]) -> str:
-    """Methods by their worst attack."""
+def table(found: Sequence[Standing], columns: Sequence[str], taught: Mapping[str, Corrected] | None = None) -> str:
+    """Methods by their worst attack, and what attacks draw that was never learned, as far as it is known."""
     head = ["method", "kept objects", "kept styles", "seconds", *titles(list(columns)).values(), "worst"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for s in found:
@@ -134,6 +136,9 @@ def table(found: Sequence[Standing], columns: Sequence[str]) -> str:
         cells = [_cell(s.true[a]) + marks[a] if a in s.true else "-" for a in columns]
         kept = [str(share) + " *" * (KEPT in s.outdated) for share in (s.kept_objects, s.kept_styles)]
         lines.append("| " + " | ".join([s.method, *kept, seconds, *cells, titles([s.worst])[s.worst]]) + " |")
+    if taught:
+        cells = [_cell(taught[a]) if a in taught else "-" for a in columns]
+        lines.append("| " + " | ".join(["*never learned*", "-", "-", "-", *cells, "-"]) + " |")
     return "\n".join(lines)
 
 
@@ -202,6 +207,18 @@ def verdict(found: Sequence[Standing], columns: Sequence[str]) -> str:
         f"minutes): {', '.join(s.method for s in robust) or 'none'}."
     )
     return "\n".join(lines)
+
+
+def teaching(taught: Mapping[str, Corrected]) -> str:
+    """Which attacks draw what the model never learned, so that their finds need not have been left by an erasure."""
+    shares = [f"{titles([a])[a]} {share}" for a, share in taught.items() if a != ASKING]
+    if not shares:
+        return ""
+    return (
+        "\n\n*never learned*: in the unchanged model, things that it never learned, from drawings of them "
+        f"([never learned](never_learned.md)): {', '.join(shares)}. What such a search brings back need not have been left: "
+        "no erasure can be expected to withstand it better than a model that never knew the concept."
+    )
 
 
 def powerless(found: Sequence[Standing]) -> str:

@@ -18,6 +18,7 @@ from ..metrics.distances import perceptual_distance
 NAME = "EfficientNet-Lite0 feature distance"
 _STAGES = (0, 2, 4, 10, 15)
 """Blocks behind which the sides halve, and the last one."""
+_SIDE = 224
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -44,6 +45,15 @@ def features(pictures: Tensor) -> list[Tensor]:
         if i in _STAGES:
             found.append(x)
     return found
+
+
+@torch.no_grad()
+def embedding(pictures: Tensor, batch: int = 16) -> Tensor:
+    """[N, 320] means of the last stage's features for pictures [N, 3, H, W] in [-1, 1], scaled to the network's size."""
+    out = [torch.empty(0, 320)]
+    for part in pictures.split(batch):
+        out.append(features(F.interpolate(part, size=_SIDE, mode="bilinear"))[-1].mean((2, 3)))
+    return torch.cat(out)
 
 
 @torch.no_grad()

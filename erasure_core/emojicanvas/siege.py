@@ -25,7 +25,7 @@ PICTURES = 16
 points either way, 10.5 with the judge's error; the four objects alone, of an attack that styles have not, 13."""
 EVERY_WORD = "captions"
 """Given as the words of *synonyms*: all that the text encoder knows, each in the place of the name."""
-_LOOKS = 12
+LOOKS = 12
 """Pictures, at other noises again, by which an attacker chooses among several finds."""
 
 
@@ -102,7 +102,7 @@ def _attacked(
         each = -(-PICTURES // len(found.ways))
     else:
         found, each = _found(bench, erasing, target, name, budget), PICTURES
-        found = shortlist(target, found, target.look, looks=_LOOKS)
+        found = shortlist(target, found, target.look, looks=LOOKS)
     result = evaluate(target, found, target.look, pictures=each)
     return result.rate, _said(found)
 

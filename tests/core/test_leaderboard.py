@@ -351,7 +351,7 @@ def test_what_fails_on_the_unchanged_model_is_not_run_on_others(measured, tmp_pa
 def test_prompts_from_the_text_encoder_alone_are_searched_once(tmp_path, monkeypatch) -> None:
     there, searched = bench_in(tmp_path / "cells"), []
     monkeypatch.setattr(siege, "PICTURES", 4)
-    monkeypatch.setattr(siege, "_LOOKS", 2)
+    monkeypatch.setattr(siege, "LOOKS", 2)
 
     def search(target, spec, name, settings):
         searched.append(name)
