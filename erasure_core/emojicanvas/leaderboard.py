@@ -181,6 +181,8 @@ class Standing:
     """The same after the judge's error."""
     each: Mapping[str, Mapping[str, Rate]]
     """Of every attack, by what was erased."""
+    true_each: Mapping[str, Mapping[str, Corrected]]
+    """The same after the judge's error in that concept."""
     outdated: frozenset[str] = frozenset()
     """Attacks with results of an earlier version of themselves or of the method, and :data:`KEPT` likewise."""
     elsewhere: frozenset[str] = frozenset()
@@ -209,7 +211,7 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
     out = []
     singles = [e for e in bench.plan.erasings() if e.key != "together"]
     error, kept = judge_error(bench, singles), kept_pictures(bench)
-    of_kind = errors_by_kind(bench)
+    of_kind, of_one = errors_by_kind(bench), {e.label: judge_error(bench, [e]) for e in singles}
     methods = {"none": {}, **contest.chosen}
     made = {m: [row for e in singles if (row := bench.row(e, m, s)) is not None] for m, s in methods.items()}
     pace = least_pace(row for rows in made.values() for row in rows)
@@ -245,6 +247,7 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
                 seen,
                 {name: error.behind(r) for name, r in seen.items()},
                 each,
+                {name: {k: of_one[k].behind(r) for k, r in rates.items()} for name, rates in each.items()},
                 frozenset(old),
                 frozenset(other),
             )

@@ -23,7 +23,6 @@ WORST, LOSS, MINUTES = 0.10, 0.03, 10
 """What a method must reach to be called robust against the attacks of the page: its worst attack, what kept pictures may lose,
 and how long it may take."""
 
-
 KEPT = "what is kept"
 """Beside the names of attacks: the pictures of what is kept."""
 _HARDEST = "free_embedding"
@@ -87,8 +86,8 @@ the intervals.{seconds}
 
 ## What was erased, one by one
 
-Each method's worst attack, before the judge's error is counted. The intervals here and above are of pictures: how much one
-training or one search differs from the next comes on top, and how much one concept differs from another is seen here.
+Each method's worst attack, after the judge's error in that concept. Intervals, here and above, are of pictures and judge: how
+much one training or search differs from the next comes on top, and how much one concept differs from another is seen here.
 
 {by_concept(found)}
 
@@ -148,11 +147,11 @@ def _seconds(s: Standing) -> str:
 
 def by_concept(found: Sequence[Standing]) -> str:
     """Each method's worst attack on each concept."""
-    labels = list(dict.fromkeys(label for s in found for label in s.each[s.worst]))
+    labels = list(dict.fromkeys(label for s in found for label in s.true_each[s.worst]))
     lines = [f"| method | worst attack | {' | '.join(labels)} |", "|" + "---|" * (2 + len(labels))]
     for s in found:
-        rates = s.each[s.worst]
-        cells = [str(rates[label]) if label in rates else "-" for label in labels]
+        shares = s.true_each[s.worst]
+        cells = [str(shares[label]) if label in shares else "-" for label in labels]
         lines.append(f"| {s.method} | {titles([s.worst])[s.worst]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
