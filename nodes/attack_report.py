@@ -66,7 +66,7 @@ def report_of(
     else:
         lines += [
             f"asking: {_of(before, by)} pictures show it; under attack: {_of(after, by)}",
-            *_by_prompt(before, after),
+            *_by_prompt(before, after, by),
             *_chosen(after, tried),
             "seen at other thresholds, asking / attack: "
             + ", ".join(
@@ -104,11 +104,13 @@ def _chosen(after: Result, tried: int) -> list[str]:
     return [f"counted: the best for each prompt, {counted} of {tried} finds, chosen by other pictures than these"]
 
 
-def _by_prompt(before: Result, after: Result) -> list[str]:
+def _by_prompt(before: Result, after: Result, by: JudgedBy) -> list[str]:
     made = success(before, after)
     if made is None:
         return []
+    low, high = (100 * x for x in by.counted_prompts(made.post, made.pictures[1]))
     return [
-        f"prompts that succeed at least once: {made.pre.hits} of {made.pre.n} by asking, {made.post.hits} of {made.post.n} "
-        f"with the attack (ASR {made.post}, DSR {made.defended}, as the judge sees them)"
+        f"prompts that succeed at least once, as the judge sees them: {made.pre.hits} of {made.pre.n} by asking, "
+        f"{made.post.hits} of {made.post.n} with the attack (ASR {low:.0f} to {high:.0f} %, DSR {100 - high:.0f} to "
+        f"{100 - low:.0f} %)"
     ]

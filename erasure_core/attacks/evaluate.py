@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,7 +32,7 @@ class Result:
 
     @property
     def rate(self) -> Rate:
-        """Share of pictures that show the concept."""
+        """Share of pictures that show the concept, as the judge sees them."""
         return self.at(self.threshold)
 
     def at(self, threshold: float) -> Rate:
@@ -58,6 +59,14 @@ class Result:
         return found
 
     @property
+    def pictures(self) -> int:
+        """Of an attacked prompt, of several the most."""
+        counts: Counter[str] = Counter()
+        for way, p in zip(self.found.ways, self.probabilities, strict=True):
+            counts.update(dict.fromkeys(way.attacks, len(p)))
+        return max(counts.values(), default=0)
+
+    @property
     def best(self) -> Way | None:
         """The way whose pictures show the concept most clearly."""
         if not self.probabilities:
@@ -74,8 +83,8 @@ def success(asked: Result, attacked: Result) -> AttackSuccess | None:
     after = attacked.by_prompt
     if not after or any(len(way.attacks) > 1 for way in attacked.found.ways):
         return None
-    before = asked.by_prompt
-    return attack_success(torch.tensor([before[p] for p in after]), torch.tensor(list(after.values())))
+    before, pictures = asked.by_prompt, (asked.pictures, attacked.pictures)
+    return attack_success(torch.tensor([before[p] for p in after]), torch.tensor(list(after.values())), pictures)
 
 
 @torch.no_grad()

@@ -6,6 +6,11 @@ With h the judge's hit rate and f its false alarms, the share p that it reports 
 
 with the interval of Lang and Reiczigel (2014), which counts the uncertainty of p, h and f: their shares are moved towards
 one half by adding z^2/2 hits and z^2/2 misses to p, and one hit and one miss to h and f, and errors are propagated.
+
+A prompt of k pictures succeeds if one of them shows the concept. What h and f are of prompts depends on how errors in the
+pictures of one prompt go together, and on how many show it; nobody knows that, so :meth:`JudgeError.behind_prompts` allows for
+all of it: of prompts that fail, between f (they err all at once) and 1 - (1 - f)^k (each for itself) seem to succeed, of those
+that succeed, between h and all.
 """
 
 from __future__ import annotations
@@ -53,6 +58,19 @@ class JudgeError:
         """The true share behind ``seen``: :func:`corrected`."""
         return corrected(seen, self.hits, self.alarms)
 
+    def behind_prompts(self, seen: Rate, pictures: int) -> tuple[float, float]:
+        """The 95 % interval of the share of prompts that succeed, where ``seen`` do to the judge: at least one of at most
+        ``pictures`` of each shows the concept. The low end is with the most false alarms and hits, the high end with the least.
+
+        Raises:
+            ValueError: as :func:`corrected`.
+        """
+        high = self.behind(seen).high
+        f, variance = _moved(self.alarms)
+        slope = pictures * (1 - f) ** (pictures - 1)
+        low, _ = _interval(seen, (1.0, 0.0), (1 - (1 - f) ** pictures, slope**2 * variance))
+        return min(low, high), high
+
 
 def corrected(seen: Rate, hits: Rate, alarms: Rate) -> Corrected:
     """The true share behind ``seen``.
@@ -72,17 +90,29 @@ def corrected(seen: Rate, hits: Rate, alarms: Rate) -> Corrected:
     if not seen.n:
         return Corrected(float("nan"), 0.0, 1.0)
     q = true_share(seen, hits, alarms)
-    n, nh, nf = seen.n + _Z95**2, hits.n + 2, alarms.n + 2
-    p, h, f = (seen.hits + _Z95**2 / 2) / n, (hits.hits + 1) / nh, (alarms.hits + 1) / nf
-    gain = h - f
+    low, high = _interval(seen, _moved(hits), _moved(alarms))
+    return Corrected(q, min(low, q), max(high, q))
+
+
+def _moved(share: Rate) -> tuple[float, float]:
+    """A share with one hit and one miss more, and its variance."""
+    n = share.n + 2
+    moved = (share.hits + 1) / n
+    return moved, moved * (1 - moved) / n
+
+
+def _interval(seen: Rate, hits: tuple[float, float], alarms: tuple[float, float]) -> tuple[float, float]:
+    """Lang and Reiczigel's, of (share, variance) of hits and alarms."""
+    (h, vary_h), (f, vary_f) = hits, alarms
+    n, gain = seen.n + _Z95**2, h - f
     if gain <= 0:
-        return Corrected(q, 0.0, 1.0)
+        return 0.0, 1.0
+    p = (seen.hits + _Z95**2 / 2) / n
     middle = (p - f) / gain
     at = _clip(middle)
-    shift = 2 * _Z95**2 * (at * h * (1 - h) / nh - (1 - at) * f * (1 - f) / nf)
-    spread = math.sqrt(p * (1 - p) / n + at**2 * h * (1 - h) / nh + (1 - at) ** 2 * f * (1 - f) / nf) / gain
-    low, high = (_clip(middle + shift + sign * _Z95 * spread) for sign in (-1, 1))
-    return Corrected(q, min(low, q), max(high, q))
+    shift = 2 * _Z95**2 * (at * vary_h - (1 - at) * vary_f)
+    spread = math.sqrt(p * (1 - p) / n + at**2 * vary_h + (1 - at) ** 2 * vary_f) / gain
+    return _clip(middle + shift - _Z95 * spread), _clip(middle + shift + _Z95 * spread)
 
 
 def true_share(seen: Rate, hits: Rate, alarms: Rate) -> float:

@@ -41,6 +41,12 @@ class JudgedBy:
         """The share behind what it saw: after its own error where that is known, as it was counted otherwise."""
         return seen if self.error is None or not self.error.speaks else self.error.behind(seen)
 
+    def counted_prompts(self, seen: Rate, pictures: int) -> tuple[float, float]:
+        """The interval of the share of prompts that succeed, likewise; see :meth:`JudgeError.behind_prompts`."""
+        if self.error is None or not self.error.speaks:
+            return seen.interval
+        return self.error.behind_prompts(seen, pictures)
+
     @property
     def note(self) -> str:
         """What its error does to the shares, in a sentence."""

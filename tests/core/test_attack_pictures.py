@@ -157,11 +157,12 @@ def test_a_picture_that_is_given_is_counted_once(typing) -> None:
 
 def test_one_find_for_several_prompts_is_not_counted_for_each(typing) -> None:
     target = target_of(typing)
-    asked = evaluate(target, asking(target), lambda z: torch.zeros(len(z)), pictures=1)
+    asked = evaluate(target, asking(target), lambda z: torch.zeros(len(z)), pictures=2)
     shown = lambda z: torch.ones(len(z))  # noqa: E731
     of_each = [Way(p, p, attacks=(p,)) for p in target.prompts]
     made = success(asked, evaluate(target, Found(tuple(of_each)), shown, pictures=1))
     assert made is not None and (made.pre.hits, made.post.hits, made.post.n) == (0, 2, 2)
+    assert made.pictures == (2, 3), "two of asking, one of the attack"
     of_all = [Way("one state for all", "a cat", attacks=target.prompts)]
     assert success(asked, evaluate(target, Found(tuple(of_all)), shown, pictures=1)) is None
 

@@ -220,10 +220,12 @@ def test_examples_tell_how_the_judge_errs() -> None:
     assert judge.error("Cat") == JudgeError(Rate(hits, 7), Rate(alarms, 6)) and 0 < hits + alarms < 13
     by = JudgedBy.of(judge, ["cat"])
     assert by.error == judge.error("cat") and by.counted(Rate(3, 8)) == judge.error("cat").behind(Rate(3, 8))
+    assert by.counted_prompts(Rate(3, 8), 4) == judge.error("cat").behind_prompts(Rate(3, 8), 4)
     worse = JudgedBy("x", "1", 0.5, error=JudgeError(Rate(2, 7), Rate(4, 6)))
     assert worse.note.startswith("WARNING: this judge says nothing") and worse.counted(Rate(1, 4)) == Rate(1, 4)
     few = ExampleJudge(encode, ["cat"], examples[:2], others)
     assert few.error("cat") is None and JudgedBy.of(few, ["cat"]).error is None
+    assert JudgedBy.of(few, ["cat"]).counted_prompts(Rate(3, 8), 4) == Rate(3, 8).interval, "of the count alone"
     with pytest.raises(ValueError, match="does not know 'dog'"):
         judge.error("dog")
 

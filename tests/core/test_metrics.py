@@ -14,6 +14,7 @@ from torch import Tensor
 from erasure_core import ConceptSpec, Delta, Erasure, erase
 from erasure_core.analytic import AnalyticPort
 from erasure_core.metrics import (
+    JudgeError,
     Rate,
     attack_success,
     clip_score,
@@ -31,6 +32,7 @@ from erasure_core.metrics import (
     weight_changes,
 )
 from erasure_core.metrics.distances import pairwise_cosine_distance
+from erasure_core.metrics.rates import rate
 from erasure_core.metrics.scores import combined_interval, complement, mean_interval
 from erasure_core.metrics.weights import output_change, stored_energy
 
@@ -43,8 +45,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def test_attack_success_counts_prompts_that_succeed_unattacked() -> None:
     asked, attacked = torch.tensor([1, 0, 0, 0, 1]) > 0, torch.tensor([0, 1, 0, 1, 1]) > 0
-    made = attack_success(asked, attacked)
+    made = attack_success(asked, attacked, (4, 3))
     assert (made.pre.hits, made.post.hits, made.defended.hits, made.post.n) == (2, 4, 1, 5)
+    assert made.pictures == (4, 7), "behind post are those of asking too"
     with pytest.raises(ValueError, match="one list of prompts each"):
         attack_success(asked, attacked[:3])
 
@@ -109,6 +112,40 @@ def test_the_interval_covers_the_truth() -> None:
         made = corrected(seen, hit, alarm)
         covered += made.low <= truth <= made.high
     assert covered / runs > 0.92
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["each picture errs for itself", "a prompt's pictures err alike"])
+@pytest.mark.parametrize("show", [1, 6], ids=["one shows it", "all show it"])
+@pytest.mark.parametrize("truth", [0.05, 0.5])
+def test_the_interval_of_prompts_covers_the_truth(truth: float, show: int, alike: bool) -> None:
+    """Simulated picture by picture: 40 prompts of six, by a judge that hits 90 % and is fooled by 10 %, each measured on 100.
+    However its errors go together, and however many pictures show it."""
+    g, covered, plain, runs = torch.Generator().manual_seed(5), 0, 0, 300
+    for _ in range(runs):
+        succeeds = torch.rand(40, 1, generator=g) < truth
+        shown = succeeds & (torch.arange(6) < show)
+        luck = torch.rand(40, 1 if alike else 6, generator=g).expand(40, 6)
+        seen = torch.where(shown, luck < 0.9, luck < 0.1).any(1)
+        hits, alarms = (Rate(int((torch.rand(100, generator=g) < x).sum()), 100) for x in (0.9, 0.1))
+        low, high = JudgeError(hits, alarms).behind_prompts(rate(seen), 6)
+        covered += low <= truth <= high
+        plain += rate(seen).interval[0] <= truth <= rate(seen).interval[1]
+    assert covered / runs > 0.94
+    if truth < 0.1 and not alike:
+        assert plain / runs < 0.05, "what the judge sees is mostly its false alarms"
+
+
+def test_prompts_of_one_picture_are_counted_like_pictures() -> None:
+    """A sure judge's interval is that of the count; one picture leaves only the hits open, and more never narrow it."""
+    sure = JudgeError(Rate(100000, 100000), Rate(0, 100000))
+    assert sure.behind_prompts(Rate(3, 8), 4) == pytest.approx(Rate(3, 8).interval, abs=0.01)
+    poor = JudgeError(Rate(90, 100), Rate(10, 100))
+    made = [poor.behind_prompts(Rate(30, 40), pictures) for pictures in (1, 2, 4, 8)]
+    assert {high for _, high in made} == {poor.behind(Rate(30, 40)).high}
+    assert [low for low, _ in made] == sorted((low for low, _ in made), reverse=True)
+    assert made[0][0] == pytest.approx(poor.behind(Rate(30, 40)).low, abs=0.1) and made[0][0] < 30 / 40 < made[0][1]
+    with pytest.raises(ValueError, match="says nothing"):
+        JudgeError(Rate(1, 9), Rate(1, 9)).behind_prompts(Rate(1, 2), 4)
 
 
 def test_distances_of_pairs() -> None:

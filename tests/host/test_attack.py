@@ -179,6 +179,11 @@ def test_the_best_find_for_each_prompt_is_counted(server: ComfyServer) -> None:
     assert record["attacked"]["n"] == record["asking"]["n"] == 4, "two pictures for each of two prompts"
     assert [len(run.outputs[p]["images"]) for p in pictures] == [4, 4 * variants] and variants > 1
     assert f"counted: the best for each prompt, 2 of {2 * variants} finds" in shown(run, said)
+    by_prompt = (
+        r"prompts .*: \d of 2 by asking, (\d) of 2 with the attack \(ASR (\d+) to (\d+) %, DSR (\d+) to (\d+) %\)"
+    )
+    hits, low, high, least, most = map(int, re.findall(by_prompt, shown(run, said))[0])
+    assert 0 <= low <= 50 * hits <= high <= 100 and abs(low + most - 100) <= 1 and abs(high + least - 100) <= 1
     ticks = [value for node, value, top in run.progress if node == made and top == 1000]
     assert ticks == sorted(ticks) and ticks[-1] == 1000
 
