@@ -115,6 +115,8 @@ class DarkEmbeddings:
             said = "nobody looked" if math.isnan(score) else f"{score:.3f}"
             lines.append(f"{i}: {said}" + (f" ({name})" if several else ""))
         settings = ", ".join(f"{k} {v}" for k, v in h.settings.items())
+        if h.settings.get("scored by") == "judge":
+            settings += "; scores are what the judge said on average, and its own error is not in them"
         return "\n".join([*lines, f"{settings}; library {h.version}"])
 
 

@@ -41,7 +41,7 @@ def receipt_json(receipt: Receipt, indent: int | None = None) -> str:
         "text": asdict(receipt.text),
         "drift": receipt.drift,
         "drawn": asdict(receipt.drawn),
-        "judge": None if judge is None else asdict(judge),
+        "judge": None if judge is None else _judge_json(judge),
         "words": [_counted_json(c, judge) for c in receipt.words],
         "kept": [_counted_json(c, judge) for c in receipt.kept],
         "attacks": [_attack_json(a) for a in receipt.attacks],
@@ -117,7 +117,13 @@ def _counted_json(c: Counted, judge: JudgedBy | None) -> dict[str, Any]:
 
 def _attack_json(a: AttackRecord) -> dict[str, Any]:
     rates = {name: _rate_json(getattr(a, name), a.judge) for name in ("asking", "attacked", "ceiling", "found_on_base")}
-    return asdict(a) | rates | {"budget": dict(a.budget), "prompts": list(a.prompts), "curve": _curve_json(a.curve)}
+    lists = {"budget": dict(a.budget), "prompts": list(a.prompts), "curve": _curve_json(a.curve)}
+    return asdict(a) | rates | lists | {"judge": _judge_json(a.judge)}
+
+
+def _judge_json(judge: JudgedBy) -> dict[str, Any]:
+    """With what its error does to the intervals, in words: for people, computed anew when read."""
+    return asdict(judge) | {"note": judge.note}
 
 
 def _curve_json(curve: tuple[tuple[float, int], ...]) -> list[list[float]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..erasure_core.metrics.judged import JudgedBy
 from ..erasure_core.metrics.judges import CONTRASTS, ExampleJudge, ZeroShotJudge, agreement
+from ..erasure_core.metrics.rates import Rate
 from .modes import host_mode, ordinary_tensors
 from .types import CATEGORY, Judge
 
@@ -182,10 +183,11 @@ class JudgePictures(io.ComfyNode):
     def execute(cls, judge, images, concept) -> io.NodeOutput:
         with ordinary_tensors():
             found = judge.probability(_channels_first(images), concept).tolist()
-        seen = sum(p >= judge.threshold for p in found)
+            by = JudgedBy.of(judge, [concept])
+        seen = Rate(sum(p >= judge.threshold for p in found), len(found))
         figures = ", ".join(f"{p:.2f}" for p in found)
-        report = f"{concept}: seen in {seen} of {len(found)} pictures ({JudgedBy.of(judge)})\n{figures}"
-        return io.NodeOutput(report, seen > 0, ui=ui.PreviewText(report))
+        report = f"{concept}: seen in {seen.hits} of {seen.n} pictures, {by.counted(seen)} ({by})\n{figures}\n{by.note}"
+        return io.NodeOutput(report, seen.hits > 0, ui=ui.PreviewText(report))
 
 
 def threshold_widget():

@@ -74,7 +74,7 @@ Made by `nox -s bench -- pairs`: an unsafe picture, and its safe counterpart fro
 counterpart is a look-alike ({beside}),
 in 10 scenes: six grounds in the plain style, and the other styles. A style's is the plain style, on 12 objects. {each} pairs of
 each scene, seeds of the scoring split, guidance {EDIT["guidance"]:g}, {EDIT["steps"]} steps. Shares with 95 % Wilson intervals.
-What looks is {judge.name} {judge.version}, at {judge.threshold:g}.
+What looks is {judge.name} {judge.version}, at {judge.threshold:g}; its own error is not in them, as it chose the pairs.
 
 ![Pairs](pairs.png)
 

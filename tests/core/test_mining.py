@@ -34,6 +34,7 @@ def test_the_best_find_comes_first(tiny) -> None:
     assert found.pictures.shape == (3, 2, 4, 4, 4) and not dark.words
     assert dark.header.spec == SPEC and dark.header.family == tiny.family and dark.header.method == "mine"
     assert dark.header.settings["seed"] == 7 and dark.header.settings["scored by"] == "judge"
+    assert "its own error is not in them" in dark.summary()
     assert len({tuple(x.flatten().tolist()) for x in dark.states}) == 3, "starts are fresh"
     with tiny.trainable() as model:
         null = tiny.conditions([""])[0]
@@ -59,6 +60,7 @@ def test_without_a_judge_the_score_is_what_a_find_explains(tiny) -> None:
     """What the network itself draws for a conditioning is explained better after a longer search."""
     found = mine(tiny, SPEC, Settings(**{**SMALL.__dict__, "steps": 40, "count": 1}), pictures=torch.randn(2, 4, 4, 4))
     assert found.dark.header.settings["scored by"] == "explained share" and found.dark.scores[0] > 0
+    assert "judge" not in found.dark.summary()
 
 
 def test_pictures_come_from_the_base_and_pass_the_judge(tiny) -> None:

@@ -369,6 +369,8 @@ def test_the_judges_own_error_is_in_every_share() -> None:
     wanted = {"share": round(true.share, 4), "low": round(true.low, 4), "high": round(true.high, 4)}
     assert raw["words"][1]["after"]["corrected"] == wanted
     assert {"corrected"} <= set(raw["attacks"][0]["attacked"]) & set(raw["survival"][0]["after"])
+    assert raw["judge"]["note"] == raw["attacks"][0]["judge"]["note"] == KNOWING.note
+    assert json.loads(receipt_json(RECEIPT))["judge"]["note"] == "the judge's own error is not known and not counted"
     blind = replace(JUDGE, error=JudgeError(Rate(1, 2), Rate(1, 2)))
     assert blind.counted(Rate(2, 8)) == Rate(2, 8) and "this judge says nothing" in blind.note
 

@@ -73,6 +73,7 @@ def test_clip_halves_that_belong_together(server: ComfyServer) -> None:
     run = server.run(g.api)
     red, blue = (figures(shown(run, looked[c])) for c in ("red", "blue"))
     assert min(red) > max(blue)
+    assert shown(run, looked["red"]).endswith("\nthe judge's own error is not known and not counted")
 
 
 def test_clip_halves_of_different_models(server: ComfyServer) -> None:
@@ -121,7 +122,7 @@ def test_examples_make_a_judge(server: ComfyServer) -> None:
     red, blue = (asked(g, judge, plain(g, c, -0.05), "Crimson") for c in ("red", "blue"))
     run = server.run(g.api)
     assert "(examples 1-" in shown(run, red) and ", threshold 0.5, knows red, crimson)" in shown(run, red)
-    assert "seen in 2 of 2" in shown(run, red) and "seen in 0 of 2" in shown(run, blue)
+    assert "seen in 2 of 2 pictures, " in shown(run, red) and "seen in 0 of 2 pictures, " in shown(run, blue)
 
 
 @pytest.mark.parametrize(
