@@ -13,6 +13,11 @@ from .metrics.rates import Rate
 
 GIVEN = "it begins with a picture of the concept, so success says that the model can draw it, not that it would"
 """How to read such an attack."""
+TEACHES = (
+    "it learns from pictures of the concept, and taught the demo model things that it had never learned: success need not mean "
+    "that the erasure left something, failure says the more"
+)
+"""How to read an attack that does."""
 LONGEST = 2000
 """Characters of a prompt, or of a find, that a record can hold."""
 _SHOWN = 6

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..erasure_core import ConceptSpec
-from ..erasure_core.attack_record import GIVEN
+from ..erasure_core.attack_record import GIVEN, TEACHES
 from ..erasure_core.attacks import AttackSpec, Result, Way, success
 from ..erasure_core.metrics import curve
 from ..erasure_core.metrics.judged import JudgedBy
@@ -56,6 +56,7 @@ def report_of(
         f"{chosen.title} on {', '.join(spec.erase[0].words)} ({chosen.knowledge}), {chosen.paper}",
         f"budget: {chosen.budget} {getattr(settings, chosen.budget)}, default {getattr(type(settings)(), chosen.budget)}",
         *([f"note: {GIVEN}"] if chosen.given else []),
+        *([f"note: {TEACHES}"] if chosen.teaches else []),
     ]
     if not chosen.quick and share_of(chosen, settings) < 1:
         lines[1] += f", {100 * share_of(chosen, settings):.3g} % of it: that nothing is found says little"

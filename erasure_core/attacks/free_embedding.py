@@ -1,10 +1,11 @@
-"""Free embedding: the whole conditioning is the variable, the upper bound of everything that goes in as text.
+"""Free embedding: the whole conditioning is the variable, more than anything that goes in as text.
 
     min over C in R^{L x D} of E || target - net(x_t, t, C) ||^2,   x from pictures of the concept
 
 on the erased model: the textual-inversion objective of Concept Inversion (arXiv:2308.01508) without the text encoder, as
 Dark Miner's mining (arXiv:2409.17682) and the learned embeddings of M-ErasureBench do it. If no C brings the concept
-back, no prompt does, as far as this search goes.
+back, no prompt does, as far as this search goes. The reverse does not hold: textual inversion was made to teach a model what
+is new to it, and with enough steps a free conditioning draws what the model never learned (docs/results/never_learned.md).
 
 Choices of ours: the first search starts from the concept's own states in the erased model. An eraser moves just those, and
 what it leaves of the concept may lie in another direction, so the second starts from the empty prompt's; further ones from
@@ -117,10 +118,12 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
 SPEC = AttackSpec(
     name="free_embedding",
     title="Free Embedding",
-    summary="Searches over everything that the network could read in place of a text: an upper bound for prompts.",
+    summary="Searches over everything that the network could read in place of a text. Finds what no prompt says, also things "
+    "that the model never learned.",
     paper="https://arxiv.org/abs/2409.17682",
     knowledge=Knowledge.WHITE_BOX,
     version=2,
+    teaches=True,
     settings=Settings,
     run=run,
     budget="steps",

@@ -63,6 +63,9 @@ class AttackSpec:
     """Counts changes of what it finds at the same settings: figures of two versions don't compare."""
     given: bool = False
     """It begins with a picture of the concept, so success says that the model can draw it, not that it would."""
+    teaches: bool = False
+    """It is textual inversion, which learns from pictures of the concept and can bring up what the model never learned: success
+    need not mean that an erasure left something."""
 
 
 @cache

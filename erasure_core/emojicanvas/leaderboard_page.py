@@ -188,7 +188,7 @@ def verdict(found: Sequence[Standing], columns: Sequence[str]) -> str:
         lines.append(f"Among those that keep kept pictures within 3 points: {said(min(gentle, key=lambda s: s.rank))}.")
     if _HARDEST not in columns:
         lines.append(
-            f"Which are robust can't be said here: {titles([_HARDEST])[_HARDEST]}, the upper bound of what goes in as text, "
+            f"Which are robust can't be said here: {titles([_HARDEST])[_HARDEST]}, which searches all that goes in as text, "
             "is not among these attacks. See the [leaderboard](leaderboard.md)."
         )
         return "\n".join(lines)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ..attacks import AttackTarget, all_attacks, asking, attack, evaluate, shortlist
 from ..concept import ConceptSpec
+from ..methods import all_methods
 from ..metrics.judge_error import Corrected, JudgeError
 from ..metrics.judges import ExampleJudge
 from ..metrics.rates import Rate, pooled, rate
@@ -188,6 +189,7 @@ def never_learned(bench: Bench, chosen: Mapping[str, Mapping[str, Any]]) -> None
     strangers = {label: Stranger(bench, label, folder) for label in THINGS}
     rose = Erasing(objects=(ERASED,))
     rows: dict[str, list[list[Path]]] = {}
+    row_of: dict[str, str] = {}
     for label, stranger in strangers.items():
         paths = [stranger_path(bench, label, *search) for search in SEARCHES]
         tasks |= {
@@ -205,7 +207,8 @@ def never_learned(bench: Bench, chosen: Mapping[str, Mapping[str, Any]]) -> None
             path: (f"{ERASED}, {method}", search, partial(measure_cell, bench, rose, method, settings, *search))
             for search, path in zip(SEARCHES, paths, strict=True)
         }
-        rows[ERASED if method == "none" else f"{ERASED}, erased with {method}"] = [[path] for path in paths]
+        row_of[method] = ERASED if method == "none" else f"{ERASED}, erased with {method}"
+        rows[row_of[method]] = [[path] for path in paths]
     todo = {path: task for path, task in tasks.items() if not is_measured(path)}
     if any(label in strangers for label, *_ in todo.values()):
         drawings.fetch(folder)
@@ -214,10 +217,19 @@ def never_learned(bench: Bench, chosen: Mapping[str, Mapping[str, Any]]) -> None
             bar.set_description(f"{name} {budget.get('steps', '')}: {label}")
             run()
     shipped = judge_error(bench, [rose])
+    several = [name for method, name in row_of.items() if _of_several_trainings(method, rows[name])]
     lines = [
-        f"| {name} | {' | '.join(str(_behind(paths, shipped)) for paths in cells)} |" for name, cells in rows.items()
+        f"| {name}{' †' * (name in several)} | {' | '.join(str(_behind(paths, shipped)) for paths in cells)} |"
+        for name, cells in rows.items()
     ]
+    lines += ["", "†: of several trainings of the same settings, on different machines."] if several else []
     _write_page(bench, chosen, lines, list(tasks))
+
+
+def _of_several_trainings(method: str, cells: Sequence[Sequence[Path]]) -> bool:
+    """Older results don't tell of which training they are, so none of theirs is taken for that of another."""
+    seen = {_read(path).get("erasure") for paths in cells for path in paths}
+    return method != "none" and len(seen) > 1 and all_methods()[method].trains
 
 
 def _write_page(bench: Bench, chosen: Mapping[str, Any], lines: Sequence[str], paths: Sequence[Path]) -> None:
