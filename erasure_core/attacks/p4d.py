@@ -5,6 +5,7 @@
 p is a row of soft vectors. The forward pass sees each one's nearest vocabulary embedding (by cosine); the gradient is
 applied to the soft ones (as in PEZ). N: the whole prompt is p, 16 words. K: one such word before every K words of the prompt
 and one at its end. AdamW 0.1, weight decay 0.1, 3000 steps; the best prompt of those looked at every 50 steps counts.
+Against a negative prompt net_erased is what guidance away from it makes; net_base stays unguided, as in the authors' code.
 
 Departures: padding is the tokenizer's own (the authors pad with token 0 while searching, so that what was optimised isn't
 what is later typed); only words that a person can type; the best prompt is the one that a judge likes best (theirs: the CLIP
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ..concept import ConceptSpec
 from ..operators.cond import Cond
+from ..operators.search import Away, predicted
 from ..operators.train_loop import Kind, Optimiser, Phase, generator_for
 from ..operators.trainable import TrainableModel
 from .drawing import Eye, Progress, noises, part, pictures_of_each
@@ -64,15 +66,16 @@ def projected(soft: Tensor, table: Tensor, directions: Tensor) -> Tensor:
 
 
 def gap_to_base(
-    erased: TrainableModel, base: TrainableModel, z: Tensor, t: Tensor, cond: Cond, asked: Cond, target: AttackTarget
-) -> Tensor:
-    """|| net_erased(z, t, cond) - net_base(z, t, asked) ||^2, mean over entries."""
-    return F.mse_loss(erased.predict(z, t, cond, memory=target.memory), base.reference(z, t, asked))
+    erased: TrainableModel, base: TrainableModel, z: Tensor, t: Tensor, cond: Cond, asked: Cond, target: AttackTarget,
+    away: Away | None,
+) -> Tensor:  # fmt: skip
+    """|| net_erased(z, t, cond) - net_base(z, t, asked) ||^2, mean over entries; net_erased guided ``away``."""
+    return F.mse_loss(predicted(erased, z, t, cond, away, memory=target.memory), base.reference(z, t, asked))
 
 
 def search_prompt(
     erased: TrainableModel, base: TrainableModel, target: AttackTarget, frame: Frame, asked: Cond, pictures: Tensor,
-    settings: Settings, number: int, progress: Progress,
+    away: Away | None, settings: Settings, number: int, progress: Progress,
 ) -> tuple[Tensor, list[Tensor], int]:  # fmt: skip
     """The words [n] (ids) for one prompt, the losses, and how many pictures were looked at."""
     words, slot = frame.words, frame.slot()
@@ -88,7 +91,7 @@ def search_prompt(
         t = torch.randint(0, len(schedule), (1,), generator=generator)
         z = schedule.add_noise(x0, erased.noise(1, generator), t)
         cond = at_gate.with_context(slot.states(projected(soft, table, directions)))
-        return {"gap": gap_to_base(erased, base, z, t, cond, asked, target)}
+        return {"gap": gap_to_base(erased, base, z, t, cond, asked, target, away)}
 
     fixed = torch.linspace(0, len(schedule) - 1, _FIXED + 2)[1:-1].round().long()
     at_fixed = schedule.add_noise(
@@ -101,7 +104,7 @@ def search_prompt(
         if eye is not None:
             return eye(cond).score
         target.show(cond)
-        return -float(gap_to_base(erased, base, at_fixed, fixed, cond, asked, target))
+        return -float(gap_to_base(erased, base, at_fixed, fixed, cond, asked, target, away))
 
     optimiser = Optimiser(settings.learning_rate, Kind.ADAMW, settings.weight_decay)
     phase, losses = Phase(f"p4d {number}", [soft], loss, optimiser), []
@@ -122,7 +125,7 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
     """One prompt for each prompt."""
     words, losses, ways, queries = target.words, [], [], 0
     assert words is not None
-    conds, count = target.base.conditions(target.prompts), len(target.prompts)
+    conds, away, count = target.base.conditions(target.prompts), target.away(), len(target.prompts)
     pools = pictures_of_each(
         target, target.prompts, settings.pictures, settings.seed, "p4d", lambda *_: progress(0, count * settings.steps)
     )
@@ -134,7 +137,9 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
                 frame = Frame.prefix(words, [], min(settings.tokens, words.room))
             else:
                 frame = Frame.every(words, words.content(prompt), settings.gap)
-            best, made, looked = search_prompt(erased, base, target, frame, asked, pictures, settings, number, step)
+            best, made, looked = search_prompt(
+                erased, base, target, frame, asked, pictures, away, settings, number, step
+            )
             losses += made
             queries += looked
             ways.append(Way(frame.spell(best), frame.spell(best), attacks=(prompt,)))

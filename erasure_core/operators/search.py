@@ -112,6 +112,26 @@ class TokenSlot:
         return self.encoder(embeddings=embeddings.index_copy(1, self._index.to(vectors.device), vectors[None]))
 
 
+def predicted(
+    model: TrainableModel,
+    z: Tensor,
+    t: Tensor,
+    cond: Cond,
+    away: Away | None,
+    weights: Weights = Weights.STUDENT,
+    memory: PromptMemory | None = None,
+) -> Tensor:
+    """What a sampler goes by: net(z, t, c), or where guidance goes ``away`` from a negative prompt n + g (net(z, t, c) - n),
+    n = net(z, t, away), into which no gradient flows."""
+    made = model.predict(z, t, cond, weights, memory)
+    if away is None:
+        return made
+    negative, guidance = away
+    with torch.no_grad():
+        without = model.predict(z, t, negative.gated_as(cond), weights, memory)
+    return without + guidance * (made - without)
+
+
 def denoising_loss(
     model: TrainableModel,
     latents: Tensor,
@@ -133,8 +153,8 @@ def denoising_loss(
     Args:
         teacher: gives the target in place of the noise that was drawn. A network that knows the pictures predicts the
             expectation of that noise: the same minimum without its variance.
-        away: what guidance goes away from, so that the guided prediction n + g (net(x_t, t, c) - n), n = net(x_t, t, away), is
-            fitted: a search against a negative prompt (Concept Inversion's form for it).
+        away: what guidance goes away from: the guided prediction (:func:`predicted`) is fitted then, which is a search against
+            a negative prompt (Concept Inversion's form for it).
     """
     chosen = torch.randint(0, len(latents), (batch,), generator=generator)
     if t is None:
@@ -143,13 +163,7 @@ def denoising_loss(
     noise = model.noise(batch, generator)
     z = model.schedule.add_noise(x0, noise, t)
     target = model.schedule.target(model.space, x0, noise, t) if teacher is None else teacher(z, t, generator)
-    made = model.predict(z, t, cond, weights, memory)
-    if away is not None:
-        negative, guidance = away
-        with torch.no_grad():
-            without = model.predict(z, t, negative.gated_as(cond), weights, memory)
-        made = without + guidance * (made - without)
-    return F.mse_loss(made, target)
+    return F.mse_loss(predicted(model, z, t, cond, away, weights, memory), target)
 
 
 @dataclass(frozen=True)

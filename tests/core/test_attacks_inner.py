@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from erasure_core import ConceptSpec, Delta
 from erasure_core.attacks import (
+    Sampler,
     Words,
     p4d,
     relearning,
@@ -28,6 +30,7 @@ from erasure_core.operators.changes import FullWeights, Layers
 from erasure_core.operators.cond import Cond
 from erasure_core.operators.residual import Residual
 from erasure_core.operators.search import denoising_loss
+from erasure_core.operators.trainable import TrainableModel
 
 pytestmark = pytest.mark.core
 
@@ -157,10 +160,39 @@ def test_p4d_is_the_gap_between_the_two_models(typing) -> None:
         Cond(normal(1, 10, 16, seed=5)),
     )
     with target.erased.trainable() as erased, target.base.trainable() as base:
-        made = p4d.gap_to_base(erased, base, z, t, c, asked, target)
+        made = p4d.gap_to_base(erased, base, z, t, c, asked, target, None)
     a = target.erased.unet(z, t, c.context.expand(2, -1, -1))
     b = target.base.unet(z, t, asked.context.expand(2, -1, -1))
     assert torch.allclose(made, (a - b).square().sum() / a.numel())
+
+
+def test_against_a_negative_prompt_p4d_fits_what_guidance_away_from_it_makes(typing, monkeypatch) -> None:
+    """In each step, and when it compares prompts. Here a network predicts a number that it reads off the text."""
+    target, looked = target_of(typing, torch.float64, prompts=("a cat",), sampler=Sampler(4, 3.0, 4)), []
+    target = dataclasses.replace(target, negative="dog", watch=lambda cond, _: looked.append(cond.context.clone()))
+    (asked,), (away,) = target.base.conditions(["a cat"]), target.erased.conditions(["dog"])
+    steered = []
+
+    def said(states):
+        return states[..., :5].mean()
+
+    def predict(self, z, t, cond, *_args, **_kwargs):
+        text = cond.context.detach()
+        if len(z) == 1 and not any(torch.equal(text, known.context) for known in (asked, away)):
+            steered.append(text)
+        return said(cond.context) + 0 * z
+
+    monkeypatch.setattr(TrainableModel, "predict", predict)
+    settings = p4d.Settings(tokens=8, steps=4, look_every=1, learning_rate=0.5)
+    found = p4d.run(dataclasses.replace(target, pictures=normal(2, 4, 4, 4)), SPEC, settings, quiet)
+
+    def gap(states):
+        return float((3 * said(states) - 2 * said(away.context) - said(asked.context)).square())
+
+    assert found.losses == pytest.approx([gap(states) for states in steered]) and len(steered) == 4
+    best = target.words.states(target.words.tokenize([found.ways[0].prompt]))
+    assert len({gap(states) for states in looked}) > 1
+    assert gap(best) == pytest.approx(min(gap(states) for states in looked))
 
 
 def test_p4d_keeps_the_prompt_that_fits_best(typing) -> None:
