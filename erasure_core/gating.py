@@ -68,8 +68,9 @@ def gated(port: ModelPort, erasures: Sequence[Erasure], prompt: str) -> Erasure:
 class GatedPort:
     """A port under gated erasures, as attacks ask it: each prompt is read with the gates that it opens itself.
 
-    What is no prompt, the empty one or text states that an attack found, is read with those that ``prompts`` open, the widest
-    of each: as if one of them had been typed into the gate. So is what :meth:`weight` gives.
+    What is no prompt, text states that an attack found or the empty prompt that they are put into, is read with those that
+    ``prompts`` open, the widest of each: as if one of them had been typed into the gate. So is what :meth:`weight` gives.
+    Where nothing is typed, the empty prompt has gates of its own: :meth:`as_typed`.
 
     Args:
         prompts: those that are attacked.
@@ -116,11 +117,12 @@ class GatedPort:
         return weight
 
     def conditions(self, prompts: Sequence[str]) -> list[Cond]:
-        made = []
-        for prompt, cond in zip(prompts, self._port.conditions(prompts), strict=True):
-            strengths = self._beyond(prompt) if prompt else self.asked
-            made.append(Cond(cond.context, {**cond.extra, GATES: torch.tensor([strengths]).to(cond.context)}))
-        return made
+        made = zip(prompts, self._port.conditions(prompts), strict=True)
+        return [self.as_typed(cond, prompt) if prompt else _opened(cond, self.asked) for prompt, cond in made]
+
+    def as_typed(self, cond: Cond, prompt: str) -> Cond:
+        """``cond`` with the gates that ``prompt`` opens; the empty prompt too, which is typed where nothing is."""
+        return _opened(cond, self._beyond(prompt))
 
     def trainable(self) -> TrainableModel:
         model = self._port.trainable()
@@ -130,6 +132,10 @@ class GatedPort:
             model.close()
             raise
         return model
+
+
+def _opened(cond: Cond, strengths: Sequence[float]) -> Cond:
+    return Cond(cond.context, {**cond.extra, GATES: torch.tensor([list(strengths)]).to(cond.context)})
 
 
 def _check(port: ModelPort, erasures: Sequence[Erasure]) -> None:

@@ -276,16 +276,14 @@ class RedTeamAttack(io.ComfyNode):
         if gate is not None and isinstance(erased, GatedPort):
             opened = ", ".join(f"{m + had:.2f}" for m, had in zip(erased.asked, gate.strengths, strict=True))
             report += (
-                "\nnote: these erasures are gated. Each prompt was drawn with the gates that it opens (those attacked, the "
-                f"widest of each: {opened}); what an attack found in place of a text, and the empty prompt, as if its prompt "
+                "\nnote: these erasures are gated. Each prompt was drawn with the gates that it opens, the empty one too "
+                f"(those attacked, the widest of each: {opened}); what an attack found in place of a text, as if its prompt "
                 "stood at the gate. No record was made: receipts are of erasures alone"
             )
         if target.negative:
-            without = all(way.guidance == 1 for way in found.ways)
             report += (
                 f"\nnote: the model under attack was drawn with the negative prompt {target.negative[:200]!r} (weights in "
-                f"brackets count as 1){', but what this attack found without guidance, so without it' if without else ''}, the "
-                "base model without. No record was made: receipts are of erasures alone"
+                "brackets count as 1), the base model without. No record was made: receipts are of erasures alone"
             )
         headers = [*carried(model), *(use.memory.header for use in uses_of(model))]
         known = [c for header in headers for c in header.spec.erase] + list(gate.concepts if gate else ())

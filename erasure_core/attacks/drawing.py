@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..operators.cond import Cond
 from ..operators.memory import PromptMemory
+from ..operators.search import Away, predicted
 from ..operators.train_loop import generator_for
 from ..operators.trainable import TrainableModel
 from .target import AttackTarget, Look, Sampler
@@ -104,12 +105,13 @@ def invert(
     steps: int,
     *,
     refine: int = 0,
+    away: Away | None = None,
     memory: PromptMemory | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """The noise [n, C, h, w] from which ``draw`` at guidance 1 gives ``pictures`` (DDIM inversion).
+    """The noise [n, C, h, w] from which ``draw`` gives ``pictures`` (DDIM inversion): at guidance 1, or guided ``away``.
 
-    A sampling step is z' = alpha z + beta p with p the network's prediction at (z, t). Its inverse is the solution of
+    A sampling step is z' = alpha z + beta p with p the prediction that it goes by at (z, t). Its inverse is the solution of
 
         z = (z' - beta p(z, t)) / alpha
 
@@ -128,7 +130,7 @@ def invert(
         guess = best = z
         rate, lowest = one[:, :1, :1, :1], torch.full_like(z[:, :1, :1, :1], float("inf"))
         for _ in range(1 + refine):
-            out = model.predict(guess, t, cond.to(z).expand(n), memory=memory)
+            out = predicted(model, guess, t, cond.to(z).expand(n), away, memory=memory)
             solved = (z - beta * out) / alpha
             error = (solved - guess).square().sum((1, 2, 3), keepdim=True)
             better = error < lowest

@@ -105,6 +105,8 @@ def evaluate(
     (null, negative), ways = target.erased.conditions(["", target.negative]), found.ways
     prompts = list(dict.fromkeys(way.prompt for way in ways))
     read = dict(zip(prompts, target.erased.conditions(prompts), strict=True)) if prompts else {}
+    if "" in read:  # typed as it is
+        read[""] = target.as_typed(null, "")
     conds = [read[way.prompt] if way.states is None else _states(target, null, way) for way in ways]
     counts = [pictures if way.noise is None else 1 for way in ways]
     made: list[list[Tensor]] = [[] for _ in ways]

@@ -71,7 +71,7 @@ class AttackTarget:
 
     def as_typed(self, cond: Cond, prompt: str) -> Cond:
         """Text states of ``prompt``, or in its place, with the gates that it opens; as they are where nothing is gated."""
-        return cond.gated_as(self.erased.conditions([prompt])[0]) if isinstance(self.erased, GatedPort) else cond
+        return self.erased.as_typed(cond, prompt) if isinstance(self.erased, GatedPort) else cond
 
     def show(self, cond: Cond, score: float | None = None) -> None:
         """Called by attacks wherever they look at a candidate."""

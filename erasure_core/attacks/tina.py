@@ -1,8 +1,12 @@
 """Text-free inversion, after TINA (arXiv:2603.17828): which noise does the erased model turn into the concept, unasked?
 
 A picture of the concept is followed backwards through the erased model's own trajectory under the empty prompt, and sampled
-again from the noise that this ends in, with the empty prompt and without guidance. Erasers that only cut the way from
-words to the concept do not stand in this way.
+again from the noise that this ends in, as a user samples who types nothing. Erasers that only cut the way from words to the
+concept do not stand in this way.
+
+Typing nothing, guidance away from the empty prompt is none, so neither way has any. A negative prompt is in force all the same:
+where one is (a part of) what keeps the concept away, both ways are guided away from it. And gated erasures act as far as the
+empty prompt opens their gates, which is hardly: what is found then says that they do not guard it.
 
 Unverified: only the idea and results of the paper were at hand, not its procedure. Ours: DDIM inversion with further rounds
 of fixed-point iteration in each step (``drawing.invert``), which is what keeps the round trip exact.
@@ -39,7 +43,7 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
     steps, count = target.sampler.steps, distinct(target, settings.pictures)
     total = count * steps
     shown = pictures_of(target, target.prompts, count, settings.seed, "tina", lambda *_: progress(0, total))
-    null = target.erased.conditions([""])[0]
+    null, away = target.as_typed(target.erased.conditions([""])[0], ""), target.away()
     found: list[Tensor] = []
     with target.erased.trainable() as model:
         for some in shown.split(target.at_once(model)):
@@ -49,9 +53,12 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
                 progress(done + at * each, total)
 
             some = some.to(model.device, model.dtype)
-            found.append(invert(model, null, some, steps, refine=settings.refine, memory=target.memory, progress=step))
+            found.append(
+                invert(model, null, some, steps, refine=settings.refine, away=away, memory=target.memory, progress=step)
+            )
     progress(total, total)
-    return Found(tuple(Way(f"noise {i}", noise=z.cpu(), guidance=1.0) for i, z in enumerate(torch.cat(found))))
+    guidance = 1.0 if away is None else None
+    return Found(tuple(Way(f"noise {i}", noise=z.cpu(), guidance=guidance) for i, z in enumerate(torch.cat(found))))
 
 
 SPEC = AttackSpec(

@@ -25,6 +25,7 @@ from erasure_core.attacks import (
 from erasure_core.attacks import unlearn_diff_atk as uda
 from erasure_core.attacks.drawing import Eye, draw, invert, noises, pictures_of, pictures_of_each
 from erasure_core.operators.cond import Cond
+from erasure_core.operators.trainable import TrainableModel
 
 pytestmark = pytest.mark.core
 
@@ -90,6 +91,25 @@ def test_tina_gives_the_pictures_back(typing) -> None:
     found = tina.run(target, SPEC, tina.Settings(pictures=3, refine=50), quiet)
     result = evaluate(target, found, lambda z: torch.ones(len(z)))
     assert torch.allclose(result.latents, given, atol=1e-5)
+
+
+def test_tina_gives_them_back_against_a_negative_prompt_too(typing, monkeypatch) -> None:
+    """As the sampler draws the empty prompt then: guided away from the negative one. Inverting a network that does not look at
+    the latent is exact at once."""
+
+    def said(cond: Cond, at: int) -> Tensor:
+        return cond.context[..., :5].mean((1, 2)).view(-1, 1, 1, 1) * normal(1, 4, 4, 4, seed=at)
+
+    monkeypatch.setattr(TrainableModel, "predict", lambda self, z, t, cond, *_, **__: said(cond, int(t[0])) + 0 * z)
+    given = normal(3, 4, 4, 4, seed=1)
+    target = target_of(typing, torch.float64, negative="dog", pictures=given, sampler=Sampler(6, 2.0, 4))
+    found = tina.run(target, SPEC, tina.Settings(pictures=3, refine=0), quiet)
+    (null, dog), z = target.erased.conditions(["", "dog"]), torch.stack([way.noise for way in found.ways])
+    with target.erased.trainable() as model:
+        for at, to in pairwise(model.schedule.trajectory(6)):
+            z = model.schedule.step(2 * said(null, at) - said(dog, at) + 0 * z, z, at, to, model.space)
+    assert torch.allclose(z, given)
+    assert torch.allclose(evaluate(target, found, lambda z: torch.ones(len(z))).latents, given)
 
 
 def test_evaluation_has_noises_of_its_own(typing) -> None:

@@ -159,7 +159,7 @@ def test_every_attack_meets_the_gates(model, erasures, name: str) -> None:
     assert found.ways
     assert found.losses == pytest.approx(alike.losses, rel=1e-3, abs=1e-6), "searched as the asked prompt is read"
     for way in found.ways:
-        typed = way.states is None and way.prompt
+        typed = way.states is None
         one = replace(found, ways=(way,))
         there = replace(target, erased=patched(model, erasures[:1], way.prompt if typed else "a cat"))
         here, expected = (evaluate(t, one, target.look, pictures=1).latents for t in (target, there))
@@ -178,6 +178,22 @@ def test_a_search_for_words_looks_at_them_with_the_gates_that_they_open(model, e
     (own,) = (float(c.extra["gates"]) for c in port.conditions([found.ways[0].prompt]))
     assert seen and all(gate == pytest.approx(own, abs=1e-5) for gate in seen)
     assert own < 0.9 * port.asked[0]
+
+
+def test_without_a_text_the_gates_are_those_of_the_empty_prompt(model, erasures) -> None:
+    """As in the model that Gate Erasures patches for it, backwards from a picture and forwards again."""
+    base, g = EmojiCanvasPort(model), torch.Generator().manual_seed(4)
+    target = AttackTarget(
+        GatedPort(base, erasures[:1], ["a cat"]), base, ("a cat",), sampler=Sampler(2, 4.0, 4),
+        pictures=torch.randn(1, 4, 16, 16, generator=g),
+    )  # fmt: skip
+    made = {}
+    for name, port in (("here", target.erased), *((p, patched(model, erasures[:1], p)) for p in ("", "a cat"))):
+        there = replace(target, erased=port)
+        found = attack(there, ConceptSpec.parse("cat"), "tina", {}, quiet)
+        made[name] = found.ways[0].noise, evaluate(there, found, lambda z: torch.zeros(len(z)), pictures=1).latents
+    assert all(torch.allclose(here, typed, atol=1e-4) for here, typed in zip(made["here"], made[""], strict=True))
+    assert not torch.allclose(made["here"][0], made["a cat"][0], atol=1e-2)
 
 
 def test_nothing_is_gated_where_no_gate_is(model) -> None:

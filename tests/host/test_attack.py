@@ -422,13 +422,7 @@ def test_a_line_that_sets_nothing_is_refused(server: ComfyServer, written: str, 
         server.run(g.api)
 
 
-def test_a_negative_prompt_that_is_not_in_force_is_said(server: ComfyServer) -> None:
-    g = Graph()
-    erased, model, clip, vae, judge = erased_demo(g)
-    made = attacking(g, erased, model, clip, vae, "tina", judge=judge, negative="(beer:1.6)", settings="pictures = 1")
-    node = g.show(made[REPORT])
-    text = shown(server.run(g.api), node)
-    assert "weights in brackets count as 1), but what this attack found without guidance, so without it" in text
+def test_a_negative_prompt_that_is_not_in_force_is_refused(server: ComfyServer) -> None:
     g = Graph()
     erased, model, clip, vae, judge = erased_demo(g)
     g.show(attacking(g, erased, model, clip, vae, "synonyms", judge=judge, negative="beer", cfg=1.0)[REPORT])
