@@ -126,7 +126,8 @@ class RedTeamAttack(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="Your negative prompt, where that is to keep the concept away: the model under attack is drawn "
-                    "with it, the base model is not. Both may be the same then. Makes no record for receipts.",
+                    "with it, weights in brackets included, the base model is not. Both may be the same then. Makes no record "
+                    "for receipts.",
                 ),
                 io.String.Input(
                     "settings",
@@ -178,7 +179,7 @@ class RedTeamAttack(io.ComfyNode):
         cls, model, base_model, clip, vae, concept, attack, effort, prompts, pictures, steps, cfg, seed, judge=None,
         images=None, synonyms="", negative="", settings="", results=(),
     ) -> io.NodeOutput:  # fmt: skip
-        began, spec = time.monotonic(), one_concept(concept)
+        began, spec, negative = time.monotonic(), one_concept(concept), negative.strip()
         if attack not in all_attacks():  # ComfyUI 0.3.75 does not look at what API calls send for a choice
             raise ValueError(f"attack: {attack!r} is none of {', '.join(all_attacks())}")
         chosen, asked, name = all_attacks()[attack], prompts_of(prompts, spec), spec.erase[0].name
@@ -193,7 +194,7 @@ class RedTeamAttack(io.ComfyNode):
             )
         check_ungated(base_model=base_model)
         check_unmerged(model)
-        if negative.strip() and cfg == 1:
+        if negative and cfg == 1:
             raise ValueError("negative: at cfg 1 no sampler reads a negative prompt. Raise cfg, or leave it empty")
         unheard = note_unheard(model=model, base_model=base_model)
         check_base(base_model, spec)
@@ -203,10 +204,10 @@ class RedTeamAttack(io.ComfyNode):
         watcher, demand = AttackWatcher(name, decode, memory), demand_of(chosen, tuned, gate.erasures if gate else ())
         with ordinary_tensors():
             word = "" if judge is None else word_for(judge, spec.erase[0].words)
-            erased: ComfyPort | GatedPort = ComfyPort(model, clip, demand=demand, opened=watcher.opened)
+            own = ComfyPort(model, clip, demand=demand, opened=watcher.opened)
             base = ComfyPort(base_model, clip, demand=demand)
-            if gate is not None:
-                erased = GatedPort(erased, gate.erasures, asked, gate.strengths)
+            erased = own if gate is None else GatedPort(own, gate.erasures, asked, gate.strengths)
+            against = own.weighted(negative) if negative else None
             look = None
             if judge is not None:
                 look = making_room(look_through(judge, lambda z: decode(z).movedim(-1, 1), word))
@@ -216,10 +217,10 @@ class RedTeamAttack(io.ComfyNode):
                 look=look,
                 threshold=0.5 if judge is None else judge.threshold,
                 memory=memory,
-                negative=negative.strip(),
+                negative=against,
                 pictures=None if images is None else latents_of(model, vae, erased.family.name, images),
                 sampler=Sampler(steps, cfg, _AT_ONCE),
-                watch=watcher.search(erased.conditions([negative.strip()])[0]),
+                watch=watcher.search(erased.conditions([""])[0] if against is None else against),
             )  # fmt: skip
 
             def count(latents: Tensor) -> Tensor:
@@ -235,7 +236,7 @@ class RedTeamAttack(io.ComfyNode):
             same = digests[0] == digests[1] and memory_digest(base_model) == memory_digest(model)
             if judge is not None:
                 by = JudgedBy.of(judge, [word])
-                unerased = dataclasses.replace(target, erased=base, memory=memory_of(base_model), negative="")
+                unerased = dataclasses.replace(target, erased=base, memory=memory_of(base_model), negative=None)
                 ceiling = evaluate(unerased, asking(target), count, **how, progress=watcher.stage(0.0, 0.03))
                 watcher.afresh()
                 before = evaluate(target, asking(target), count, **how, progress=watcher.stage(0.03, 0.02))
@@ -257,7 +258,7 @@ class RedTeamAttack(io.ComfyNode):
                 if best.states is None
                 else conditioning_of(clip, best.states, family_of(model))
             )
-            if by is not None and before is not None and ceiling is not None and not (same or gate or target.negative):
+            if by is not None and before is not None and ceiling is not None and not (same or gate or negative):
                 results = (*results, AttackRecord(
                     attack=attack, title=chosen.title, version=chosen.version, given=chosen.given, concept=word,
                     budget=plain(tuned), share=share_of(chosen, tuned), prompts=asked, seed=seed, steps=steps, cfg=cfg,
@@ -267,7 +268,7 @@ class RedTeamAttack(io.ComfyNode):
                     base_weights=digests[0], memory=memory_digest(model),
                 ))  # fmt: skip
         report = report_of(chosen, spec, tuned, ceiling, before, after, on_base, best, by, tried)
-        if same and not target.negative:
+        if same and not negative:
             report += (
                 "\nnote: model and base_model have the same weights, so nothing here is about an erasure, and no record was "
                 "made: it shows what the attack reaches on this model. To test an erasure, connect the model from before it to "
@@ -280,15 +281,15 @@ class RedTeamAttack(io.ComfyNode):
                 f"(those attacked, the widest of each: {opened}); what an attack found in place of a text, as if its prompt "
                 "stood at the gate. No record was made: receipts are of erasures alone"
             )
-        if target.negative:
+        if negative:
             report += (
-                f"\nnote: the model under attack was drawn with the negative prompt {target.negative[:200]!r} (weights in "
-                "brackets count as 1), the base model without. No record was made: receipts are of erasures alone"
+                f"\nnote: the model under attack was drawn with the negative prompt {negative[:200]!r}, the base model "
+                "without. No record was made: receipts are of erasures alone"
             )
         headers = [*carried(model), *(use.memory.header for use in uses_of(model))]
         known = [c for header in headers for c in header.spec.erase] + list(gate.concepts if gate else ())
         suppressed = {w.casefold() for c in known for w in c.words}
-        if not (same or target.negative or suppressed & {w.casefold() for w in spec.erase[0].words}):
+        if not (same or negative or suppressed & {w.casefold() for w in spec.erase[0].words}):
             report += f"\nnote: no erasure of {name} by this pack is on model. If there should be one, check what is connected"
         report += unheard
         took = clock(time.monotonic() - began)

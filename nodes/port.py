@@ -119,6 +119,14 @@ class ComfyPort:
             for text, pooled in self._read(prompts)
         ]
 
+    def weighted(self, prompt: str) -> Cond:
+        """A prompt as CLIP Text Encode reads it: words in brackets at their weights. :meth:`conditions` has all at 1."""
+        device = mm.get_torch_device()
+        with host_mode():
+            states, pooled = self._clip.encode_from_tokens(self._clip.tokenize(prompt), return_pooled=True)
+        make_room()
+        return Cond(states.to(device, torch.float32, copy=True), self._extras(prompt, pooled, device))
+
     def _extras(self, prompt: str, pooled: Tensor | None, device: torch.device) -> dict[str, Tensor]:
         if not self._model.model.adm_channels:
             return {}

@@ -219,7 +219,7 @@ class Eye:
 
     def __init__(self, target: AttackTarget, model: TrainableModel, seed: int, name: str) -> None:
         self.target, self.model, self.asked = target, model, 0
-        self.null = target.erased.conditions([target.negative])[0]
+        self.null = target.without()
         self.noise = noises(model, seed, name, range(_LOOKS))
 
     @torch.no_grad()

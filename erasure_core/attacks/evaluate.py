@@ -102,7 +102,7 @@ def evaluate(
     The noises come from this function's own seed space: no attack trains on them. Picture k of every way has the same
     noise, so that attacks, and asking, can be compared picture by picture.
     """
-    (null, negative), ways = target.erased.conditions(["", target.negative]), found.ways
+    null, without, ways = target.erased.conditions([""])[0], target.without(), found.ways
     prompts = list(dict.fromkeys(way.prompt for way in ways))
     read = dict(zip(prompts, target.erased.conditions(prompts), strict=True)) if prompts else {}
     if "" in read:  # typed as it is
@@ -120,7 +120,7 @@ def evaluate(
             noise = [common[k] if (own := ways[n].noise) is None else own.to(common) for n, k in rows]
             numbers = [n for n, _ in rows]
             z = _draw(
-                model, [ways[n] for n in numbers], [conds[n] for n in numbers], negative, torch.stack(noise), target
+                model, [ways[n] for n in numbers], [conds[n] for n in numbers], without, torch.stack(noise), target
             )
             for n, one in zip(numbers, z, strict=True):
                 made[n].append(one)

@@ -45,8 +45,9 @@ class AttackTarget:
     """``look`` has recognised the concept from here on."""
     memory: PromptMemory | None = None
     """A prompt memory that belongs to the erased model: every prediction reads it."""
-    negative: str = ""
-    """The negative prompt that the erased model is sampled with, where that is (a part of) what keeps the concept away."""
+    negative: Cond | None = None
+    """The negative prompt, as the network reads it, that the erased model is sampled with, where that is (a part of) what keeps
+    the concept away."""
     pictures: Tensor | None = None
     """Clean, scaled latents [k, C, h, w] that show the concept; drawn from ``base`` where not given."""
     drawn: MutableMapping[Hashable, Tensor] = field(default_factory=dict)
@@ -64,10 +65,14 @@ class AttackTarget:
         """Pictures to draw side by side: as many as the sampler asks for, and no more than have room."""
         return min(self.sampler.batch, model.at_once)
 
+    def without(self) -> Cond:
+        """What pictures are guided away from: the negative prompt, or the empty one."""
+        return self.erased.conditions([""])[0] if self.negative is None else self.negative
+
     def away(self) -> Away | None:
         """The negative prompt as searches meet it, and the guidance away from it; None where there is none, or no guidance."""
         scale = self.sampler.guidance
-        return (self.erased.conditions([self.negative])[0], scale) if self.negative and scale != 1 else None
+        return (self.negative, scale) if self.negative is not None and scale != 1 else None
 
     def as_typed(self, cond: Cond, prompt: str) -> Cond:
         """Text states of ``prompt``, or in its place, with the gates that it opens; as they are where nothing is gated."""

@@ -19,7 +19,9 @@ def quiet(done: int, total: int) -> None:
     pass
 
 
-def target_of(typing, dtype: torch.dtype = torch.float32, **changes) -> AttackTarget:
+def target_of(typing, dtype: torch.dtype = torch.float32, negative: str = "", **changes) -> AttackTarget:
     erased, base = typing.erased(dtype), typing(dtype)
+    if negative:
+        changes["negative"] = erased.conditions([negative])[0]
     values = {"prompts": ("a cat", "one kitty here"), "words": erased.words_of(), "sampler": Sampler(4, 2.0, 4)}
     return AttackTarget(erased, base, **{**values, **changes})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -168,8 +167,8 @@ def test_p4d_is_the_gap_between_the_two_models(typing) -> None:
 
 def test_against_a_negative_prompt_p4d_fits_what_guidance_away_from_it_makes(typing, monkeypatch) -> None:
     """In each step, and when it compares prompts. Here a network predicts a number that it reads off the text."""
-    target, looked = target_of(typing, torch.float64, prompts=("a cat",), sampler=Sampler(4, 3.0, 4)), []
-    target = dataclasses.replace(target, negative="dog", watch=lambda cond, _: looked.append(cond.context.clone()))
+    looked, how = [], {"prompts": ("a cat",), "pictures": normal(2, 4, 4, 4), "sampler": Sampler(4, 3.0, 4)}
+    target = target_of(typing, torch.float64, "dog", watch=lambda cond, _: looked.append(cond.context.clone()), **how)
     (asked,), (away,) = target.base.conditions(["a cat"]), target.erased.conditions(["dog"])
     steered = []
 
@@ -184,7 +183,7 @@ def test_against_a_negative_prompt_p4d_fits_what_guidance_away_from_it_makes(typ
 
     monkeypatch.setattr(TrainableModel, "predict", predict)
     settings = p4d.Settings(tokens=8, steps=4, look_every=1, learning_rate=0.5)
-    found = p4d.run(dataclasses.replace(target, pictures=normal(2, 4, 4, 4)), SPEC, settings, quiet)
+    found = p4d.run(target, SPEC, settings, quiet)
 
     def gap(states):
         return float((3 * said(states) - 2 * said(away.context) - said(asked.context)).square())

@@ -384,10 +384,24 @@ def test_a_negative_prompt_is_attacked_on_the_model_itself(server: ComfyServer) 
     ceiling = {k: int(re.search(r"asked the same: (\d+) of 6", text)[1]) for k, text in said.items()}
     assert asked["beer"] < asked[""] and ceiling["beer"] == ceiling[""] == asked[""]
     assert "have the same weights" in said[""] and "have the same weights" not in said["beer"]
-    assert (
-        "drawn with the negative prompt 'beer' (weights in brackets count as 1), the base model without. No record was"
-        in said["beer"]
-    )
+    assert "drawn with the negative prompt 'beer', the base model without. No record was" in said["beer"]
+
+
+def test_weights_in_a_negative_prompt_count_as_in_the_sampler(server: ComfyServer) -> None:
+    text = "a (beer:1.6) here"
+    g = Graph()
+    model, clip, vae = g.demo()
+    read = g.add("ProbeWeighted", model=model, clip=clip, conditioning=g.text(clip, text), text=text)
+    made = [
+        attacking(g, model, model, clip, vae, "synonyms", negative=n, synonyms="a house", pictures=1, steps=2)
+        for n in (text, "a beer here")
+    ]
+    pictures = [g.add("PreviewImage", images=one[IMAGES]) for one in made]
+    run = server.run(g.api)
+    seen = report(run, read)
+    assert seen["off"] < 1e-5 < 1e-2 < seen["moved"]
+    weighted, plain = (Image.open(bytes_io.BytesIO(server.images(run, p)[0])).tobytes() for p in pictures)
+    assert weighted != plain
 
 
 def test_any_setting_of_an_attack_can_be_written(server: ComfyServer) -> None:

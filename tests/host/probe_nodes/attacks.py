@@ -86,4 +86,21 @@ class Words(Probe):
         )
 
 
-NODES = (Attacks, Reading, Words)
+class Weighted(Probe):
+    """How far a negative prompt as attacks read it is from CONDITIONING of the stock encoder, and from one without weights."""
+
+    INPUT_TYPES = classmethod(
+        lambda cls: {
+            "required": {"model": ("MODEL",), "clip": ("CLIP",), "conditioning": ("CONDITIONING",), "text": ("STRING",)}
+        }
+    )
+
+    def run(self, model, clip, conditioning, text):
+        with pack("nodes.modes").ordinary_tensors():
+            port = pack("nodes.port").ComfyPort(model, clip)
+            read, plain = port.weighted(text).context.cpu(), port.conditions([text])[0].context.cpu()
+            own = conditioning[0][0].float().cpu().clone()
+        return self.answer({"off": float((own - read).abs().max()), "moved": float((plain - read).abs().max())})
+
+
+NODES = (Attacks, Reading, Weighted, Words)
