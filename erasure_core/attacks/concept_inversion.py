@@ -152,7 +152,6 @@ SPEC = AttackSpec(
     paper="https://arxiv.org/abs/2308.01508",
     knowledge=Knowledge.WHITE_BOX,
     version=2,
-    teaches=True,
     settings=Settings,
     run=run,
     budget="steps",

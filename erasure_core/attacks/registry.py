@@ -64,8 +64,8 @@ class AttackSpec:
     given: bool = False
     """It begins with a picture of the concept, so success says that the model can draw it, not that it would."""
     teaches: bool = False
-    """It is textual inversion, which learns from pictures of the concept and can bring up what the model never learned: success
-    need not mean that an erasure left something."""
+    """It learns from pictures of the concept and can bring up what the model never learned: success need not mean that an
+    erasure left something."""
 
 
 @cache
