@@ -215,8 +215,8 @@ def teaching(taught: Mapping[str, Corrected]) -> str:
         return ""
     return (
         "\n\n*never learned*: in the unchanged model, things that it never learned, from drawings of them "
-        f"([never learned](never_learned.md)): {', '.join(shares)}. What such a search brings back need not have been left: "
-        "no erasure can be expected to withstand it better than a model that never knew the concept."
+        f"([never learned](never_learned.md)): {', '.join(shares)}. Up to such a share, what a search brings back "
+        "can't be told from what it taught."
     )
 
 

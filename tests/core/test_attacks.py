@@ -136,7 +136,8 @@ def test_texts_are_read_before_a_network_is_opened(chosen: AttackSpec, given: bo
     if chosen.needs_look:
         pytest.skip("it draws what it has just written")
     pictures = torch.randn(3, 4, 4, 4) if given else None
-    target = target_of(typing, pictures=pictures, negative="a cat here")
+    target = target_of(typing, pictures=pictures)
+    target = dataclasses.replace(target, negative=target.erased.conditions(["a cat here"])[0])
     late = read_late(target.erased, target.base)
     attack(target, SPEC, chosen.name, quick(chosen))
     assert not late
