@@ -40,7 +40,7 @@ PRESETS: dict[str, Preset] = {
     "thorough": Preset(
         "adversarial",
         "trains against embeddings that search all the time for what still brings the concept back (Adversarial): minutes a "
-        "concept on the demo model, far longer on large ones. A search over embeddings still finds most of it there.",
+        "concept on the demo model, far longer on large ones. A long search over embeddings still finds most of it there.",
         {"iterations": 500, "learning_rate": 4e-4, "population": 4, "batch": 4},
         {"iterations": 700, "learning_rate": 2e-3, "sample_steps": 12},
     ),
