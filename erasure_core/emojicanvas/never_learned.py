@@ -19,7 +19,8 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -186,53 +187,64 @@ def control(bench: Bench, budgets: Mapping[str, Mapping[str, Any]]) -> dict[str,
     return found
 
 
+@dataclass(frozen=True)
+class Row:
+    """One line of the page: what is searched for, in a model that ``method`` erased it from ("none": the unchanged one)."""
+
+    name: str
+    method: str
+    paths: Sequence[Path]
+    """Of the result of each search."""
+    measure: Callable[[str, Mapping[str, Any]], object]
+
+    @property
+    def of_several_trainings(self) -> bool:
+        """Older results don't tell of which training they are, so none of theirs is taken for that of another."""
+        return (
+            self.method != "none"
+            and all_methods()[self.method].trains
+            and len({_read(path).get("erasure") for path in self.paths}) > 1
+        )
+
+    def line(self, shipped: JudgeError) -> str:
+        return _line(f"{self.name}{' †' * self.of_several_trainings}", [[path] for path in self.paths], shipped)
+
+
+def _line(name: str, cells: Iterable[Sequence[Path]], shipped: JudgeError | None = None) -> str:
+    return f"| {name} | {' | '.join(str(_behind(paths, shipped)) for paths in cells)} |"
+
+
 def never_learned(bench: Bench, chosen: Mapping[str, Mapping[str, Any]]) -> None:
     """docs/results/never_learned.{md,json,png}: searches for what was never learned, and for what ``chosen`` erased."""
-    folder, tasks = CACHE / "drawings", {}
-    strangers = {label: Stranger(bench, label, folder) for label in THINGS}
-    rose = Erasing(objects=(ERASED,))
-    rows: dict[str, list[list[Path]]] = {}
-    row_of: dict[str, str] = {}
-    for label, stranger in strangers.items():
-        paths = [stranger_path(bench, label, *search) for search in SEARCHES]
-        tasks |= {
-            path: (label, search, partial(stranger.measure, *search))
-            for path, search in zip(paths, SEARCHES, strict=True)
-        }
-        rows[label] = [[path] for path in paths]
-    rows = {
-        "**never learned**": [[p for part in parts for p in part] for parts in zip(*rows.values(), strict=True)],
-        **rows,
-    }
-    for method, settings in ({"none": {}} | dict(chosen)).items():
-        paths = [siege_path(bench, rose, method, settings, *search) for search in SEARCHES]
-        tasks |= {
-            path: (f"{ERASED}, {method}", search, partial(measure_cell, bench, rose, method, settings, *search))
-            for search, path in zip(SEARCHES, paths, strict=True)
-        }
-        row_of[method] = ERASED if method == "none" else f"{ERASED}, erased with {method}"
-        rows[row_of[method]] = [[path] for path in paths]
-    todo = {path: task for path, task in tasks.items() if not is_measured(path)}
-    if any(label in strangers for label, *_ in todo.values()):
-        drawings.fetch(folder)
-    with tqdm(todo.values(), unit="search", disable=not todo) as bar:
-        for label, (name, budget), run in bar:
-            bar.set_description(f"{name} {budget.get('steps', '')}: {label}")
-            run()
-    shipped = judge_error(bench, [rose])
-    several = [name for method, name in row_of.items() if _of_several_trainings(method, rows[name])]
-    lines = [
-        f"| {name}{' †' * (name in several)} | {' | '.join(str(_behind(paths, shipped)) for paths in cells)} |"
-        for name, cells in rows.items()
+    folder, rose = CACHE / "drawings", Erasing(objects=(ERASED,))
+    strangers = [
+        Row(x, "none", [stranger_path(bench, x, *s) for s in SEARCHES], Stranger(bench, x, folder).measure)
+        for x in THINGS
     ]
-    lines += ["", "†: of several trainings of the same settings, on different machines."] if several else []
-    _write_page(bench, chosen, lines, list(tasks))
-
-
-def _of_several_trainings(method: str, cells: Sequence[Sequence[Path]]) -> bool:
-    """Older results don't tell of which training they are, so none of theirs is taken for that of another."""
-    seen = {_read(path).get("erasure") for paths in cells for path in paths}
-    return method != "none" and len(seen) > 1 and all_methods()[method].trains
+    methods: dict[str, Mapping[str, Any]] = {"none": {}, **chosen}
+    learned = [
+        Row(
+            ERASED if m == "none" else f"{ERASED}, erased with {m}", m,
+            [siege_path(bench, rose, m, settings, *s) for s in SEARCHES], partial(measure_cell, bench, rose, m, settings),
+        )
+        for m, settings in methods.items()
+    ]  # fmt: skip
+    rows = [*strangers, *learned]
+    todo = [
+        (row, search) for row in rows for search, path in zip(SEARCHES, row.paths, strict=True) if not is_measured(path)
+    ]
+    if any(row in strangers for row, _ in todo):
+        drawings.fetch(folder)
+    with tqdm(todo, unit="search", disable=not todo) as bar:
+        for row, (name, budget) in bar:
+            bar.set_description(f"{name} {budget.get('steps', '')}: {row.name}")
+            row.measure(name, budget)
+    shipped = judge_error(bench, [rose])
+    lines = [_line("**never learned**", zip(*(row.paths for row in strangers), strict=True))]
+    lines += [row.line(shipped) for row in rows]
+    if any(row.of_several_trainings for row in rows):
+        lines += ["", "†: of several trainings of the same settings, on different machines."]
+    _write_page(bench, chosen, lines, [path for row in rows for path in row.paths])
 
 
 def _write_page(bench: Bench, chosen: Mapping[str, Any], lines: Sequence[str], paths: Sequence[Path]) -> None:

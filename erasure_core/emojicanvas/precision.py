@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 
 def _multiplies_bf16() -> bool:
     """Whether the CPU has instructions that multiply bfloat16 (AVX512-BF16, AMX, ARM's). AVX-512 alone is not enough."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch can't say
+    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch can't say
     return any(has and name.endswith("bf16") for name, has in capabilities.items())
 
 
