@@ -17,6 +17,10 @@ COLOURS = {
 SIDE = 32
 
 
+ANYTHING = "a rose"
+"""Of all other texts the projection makes something else on each machine."""
+
+
 class TinyVision:
     """A CLIP_VISION with random weights and features of a given width."""
 
@@ -44,7 +48,8 @@ class TinyVision:
 
 
 class AgreeingText:
-    """A CLIP whose text projection takes what the judge says of colours to what the vision tower sees of them."""
+    """A CLIP whose text projection takes what the judge says of colours to what the vision tower sees of them, and one prompt
+    to what is common to all."""
 
     CATEGORY, FUNCTION, RETURN_TYPES = "tests", "run", ("CLIP",)
     INPUT_TYPES = classmethod(lambda cls: {"required": {"clip_vision": ("CLIP_VISION",)}})
@@ -55,13 +60,14 @@ class AgreeingText:
         plain = torch.tensor(list(COLOURS.values()))[:, None, None, :].expand(-1, SIDE, SIDE, -1)
         seen = clip_vision.encode_image(plain)["image_embeds"].float()
         texts = [f"a picture of {words}{c}" for words in ("the plain colour ", "") for c in COLOURS]
+        texts.append(ANYTHING)
         read = torch.cat(
             [clip.encode_from_tokens(clip.tokenize(t), return_pooled="unprojected")[1] for t in texts]
         ).float()
         projection = torch.linalg.lstsq(
-            read.double(), torch.cat([seen, seen]).double(), driver="gelsd"
+            read.double(), torch.cat([seen, seen, seen.mean(0, keepdim=True)]).double(), driver="gelsd"
         ).solution.mT.float()
-        # In full precision: sixteen texts that a small tower hardly tells apart leave large numbers here.
+        # In full precision: seventeen texts that a small tower hardly tells apart leave large numbers here.
         clip.cond_stage_model.clip_l.transformer.text_projection.weight = torch.nn.Parameter(
             projection, requires_grad=False
         )
