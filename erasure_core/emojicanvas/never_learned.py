@@ -5,9 +5,9 @@ arXiv:2208.01618), made to teach a model what is *new* to it, with far more numb
 erasure need not be something that was left. Here the same search is given drawings of things that no caption and no picture of
 the training set had, and looks for them in the unchanged model; beside it stand erased ones, under the same budgets.
 
-Concept Inversion, the search for one new word, was tried and left: in 600 steps it drew none of them that a person would know,
-but blobs in their colours, which this judge took for hamburgers in 11 of 16 pictures. It is sharp enough for pictures that show
-a thing or something else, not for such.
+Concept Inversion, the search for one new word, was tried and left: it drew none of them that a person would know, but blobs in
+their colours, and this judge took some of these for the thing. It is sharp enough for pictures that show a thing or something
+else, not for such.
 
 The shipped judge doesn't know these things. A judge made of examples does (:class:`~erasure_core.metrics.judges.ExampleJudge`
 over EfficientNet-Lite0): its examples are of other drawing sets than those that the searches learn from, its hits are counted
@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -135,8 +136,9 @@ class Stranger:
             found = attack(target, ConceptSpec.parse(self.label), name, budget)
             found = shortlist(target, found, self.look, looks=LOOKS)
         seen = evaluate(target, found, self.look, pictures=PICTURES)
-        both = torch.stack([self.given[:_SHOWN], seen.latents[:_SHOWN]])
-        Image.fromarray(sheet(self.port.decode(both.flatten(0, 1)), 2)).save(path.with_suffix(".png"))
+        both = to_bytes(self.port.decode(torch.cat([self.given[:_SHOWN], seen.latents[:_SHOWN]])))
+        strip = rearrange(both, "(row n) c h w -> (row h) (n w) c", row=2)
+        Image.fromarray(strip.numpy()).save(path.with_suffix(".png"))
         row = {
             "erased": self.label,
             "attack": name,
@@ -149,11 +151,6 @@ class Stranger:
             **seen.rate.to_json(),
         }
         keep(path, row)
-
-
-def sheet(pictures: Tensor, rows: int) -> np.ndarray:
-    """[rows * n, 3, H, W] in [-1, 1] -> bytes [rows H, n W, 3]."""
-    return to_bytes(pictures).unflatten(0, (rows, -1)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()
 
 
 def stranger_path(bench: Bench, label: str, name: str, budget: Mapping[str, Any]) -> Path:

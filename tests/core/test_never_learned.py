@@ -13,6 +13,7 @@ from erasure_core.emojicanvas import drawings, never_learned, siege
 from erasure_core.emojicanvas.bench_settings import settings_for
 from erasure_core.emojicanvas.concepts import OBJECTS
 from erasure_core.emojicanvas.judge_data import EMOJI_SETS
+from erasure_core.emojicanvas.leaderboard_page import table, teaching
 from erasure_core.emojicanvas.perceptual import embedding
 from erasure_core.emojicanvas.rows import Bench, Plan
 from erasure_core.emojicanvas.splits import SCORING
@@ -78,6 +79,13 @@ def test_searches_are_measured_once_and_said(bench: Bench, monkeypatch) -> None:
         "red discs are told from blue squares"
     )
     assert (results / "never_learned.png").stat().st_size > 1000
+    taught = never_learned.control(bench, {siege.ASKING: {}, "free_embedding": {"steps": 2}, "synonyms": {}})
+    assert list(taught) == [siege.ASKING, "free_embedding"], "what was tried, at the budget that is asked for"
+    assert list(never_learned.control(bench, {"free_embedding": {"steps": 3}})) == []
+    assert str(taught["free_embedding"]) in lines[1][2], "the page's first line"
+    row = table([], [siege.ASKING, "synonyms", "free_embedding"], taught).splitlines()[-1].split(" | ")
+    assert row[0] == "| *never learned*" and row[5] == "-" and row[4] != "-" != row[6]
+    assert str(taught["free_embedding"]) in teaching(taught) and teaching({}) == ""
     for module in (never_learned, siege):
         monkeypatch.setattr(module, "evaluate", lambda *_, **__: pytest.fail("it was measured already"))
     never_learned.never_learned(bench, {"uce": settings_for("uce")})

@@ -66,6 +66,7 @@ def test_every_attack_runs(server: ComfyServer, name: str) -> None:
     if spec.quick:
         assert re.search(r"budget: \w+ (\d+), default \1(;|$)", text, re.M), "its whole budget, at an effort of 0.01"
     assert ("says that the model can draw it, not that it would" in text) == spec.given
+    assert ("taught the demo model things that it had never learned" in text) == spec.teaches
     assert 0 <= float(shown(run, share)) <= 1
     assert run.outputs[pictures]["images"]
     ticks = [value for node, value, top in run.progress if node == made and top == 1000]
