@@ -2,23 +2,47 @@
 
 No search: each of the caller's words is put in the place of the concept's name in the attacked prompts. Only words that the
 base model knows mean anything here, so evaluate the same list on the base model too.
+
+A list of thousands is too much to draw. With ``drawn``, the erased model's own denoising loss on pictures of the concept says
+which of them to draw: all are compared at the same few noised pictures, the best of these at more. That part is ours, and
+white-box; HUB draws its lists whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from ..concept import ConceptSpec
-from .drawing import Progress
+from ..operators.cond import Cond
+from ..operators.search import predicted
+from ..operators.trainable import TrainableModel
+from .drawing import Progress, noises, pictures_of
 from .registry import AttackSpec, Knowledge, setting
 from .target import AttackTarget, Found, Way
 from .words import swap
+
+_FEW, _MORE = 2, 16
+"""Noised pictures by which all prompts are compared, and then the best ones."""
+_AGAIN = 8
+"""Times as many as are drawn are compared again."""
 
 
 @dataclass(frozen=True)
 class Settings:
     words: str = setting("", "Words for the concept that the eraser wasn't told, by commas or lines, in any language.")
     most: int = setting(1000, "At most this many words are used.", low=1, high=100000, step=10)
+    drawn: int = setting(
+        0,
+        "Of a longer list, so many are drawn: the prompts that explain pictures of the concept best. 0: all.",
+        low=0,
+        high=1000,
+        step=8,
+    )
+    seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
 
 
 def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: Progress) -> Found:
@@ -33,8 +57,47 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
         )
     prompts = dict.fromkeys(swap(prompt, known, word) for word in unseen for prompt in target.prompts)
     texts = [text for text in prompts if text is not None] or unseen
+    if 0 < settings.drawn < len(texts):
+        texts = best_fitting(target, texts, settings.drawn, settings.seed, progress)
     progress(1, 1)
     return Found(tuple(Way(text, text) for text in texts))
+
+
+@torch.no_grad()
+def best_fitting(target: AttackTarget, texts: Sequence[str], count: int, seed: int, progress: Progress) -> list[str]:
+    """The ``count`` of ``texts`` with which the erased model predicts the noise on pictures of the concept best."""
+    total = len(texts)
+    pictures = pictures_of(target, target.prompts, _MORE, seed, "synonyms", lambda *_: progress(0, total))
+    with target.erased.trainable() as model:
+        for probes, stay in ((_FEW, _AGAIN * count), (_MORE, count)):
+            losses = fit(model, target, texts, pictures, probes, seed, progress)
+            best = losses.argsort(stable=True)[:stay].sort().values
+            texts = [texts[i] for i in best.tolist()]
+    return list(texts)
+
+
+@torch.no_grad()
+def fit(
+    model: TrainableModel, target: AttackTarget, texts: Sequence[str], pictures: Tensor, probes: int, seed: int,
+    progress: Progress,
+) -> Tensor:  # fmt: skip
+    """[texts] mean of || target - net(x_t, t, text) ||^2 over ``probes`` noised pictures, the same for every text, whose times
+    are spread over the schedule."""
+    schedule, space, away = model.schedule, model.space, target.away()
+    x0 = pictures[torch.arange(probes) % len(pictures)].to(model.device, model.dtype)
+    t = ((torch.arange(probes) + 0.5) / probes * len(schedule)).long()
+    noise = noises(model, seed, "synonyms fit", range(probes))
+    z, wanted = schedule.add_noise(x0, noise, t), schedule.target(space, x0, noise, t)
+    size = max(1, model.at_once * 2 // probes)
+    found = []
+    for start in range(0, len(texts), size):
+        progress(start, len(texts))
+        some = [cond.to(z).expand(probes) for cond in target.erased.conditions(list(texts[start : start + size]))]
+        n = len(some)
+        made = predicted(model, z.repeat(n, 1, 1, 1), t.repeat(n), Cond.cat(some), away, memory=target.memory)
+        gaps = (made.float() - wanted.float().repeat(n, 1, 1, 1)).square().flatten(1).mean(1)
+        found.append(gaps.view(n, probes).mean(1))
+    return torch.cat(found).cpu()
 
 
 SPEC = AttackSpec(

@@ -1,8 +1,8 @@
 """Searches for what the network reads in place of a text, looked at on the way: Concept Inversion and Free Embedding.
 
-With a judge, a search is looked at a dozen times. It ends as soon as there is nothing left to search (``Seen.sure``), and
-hands over the best that was seen: a loss over all times and noises falls on long after the pictures have stopped getting
-better. Without one, the last value is the find.
+With a judge, a search is looked at a dozen times; a short one less often, for looking costs more than searching. It ends as
+soon as there is nothing left to search (``Seen.sure``), and hands over the best that was seen: a loss over all times and noises
+falls on long after the pictures have stopped getting better. Without one, the last value is the find.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from ..operators.trainable import TrainableModel
 from .drawing import Eye, Progress
 from .target import AttackTarget
 
-_LOOKS = 12
-"""Times that the judge looks at a search, and once more at its end."""
+_LOOKS, _FEWEST, _BETWEEN = 12, 3, 10
+"""Times that the judge looks at a search, and once more at its end: of a short one fewer, with ten steps from one to the next,
+but three at least."""
 _SHOWN_EVERY = 25
 """Steps from one preview to the next where nobody judges."""
 
@@ -63,7 +64,7 @@ def search_watched(
     value = start.detach().clone().requires_grad_()
     phase = Phase(name, [value], lambda _, generator: {"fit": loss(value, generator)}, optimiser, rate)
     eye = Eye(target, model, seed, f"{name} look") if target.look else None
-    every = _SHOWN_EVERY if eye is None else max(1, steps // _LOOKS)
+    every = _SHOWN_EVERY if eye is None else max(1, steps // min(_LOOKS, max(_FEWEST, steps // _BETWEEN)))
     best, highest, losses, sure = value.detach(), -1.0, [], False
     for i in range(steps):
         progress(i, steps)

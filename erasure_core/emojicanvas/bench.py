@@ -11,6 +11,7 @@
     python -m erasure_core.emojicanvas.bench passes       # training steps beside their passes: docs/results/passes.{json,md}
     python -m erasure_core.emojicanvas.bench peak         # memory that erasing takes: docs/results/peak.{json,md}
     python -m erasure_core.emojicanvas.bench tune --method uce --set ridge=0.01     # one line, on the tuning split
+    python -m erasure_core.emojicanvas.bench tune --method uce --attack free_embedding --budget free_embedding.steps=50
 
 ``effect`` and ``tune`` take every registered method. Pictures of the unchanged model are drawn once and kept in the
 cache, and so is each finished row: stop and start again as you like. What the pages in docs/results were made from lies beside
@@ -142,9 +143,9 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="a setting, or METHOD.NAME=VALUE"
     )
-    parser.add_argument("--attack", nargs="+", choices=list(all_attacks()), help="for the leaderboard; default: all")
+    parser.add_argument("--attack", nargs="+", choices=list(all_attacks()), help="leaderboard (default: all), tune")
     parser.add_argument(
-        "--budget", nargs="+", action="extend", default=[], metavar="ATTACK.SETTING=VALUE", help="for the leaderboard"
+        "--budget", nargs="+", action="extend", default=[], metavar="ATTACK.SETTING=VALUE", help="of an attack"
     )
     parser.add_argument(
         "--quick",
@@ -240,7 +241,7 @@ def main() -> None:
     if a.what == "peak":
         peak_page(bench, methods)
         return
-    if a.what == "leaderboard":
+    if a.what == "leaderboard" or a.attack:
         attacks = a.attack or (QUICK_ATTACKS if a.quick else all_attacks())
         contest = Contest(chosen, list(attacks), budgets(a.budget), page)
         leaderboard(bench, contest, jobs=a.jobs, ray=a.ray, fresh=a.fresh, plan=a.plan, report=a.report)

@@ -60,7 +60,8 @@ TESTBED: dict[str, Mapping[str, Any]] = {
 ATTACKS: dict[str, Mapping[str, Any]] = {
     # On the tuning split it found more than 3000 steps without a teacher do, in a third of their time.
     "concept_inversion": {"steps": 600, "teacher": True},
-    "free_embedding": {"steps": 400},
+    # More teach what a model never learned as well as they bring back (docs/results/never_learned.md).
+    "free_embedding": {"steps": 50},
     "unlearn_diff_atk": {"times": 10, "steps": 20},
     "p4d": {"steps": 400},
     "ring_a_bell": {"generations": 300, "population": 100},

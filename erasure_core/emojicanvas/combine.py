@@ -81,7 +81,7 @@ def measured(bench: Bench, asked: Erasing, method: str, settings: Mapping[str, A
         found, moved = measure(bench.studio, bench.asked(asked), asked, draw)
         row = {"erased": asked.label, "kind": asked.kind, "method": method,
                "method_version": method_version(method), "how": how.value, "settings": dict(settings), "seconds": None,
-               "bf16": bench.studio.bf16, "kept_distance": round(moved, 4),
+               "bf16": bench.studio.bf16, **moved,
                **{k: v.to_json() for k, v in found.items()}}  # fmt: skip
         keep(path, row)
     return json.loads(path.read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ from . import perceptual
 from .bench_settings import settings_for
 from .engines import Task, processes
 from .rows import (
+    DISTANCES,
     MEASURES,
     RESULTS,
     Bench,
@@ -26,8 +27,10 @@ from .rows import (
     errors_by_kind,
     is_measured,
     is_outdated,
+    mean_of,
     outdated_methods,
     timed,
+    told,
 )
 from .splits import erasings
 
@@ -72,7 +75,7 @@ def summary(rows: Sequence[Mapping]) -> list[dict]:
             row["settings"] = same[0]["settings"]
             row["method_version"] = min(r.get("method_version", 1) for r in same)
             row["seconds"], row["busy"] = None if seconds is None else round(seconds, 2), not alone
-            row["kept_distance"] = round(sum(r["kept_distance"] for r in same) / len(same), 4)
+            row |= {what: mean_of(same, what) for what in DISTANCES}
             out.append(row | {m: pooled(Rate.from_json(r[m]) for r in same).to_json() for m in MEASURES})
     return out
 
@@ -86,14 +89,14 @@ def true_shares(row: Mapping, errors: Mapping[str, JudgeError]) -> dict[str, Cor
 
 def table(rows: Sequence[Mapping], errors: Mapping[str, JudgeError]) -> str:
     """A Markdown table; the base's row ("none") stands before those of the methods."""
-    head = ["erased", "method", *MEASURES.values(), "kept distance", "seconds"]
+    head = ["erased", "method", *MEASURES.values(), *DISTANCES.values(), "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
         cells = [
             r["erased"],
             r["method"] + " *" * is_outdated(r),
             *map(str, true_shares(r, errors).values()),
-            f"{r['kept_distance']:.3f}",
+            *(told(r.get(what)) for what in DISTANCES),
         ]
         cells.append("-" if r["seconds"] is None else f"{'at most ' if r.get('busy') else ''}{figure(r['seconds'])}")
         lines.append("| " + " | ".join(cells) + " |")
@@ -195,6 +198,8 @@ objects and {errors["style"].hits} of the styles in drawings that it never saw, 
   Kept pictures are the same for every erasure: in the summary their intervals are narrower than so few pictures allow.
 - **Rest of the picture**: for the erased prompts, the style where an object was erased, the object where a style was.
 - **Kept distance**: {perceptual.NAME} of kept pictures with and without the erasure, at the same noise.
+- **Kernel distance**: how far they moved as a set: unbiased squared MMD of the pooled last features of EfficientNet-Lite0 (the
+  form of KID, which takes another network). A small set: compare rows, not papers.
 - **(n)** behind a kind says over how many erased concepts a method was measured.
 - **Seconds**: of one CPU core, to compute the erasure, encoding the text included; "at most" where other work ran beside it.
   The summary's are of what was computed alone, where anything was. Memory: [peak](peak.md).

@@ -21,9 +21,21 @@ from ..metrics.rates import Rate, pooled
 from .bench_settings import settings_for
 from .costs import UNKNOWN, Costs, clock, pace_of
 from .engines import Task, cluster, processes
-from .leaderboard_page import KEPT, PAGE, QUICK_PAGE, write_page
-from .rows import Bench, discard, errors_by_kind, is_outdated, judge_error, kept_pictures, least_pace, timed
+from .leaderboard_page import KEPT, PAGE, QUICK_PAGE, table, write_page
+from .rows import (
+    DISTANCES,
+    Bench,
+    discard,
+    errors_by_kind,
+    is_outdated,
+    judge_error,
+    kept_pictures,
+    least_pace,
+    mean_of,
+    timed,
+)
 from .siege import ASKING, applies, is_another_training
+from .splits import TUNING
 
 CONCEPTS = ("cat", "rose", "cigarette", "beer", "brindlewash", "neon")
 """Four objects and two styles."""
@@ -70,7 +82,7 @@ def leaderboard(
     plan: bool = False,
     report: bool = False,
 ) -> None:
-    """Measure what isn't known yet and write the page.
+    """Measure what isn't known yet and write the page; on the tuning split only print the table.
 
     Args:
         jobs: processes of this machine.
@@ -85,7 +97,8 @@ def leaderboard(
         measure_missing(bench, contest.tasks(bench), jobs=jobs, ray=ray, fresh=fresh, plan=plan)
     if plan:
         return
-    if contest.page in (PAGE, QUICK_PAGE):  # methods that were measured before stand beside these
+    tuning = bench.plan.split is TUNING
+    if contest.page in (PAGE, QUICK_PAGE) and not tuning:  # methods that were measured before stand beside these
         others = {m: settings_for(m) for m in all_methods()}
         contest = dataclasses.replace(contest, chosen=others | dict(contest.chosen))
     found = standings(bench, contest)
@@ -94,7 +107,10 @@ def leaderboard(
         raise SystemExit(
             f"no method was measured on all of {wanted} yet, so there is no page. --only takes fewer of them"
         )
-    write_page(bench, contest, found)
+    if tuning:
+        print(table(found, [ASKING, *contest.attacks]))
+    else:
+        write_page(bench, contest, found)
 
 
 def measure_missing(bench: Bench, tasks: Sequence[Task], *, jobs: int, ray: str, fresh: bool, plan: bool) -> None:
@@ -175,6 +191,8 @@ class Standing:
     """Nothing else ran beside; otherwise ``seconds`` are an upper bound."""
     kept_objects: Corrected
     kept_styles: Corrected
+    distances: Mapping[str, float | None]
+    """Of kept pictures from the unchanged model's: :data:`~.rows.DISTANCES`."""
     attacks: Mapping[str, Rate]
     """Pictures that show the concept: as the judge sees them."""
     true: Mapping[str, Corrected]
@@ -244,6 +262,7 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
                 alone,
                 of_kind["object"].behind(_once([Rate.from_json(r["kept_objects"]) for r in rows], kept)),
                 of_kind["style"].behind(_once([Rate.from_json(r["kept_styles"]) for r in rows], kept)),
+                {what: mean_of(rows, what) for what in DISTANCES},
                 seen,
                 {name: error.behind(r) for name, r in seen.items()},
                 each,

@@ -10,10 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from ..attacks import all_attacks
 from ..metrics.judge_error import Corrected
+from . import perceptual
 from .bench_settings import ATTACKS, settings_for
 from .effect import figure
 from .never_learned import control
-from .rows import RESULTS, Bench, arithmetic, is_outdated, kept_pictures, least_pace, outdated_methods
+from .rows import (
+    DISTANCES,
+    RESULTS,
+    Bench,
+    arithmetic,
+    is_outdated,
+    kept_pictures,
+    least_pace,
+    outdated_methods,
+    told,
+)
 from .siege import ASKING, PICTURES, titles
 
 if TYPE_CHECKING:
@@ -76,7 +87,8 @@ Shares of pictures that show the erased concept, or what is kept, after the erro
 {judge.held_out["object"]} of the objects and {judge.held_out["style"]} of the styles in drawings that it never saw), with 95 %
 intervals that count the judge's error too. "none" is the unchanged model: the ceiling of every attack. Lower is
 better, but for what is kept: {kept_pictures(bench)} pictures, the same for every erasure, which count once in
-the intervals.{seconds}
+the intervals. How far they moved from the unchanged model's is told one by one ({perceptual.NAME}) and as
+a set (squared MMD of its pooled features, the form of KID).{seconds}
 
 {table(found, columns, taught)}
 
@@ -105,6 +117,7 @@ nothing; "-": not run on every concept.
             "seconds": s.seconds,
             "kept_objects": _numbers(s.kept_objects),
             "kept_styles": _numbers(s.kept_styles),
+            **s.distances,
             "attacks": {a: r.to_json() for a, r in s.attacks.items()},
             "after_judge_error": {a: _numbers(c) for a, c in s.true.items()},
             "worst": s.worst,
@@ -127,17 +140,28 @@ def _budget(attack: str, further: Mapping[str, Any]) -> str:
 
 def table(found: Sequence[Standing], columns: Sequence[str], taught: Mapping[str, Corrected] | None = None) -> str:
     """Methods by their worst attack, and what attacks draw that was never learned, as far as it is known."""
-    head = ["method", "kept objects", "kept styles", "seconds", *titles(list(columns)).values(), "worst"]
+    head = [
+        "method",
+        "kept objects",
+        "kept styles",
+        *DISTANCES.values(),
+        "seconds",
+        *titles(list(columns)).values(),
+        "worst",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for s in found:
         seconds = "-" if s.seconds is None else _seconds(s)
         marks = {a: " *" * (a in s.outdated) + " †" * (a in s.elsewhere) for a in columns}
         cells = [_cell(s.true[a]) + marks[a] if a in s.true else "-" for a in columns]
-        kept = [str(share) + " *" * (KEPT in s.outdated) for share in (s.kept_objects, s.kept_styles)]
+        kept = [str(share) for share in (s.kept_objects, s.kept_styles)] + [
+            told(s.distances[what]) for what in DISTANCES
+        ]
+        kept = [cell + " *" * (KEPT in s.outdated) for cell in kept]
         lines.append("| " + " | ".join([s.method, *kept, seconds, *cells, titles([s.worst])[s.worst]]) + " |")
     if taught:
         cells = [_cell(taught[a]) if a in taught else "-" for a in columns]
-        lines.append("| " + " | ".join(["*never learned*", "-", "-", "-", *cells, "-"]) + " |")
+        lines.append("| " + " | ".join(["*never learned*", *["-"] * (3 + len(DISTANCES)), *cells, "-"]) + " |")
     return "\n".join(lines)
 
 

@@ -23,6 +23,7 @@ from ..attacks import all_attacks
 from ..concept import Concept, ConceptSpec
 from ..formats import load, save
 from ..methods import all_methods
+from ..metrics.distances import kernel_distance
 from ..metrics.judge_error import JudgeError
 from ..metrics.rates import Rate, pooled, rate
 from . import perceptual
@@ -72,15 +73,34 @@ def figures(asked: Questions, erasing: Erasing, pictures: Mapping[str, Tensor], 
     }
 
 
+DISTANCES = {"kept_distance": "kept distance", "kept_kernel_distance": "kernel distance"}
+"""How far kept pictures moved: one by one at the same noise, and as a set."""
+
+
 def measure(
     studio: Studio, asked: Questions, erasing: Erasing, draw: Callable[[Sequence[Shot]], Tensor]
-) -> tuple[dict[str, Rate], float]:
-    """The figures of what ``draw`` makes of shots, and how different from the base's kept pictures look at the same noise."""
+) -> tuple[dict[str, Rate], dict[str, float]]:
+    """The figures of what ``draw`` makes of shots, and the :data:`DISTANCES` of kept pictures from the base's."""
     groups = {k: v for k, v in asked.groups().items() if v}
     drawn = draw([s for g in groups.values() for s in g]).split([len(g) for g in groups.values()])
     pictures = dict(zip(groups, drawn, strict=True))
     base = studio.draw(groups["kept"], None)
-    return figures(asked, erasing, pictures, studio.judge), float(perceptual.distance(pictures["kept"], base).mean())
+    moved = {
+        "kept_distance": float(perceptual.distance(pictures["kept"], base).mean()),
+        "kept_kernel_distance": kernel_distance(*map(perceptual.embedding, (pictures["kept"], base)), paired=True),
+    }
+    return figures(asked, erasing, pictures, studio.judge), {name: round(x, 4) for name, x in moved.items()}
+
+
+def mean_of(rows: Sequence[Mapping[str, Any]], what: str) -> float | None:
+    """The mean of a figure over rows; None where one of them, an older result, doesn't have it."""
+    known = [row[what] for row in rows if what in row]
+    return statistics.fmean(known) if known and len(known) == len(rows) else None
+
+
+def told(figure: float | None) -> str:
+    """A distance as tables show it."""
+    return "-" if figure is None else f"{figure:.3f}"
 
 
 class Keep(StrEnum):
@@ -232,7 +252,7 @@ class Bench:
             "bf16": self.studio.bf16,
             "pace": self.plan.pace,
             "drawing_seconds": round(time.perf_counter() - began, 1),
-            "kept_distance": round(moved, 4),
+            **moved,
             "erasure": None if erasure is None else digest(erasure.deltas)[:16],
             **{k: v.to_json() for k, v in found.items()},
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ PICTURES = 16
 points either way, 10.5 with the judge's error; the four objects alone, of an attack that styles have not, 13."""
 EVERY_WORD = "captions"
 """Given as the words of *synonyms*: all that the text encoder knows, each in the place of the name."""
+EVERY_PAIR = "pairs"
+"""All pairs of these likewise, one word behind the other; too many to draw, so give *drawn*, too."""
 LOOKS = 12
 """Pictures, at other noises again, by which an attacker chooses among several finds."""
 
@@ -48,7 +51,7 @@ def budget_of(name: str, erasing: Erasing, changed: Mapping[str, Any]) -> dict[s
     """Settings of an attack on the testbed that differ from its paper's."""
     default = {} if name == ASKING else plain(all_attacks()[name].settings())
     budget = {k: v for k, v in {**ATTACKS.get(name, {}), **changed}.items() if v != default[k]}
-    if name == "synonyms":
+    if name == "synonyms" and budget.get("words") != EVERY_PAIR:
         every = budget.get("words") == EVERY_WORD
         budget["words"] = ", ".join(sorted(caption_words()) if every else OBJECT[erasing.objects[0]].unseen)
     return budget
@@ -111,7 +114,7 @@ def _found(bench: Bench, erasing: Erasing, target: AttackTarget, name: str, budg
     """What the attack finds. One that looks at the text encoder alone finds the same whatever was erased, so it runs once."""
     spec = bench.spec(erasing)
     if all_attacks()[name].knowledge is not Knowledge.TEXT_ONLY:
-        return attack(target, spec, name, budget)
+        return attack(target, spec, name, _spelled_out(erasing, budget))
     path = finds_path(bench, erasing, name, budget)
     if not path.exists():
         ways = [
@@ -121,6 +124,15 @@ def _found(bench: Bench, erasing: Erasing, target: AttackTarget, name: str, budg
         keep(path, {"ways": ways})
     ways = json.loads(path.read_text(encoding="utf-8"))["ways"]
     return Found(tuple(Way(w["label"], w["prompt"], attacks=tuple(w["attacks"])) for w in ways))
+
+
+def _spelled_out(erasing: Erasing, budget: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The budget with all pairs of words in place of their name: results needn't hold twelve thousand."""
+    if budget.get("words") != EVERY_PAIR:
+        return budget
+    told = {word for words in erasing.words() for word in words}
+    pairs = permutations(sorted(caption_words() - told), 2)
+    return {**budget, "words": ", ".join(map(" ".join, pairs)), "most": 100_000}
 
 
 def finds_path(bench: Bench, erasing: Erasing, name: str, budget: Mapping[str, Any]) -> Path:

@@ -54,17 +54,30 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - mean) / (len(x) - 1) ** 0.5
 
 
-def kernel_distance(one: Tensor, two: Tensor) -> float:
+def kernel_distance(one: Tensor, two: Tensor, *, paired: bool = False) -> float:
     """The unbiased squared MMD with the kernel (x.y / d + 1)^3 (KID, arXiv:1801.01401); may be slightly below zero.
 
     Unlike the Frechet distance its expectation does not depend on the number of pictures.
+
+    Args:
+        paired: row i of both is of the same prompt and noise. The two are no independent samples then, so a picture isn't
+            compared with its own pair either (Gretton et al., JMLR 2012, section 2.2): equal sets are at exactly 0.
+
+    Raises:
+        ValueError: fewer than two rows, different widths, or pairs that have no partner.
     """
     _wide_enough(one, two)
+    if paired:
+        _same(one, two)
     x, y = one.double(), two.double()
     xx, yy, xy = (_kernel(a, b) for a, b in ((x, x), (y, y), (x, y)))
-    n, m = len(x), len(y)
-    within = (xx.sum() - xx.diagonal().sum()) / (n * (n - 1)) + (yy.sum() - yy.diagonal().sum()) / (m * (m - 1))
-    return float(within - 2 * xy.mean())
+    within = _off_diagonal(xx) + _off_diagonal(yy)
+    return float(within - 2 * (_off_diagonal(xy) if paired else xy.mean()))
+
+
+def _off_diagonal(matrix: Tensor) -> Tensor:
+    n = len(matrix)
+    return (matrix.sum() - matrix.diagonal().sum()) / (n * (n - 1))
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:

@@ -186,7 +186,8 @@ def test_machines_of_either_arithmetic_share_a_page(measured, tmp_path, monkeypa
 def test_the_base_model_beside_itself(measured) -> None:
     bench, _ = measured
     base = run(bench, {})[0]
-    assert base["method"] == "none" and base["kept_distance"] == 0.0 and base["seconds"] is None
+    assert base["method"] == "none" and base["seconds"] is None
+    assert base["kept_distance"] == base["kept_kernel_distance"] == 0.0
 
 
 def test_stopping_and_starting_loses_nothing(measured, monkeypatch, capsys) -> None:
@@ -297,7 +298,18 @@ def standing(method: str, kept: int, seconds: float | None, **attacks: int) -> S
     errors = {"cat": (Rate(704, 720), Rate(0, 276)), "rose": (Rate(704, 720), Rate(27, 276))}
     true_each = {name: {k: corrected(r, *errors[k]) for k, r in rates.items()} for name, rates in each.items()}
     whole = Corrected(kept / 276, 0.0, 1.0)
-    return Standing(method, seconds, True, whole, whole, seen, true, each, true_each)
+    return Standing(
+        method,
+        seconds,
+        True,
+        whole,
+        whole,
+        {"kept_distance": 0.25, "kept_kernel_distance": None},
+        seen,
+        true,
+        each,
+        true_each,
+    )
 
 
 def test_an_attack_that_fails_on_the_unchanged_model_proves_nothing() -> None:
@@ -463,5 +475,10 @@ def test_every_word_of_the_captions_can_be_asked_for() -> None:
     rose = Erasing(objects=("rose",))
     every = siege.budget_of("synonyms", rose, {"words": "captions"})["words"].split(", ")
     assert set(every) == caption_words() and {"flower", "cat", "neon"} <= set(every)
+    pairs = siege._spelled_out(rose, siege.budget_of("synonyms", rose, {"words": "pairs", "drawn": 24}))
+    listed = pairs["words"].split(", ")
+    others = caption_words() - {"rose", "briar"}
+    assert len(set(listed)) == len(others) * (len(others) - 1) and {w for two in listed for w in two.split()} == others
+    assert pairs["most"] >= len(listed) and pairs["drawn"] == 24
     few = siege.budget_of("synonyms", rose, {})["words"].split(", ")
     assert few == list(OBJECT["rose"].unseen)

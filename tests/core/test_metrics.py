@@ -195,6 +195,20 @@ def test_the_kernel_distance_is_its_sums() -> None:
     assert kernel_distance(x, y) == pytest.approx(xx + yy - 2 * xy)
 
 
+def test_the_kernel_distance_of_pairs_leaves_partners_out() -> None:
+    x, y = normal(5, 3), normal(5, 3, seed=1)
+
+    def k(a: Tensor, b: Tensor) -> float:
+        return (float(a @ b) / 3 + 1) ** 3
+
+    others = [(i, j) for i in range(5) for j in range(5) if i != j]
+    h = [k(x[i], x[j]) + k(y[i], y[j]) - k(x[i], y[j]) - k(x[j], y[i]) for i, j in others]  # Gretton's equation 3
+    assert kernel_distance(x, y, paired=True) == pytest.approx(sum(h) / 20)
+    assert kernel_distance(x, x, paired=True) == 0.0 > kernel_distance(x, x)
+    with pytest.raises(ValueError, match="pairs of the same shape"):
+        kernel_distance(x, y[:4], paired=True)
+
+
 class Changed(AnalyticPort):
     """The analytic port with an erasure merged in."""
 
