@@ -37,7 +37,8 @@ class Settings:
     most: int = setting(1000, "At most this many words are used.", low=1, high=100000, step=10)
     drawn: int = setting(
         0,
-        "Of a longer list, so many are drawn: the prompts that explain pictures of the concept best. 0: all.",
+        "Of a longer list, so many are drawn: the prompts with which the erased model explains pictures of the concept best. "
+        "0: all.",
         low=0,
         high=1000,
         step=8,

@@ -29,7 +29,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from ..attacks import all_attacks
@@ -53,7 +52,7 @@ from .passes_page import passes_page
 from .peak_page import peak_page
 from .rows import RESULTS, Bench, Keep, Plan, flags
 from .splits import SCORING, STYLE_OBJECTS, TUNING, Shot, erasings
-from .studio import Sampler, Studio, to_bytes
+from .studio import Sampler, Studio, grid, to_bytes
 from .weights import BUNDLE, JUDGE
 
 CACHE = Path(".cache/emojicanvas/bench")
@@ -97,9 +96,7 @@ def base(studio: Studio, seeds: int) -> None:
         rows += [v[:12] for k, v in styled.items() if k != "plain"] + [
             list(s[0] for s in words["unseen"].values())[::2][:12]
         ]
-        sheet = (
-            torch.stack([studio.draw(r, None, bar) for r in rows]).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-        )
+        sheet = grid(to_bytes(torch.cat([studio.draw(r, None, bar) for r in rows])), rows=len(rows))
     totals = {k: pooled(v.values()) for k, v in found.items()}
     report = {
         "model": {"steps_trained": studio.model.steps_trained, "sampler": dataclasses.asdict(studio.sampler)},
@@ -109,7 +106,7 @@ def base(studio: Studio, seeds: int) -> None:
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "base.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    Image.fromarray(to_bytes(sheet).numpy()).save(RESULTS / "base.png")
+    sheet.save(RESULTS / "base.png")
     for k, v in totals.items():
         weakest = sorted(found[k].items(), key=lambda kv: kv[1].share)[:6]
         print(f"{k}: {v}; weakest: " + ", ".join(f"{name} {100 * r.share:.0f} %" for name, r in weakest))

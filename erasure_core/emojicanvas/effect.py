@@ -24,6 +24,7 @@ from .rows import (
     Keep,
     arithmetic,
     discard,
+    distances_of,
     errors_by_kind,
     is_measured,
     is_outdated,
@@ -89,14 +90,15 @@ def true_shares(row: Mapping, errors: Mapping[str, JudgeError]) -> dict[str, Cor
 
 def table(rows: Sequence[Mapping], errors: Mapping[str, JudgeError]) -> str:
     """A Markdown table; the base's row ("none") stands before those of the methods."""
-    head = ["erased", "method", *MEASURES.values(), *DISTANCES.values(), "seconds"]
+    moved = distances_of(rows)
+    head = ["erased", "method", *MEASURES.values(), *moved.values(), "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
         cells = [
             r["erased"],
             r["method"] + " *" * is_outdated(r),
             *map(str, true_shares(r, errors).values()),
-            *(told(r.get(what)) for what in DISTANCES),
+            *(told(r.get(what)) for what in moved),
         ]
         cells.append("-" if r["seconds"] is None else f"{'at most ' if r.get('busy') else ''}{figure(r['seconds'])}")
         lines.append("| " + " | ".join(cells) + " |")

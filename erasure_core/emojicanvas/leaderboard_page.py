@@ -15,10 +15,10 @@ from .bench_settings import ATTACKS, settings_for
 from .effect import figure
 from .never_learned import control
 from .rows import (
-    DISTANCES,
     RESULTS,
     Bench,
     arithmetic,
+    distances_of,
     is_outdated,
     kept_pictures,
     least_pace,
@@ -140,28 +140,20 @@ def _budget(attack: str, further: Mapping[str, Any]) -> str:
 
 def table(found: Sequence[Standing], columns: Sequence[str], taught: Mapping[str, Corrected] | None = None) -> str:
     """Methods by their worst attack, and what attacks draw that was never learned, as far as it is known."""
-    head = [
-        "method",
-        "kept objects",
-        "kept styles",
-        *DISTANCES.values(),
-        "seconds",
-        *titles(list(columns)).values(),
-        "worst",
-    ]
+    moved = distances_of(s.distances for s in found)
+    kinds = ["kept objects", "kept styles", *moved.values()]
+    head = ["method", *kinds, "seconds", *titles(list(columns)).values(), "worst"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for s in found:
         seconds = "-" if s.seconds is None else _seconds(s)
         marks = {a: " *" * (a in s.outdated) + " †" * (a in s.elsewhere) for a in columns}
         cells = [_cell(s.true[a]) + marks[a] if a in s.true else "-" for a in columns]
-        kept = [str(share) for share in (s.kept_objects, s.kept_styles)] + [
-            told(s.distances[what]) for what in DISTANCES
-        ]
+        kept = [str(share) for share in (s.kept_objects, s.kept_styles)] + [told(s.distances[what]) for what in moved]
         kept = [cell + " *" * (KEPT in s.outdated) for cell in kept]
         lines.append("| " + " | ".join([s.method, *kept, seconds, *cells, titles([s.worst])[s.worst]]) + " |")
     if taught:
         cells = [_cell(taught[a]) if a in taught else "-" for a in columns]
-        lines.append("| " + " | ".join(["*never learned*", *["-"] * (3 + len(DISTANCES)), *cells, "-"]) + " |")
+        lines.append("| " + " | ".join(["*never learned*", *["-"] * (3 + len(moved)), *cells, "-"]) + " |")
     return "\n".join(lines)
 
 

@@ -103,6 +103,12 @@ def told(figure: float | None) -> str:
     return "-" if figure is None else f"{figure:.3f}"
 
 
+def distances_of(rows: Iterable[Mapping[str, float | None]]) -> dict[str, str]:
+    """Those of :data:`DISTANCES` that any row has: older results don't have all."""
+    found = list(rows)
+    return {what: name for what, name in DISTANCES.items() if any(row.get(what) is not None for row in found)}
+
+
 class Keep(StrEnum):
     """What erasers are told to keep."""
 

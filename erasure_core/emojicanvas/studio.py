@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from einops import rearrange
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -75,3 +77,8 @@ class Studio:
 
 def to_bytes(pictures: Tensor) -> Tensor:
     return ((pictures + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def grid(pictures: Tensor, rows: int) -> Image.Image:
+    """Pictures [N, 3, H, W] of bytes in ``rows`` rows, side by side without a gap."""
+    return Image.fromarray(rearrange(pictures, "(row n) c h w -> (row h) (n w) c", row=rows).numpy())

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from . import data, drawings
@@ -28,6 +27,7 @@ from .judge import Judge
 from .judge_data import EMOJI_SETS, IGNORE, OBJECT_OTHER, SETS, STYLE_OTHER, Part, decoded, painted, rendered, to_score
 from .optim import Muon, split_parameters
 from .precision import autocast
+from .studio import grid
 from .weights import JUDGE
 
 _PIXEL = [s.name for s in STYLES].index("pixel")
@@ -168,8 +168,7 @@ def _mistakes(judge: Judge, held: Pictures, path: Path) -> list[str]:
         lines.append(f"{truth} -> {names[objects[i].argmax()]}/{style_names[styles[i].argmax()]}")
     sheet = torch.full((48, 3, 64, 64), 255, dtype=torch.uint8)
     sheet[: len(wrong)] = held.pixels[wrong]
-    grid = sheet.unflatten(0, (6, 8)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    Image.fromarray(grid.numpy()).resize((1024, 768)).save(path)
+    grid(sheet, rows=6).resize((1024, 768)).save(path)
     return lines
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from . import data
@@ -22,6 +21,7 @@ from .diffusion import STEPS, add_noise, alphas_cumprod, sample
 from .model import EmojiCanvas
 from .optim import Muon, split_parameters
 from .precision import autocast
+from .studio import grid, to_bytes
 from .taesd import SD15_SCALE, TAESD
 from .text import TextEncoder, tokenize
 from .train_vae import to_tensor
@@ -81,8 +81,7 @@ def sample_sheet(net: TextToLatent, cache: Path, path: Path, seed: int = 0) -> N
         noise = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(seed))
         z = sample(net.unet, noise, cond, uncond, steps=16, cfg=4.0)
         pictures = vae.decode(z / SD15_SCALE).float().clamp(-1, 1)
-    grid = pictures.unflatten(0, (4, -1)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    Image.fromarray(((grid + 1) * 127.5).byte().numpy()).save(path)
+    grid(to_bytes(pictures), rows=4).save(path)
 
 
 def train(cache: Path, steps: int, *, batch: int, sheet_minutes: float, from_bundle: bool) -> None:

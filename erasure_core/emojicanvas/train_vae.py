@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from . import data
 from .concepts import IMAGE_SIZE
 from .optim import Muon, split_parameters
 from .precision import autocast
+from .studio import grid, to_bytes
 from .taesd import SD15_SCALE, TAESD, TRAINED
 
 
@@ -65,8 +65,7 @@ def normalise(vae: TAESD, pictures: Tensor) -> None:
 def _sheet(vae: TAESD, pictures: Tensor, path: Path) -> None:
     with torch.no_grad():
         both = torch.cat([pictures, vae.decode(vae.encode(pictures)).clamp(-1, 1)])
-    rows = both.unflatten(0, (2, -1)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    Image.fromarray(((rows + 1) * 127.5).byte().numpy()).save(path)
+    grid(to_bytes(both), rows=2).save(path)
 
 
 def train(cache: Path, minutes: float, *, batch: int = 16, side: int = 64, decoder_only: bool = False) -> None:

@@ -393,6 +393,10 @@ def test_what_begins_with_a_picture_is_shown_and_does_not_rank() -> None:
     old = dataclasses.replace(good, outdated=frozenset({"free_embedding"}))
     assert verdict([base, old], columns).splitlines()[-1].endswith(": none."), "not by an attack that was weaker then"
     beside = dataclasses.replace(good, alone=False)
+    assert " kept distance | seconds |" in table([base, good], columns) and " 0.250 |" in table([base, good], columns)
+    by_set = dataclasses.replace(good, distances={"kept_distance": 0.25, "kept_kernel_distance": 0.5})
+    some = table([base, by_set], columns).splitlines()
+    assert " kernel distance |" in some[0] and " 0.250 | - |" in some[2] and " 0.250 | 0.500 |" in some[3]
     assert "| at most 90 |" in table([base, beside], columns) and "| 90 |" in table([base, good], columns)
     assert "*" in table([base, old], columns) and "*" not in table([base, good], columns)
     assert "TINA type" in aside(columns) and not aside(RUN)
