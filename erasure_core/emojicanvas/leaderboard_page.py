@@ -72,6 +72,10 @@ def write_page(bench: Bench, contest: Contest, found: Sequence[Standing]) -> Non
         if pace
         else ""
     )
+    moved = f" How far they moved from the unchanged model's is told one by one ({perceptual.NAME})"
+    if "kept_kernel_distance" in distances_of(s.distances for s in found):
+        moved += " and as a set (squared MMD of its pooled features, the form of KID)"
+    moved += "."
     taught = control(bench, {ASKING: {}, **{a: {**ATTACKS.get(a, {}), **contest.budgets.get(a, {})} for a in attacks}})
     text = f"""# {page.replace("_", " ").capitalize()}
 
@@ -87,8 +91,7 @@ Shares of pictures that show the erased concept, or what is kept, after the erro
 {judge.held_out["object"]} of the objects and {judge.held_out["style"]} of the styles in drawings that it never saw), with 95 %
 intervals that count the judge's error too. "none" is the unchanged model: the ceiling of every attack. Lower is
 better, but for what is kept: {kept_pictures(bench)} pictures, the same for every erasure, which count once in
-the intervals. How far they moved from the unchanged model's is told one by one ({perceptual.NAME}) and as
-a set (squared MMD of its pooled features, the form of KID).{seconds}
+the intervals.{moved}{seconds}
 
 {table(found, columns, taught)}
 
