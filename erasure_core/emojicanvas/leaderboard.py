@@ -224,8 +224,8 @@ class Standing:
 
 
 def standings(bench: Bench, contest: Contest) -> list[Standing]:
-    """Methods by their worst attack, "none" first. An attack counts where it was run on every concept that it finds on the
-    unchanged model, a method where asking was."""
+    """What is measured, :func:`in_order`. An attack counts where it was run on every concept that it finds on the unchanged
+    model, a method where asking was."""
     out = []
     singles = [e for e in bench.plan.erasings() if e.key != "together"]
     error, kept = judge_error(bench, singles), kept_pictures(bench)
@@ -271,7 +271,12 @@ def standings(bench: Bench, contest: Contest) -> list[Standing]:
                 frozenset(other),
             )
         )
-    return sorted(out, key=lambda s: (s.method != "none", s.rank))
+    return in_order(out, contest.attacks)
+
+
+def in_order(found: Sequence[Standing], attacks: Sequence[str]) -> list[Standing]:
+    """The unchanged model, then methods by rank: those that met all ``attacks`` before those that were spared one."""
+    return sorted(found, key=lambda s: (s.method != "none", not set(attacks) <= set(s.attacks), s.rank))
 
 
 def _once(rates: Sequence[Rate], pictures: int) -> Rate:

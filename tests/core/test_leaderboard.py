@@ -22,6 +22,7 @@ from erasure_core.emojicanvas.leaderboard import (
     Contest,
     Standing,
     budgets,
+    in_order,
     leaderboard,
     pointless,
     standings,
@@ -382,6 +383,14 @@ def test_prompts_from_the_text_encoder_alone_are_searched_once(tmp_path, monkeyp
     ]
     assert searched == ["mma_diffusion", "p4d"] and rows[0]["found"] == rows[2]["found"]
     assert rows[0]["hits"] == rows[2]["hits"] and rows[0]["n"] == 4
+
+
+def test_who_was_spared_an_attack_comes_behind_those_who_met_it() -> None:
+    base = standing("none", 265, None, asking=95, free_embedding=95)
+    spared = standing("spared", 265, 9.0, asking=0)
+    weak, good = (standing(name, 265, 9.0, asking=0, free_embedding=n) for name, n in (("weak", 90), ("good", 5)))
+    found = in_order([spared, weak, base, good], ["free_embedding"])
+    assert [s.method for s in found] == ["none", "good", "weak", "spared"]
 
 
 def test_what_begins_with_a_picture_is_shown_and_does_not_rank() -> None:
