@@ -33,8 +33,8 @@ with four embeddings, a life of 480 and an ``attack_rate`` of 0.02, held most of
 split's beer was lost all the same, and kept objects suffered (docs/results/adversarial_two_steps.md). Kept words in pairs
 ("dog, neon style"), drawn and held beside the single ones, spared kept styles and were no firmer. One training each.
 
-A free search of 400 steps finds most of it all the same, but so long a one also draws what a model never learned; one of 50
-steps found nothing of a rose (docs/results/never_learned.md).
+A free search of 400 steps finds most of it all the same, but so long a one also draws what a model never learned. Of 50 steps,
+it brings back a tenth (docs/results/leaderboard.md), less than it draws of what was never learned (never_learned.md).
 
 Tried and left: attack and erase at the same noises and times, which saves an eighth of the passes, and keeping relative to the
 kept words' signal. Each held that key, and lost that beer. And keeping nothing at the concept's pictures, where the empty
