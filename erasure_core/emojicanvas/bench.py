@@ -42,6 +42,7 @@ from .effect import effect, page_of, tune
 from .judge import Judge
 from .leaderboard import CONCEPTS, QUICK_ATTACKS, QUICK_CONCEPTS, QUICK_METHODS, Contest, budgets, leaderboard
 from .leaderboard_page import PAGE, QUICK_PAGE
+from .measures import flags
 from .memory_effect import memory_effect
 from .mining_effect import METHODS, mining_effect
 from .never_learned import METHODS as STRANGE
@@ -50,7 +51,7 @@ from .pair_page import pairs_page
 from .pair_quality import EACH
 from .passes_page import passes_page
 from .peak_page import peak_page
-from .rows import RESULTS, Bench, Keep, Plan, flags
+from .rows import RESULTS, Bench, Keep, Plan
 from .splits import SCORING, STYLE_OBJECTS, TUNING, Shot, erasings
 from .studio import Sampler, Studio, grid, to_bytes
 from .weights import BUNDLE, JUDGE

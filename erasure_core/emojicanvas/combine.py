@@ -19,8 +19,9 @@ from ..fusion import added, merge
 from ..gating import gated
 from ..port import ModelPort
 from .effect import summary, table
+from .measures import measure
 from .model import EmojiCanvasPort
-from .rows import RESULTS, Bench, arithmetic, errors_by_kind, is_measured, keep, measure, method_version
+from .rows import RESULTS, Bench, arithmetic, errors_by_kind, is_measured, keep, method_version
 from .splits import Erasing, Shot, erasings
 from .studio import Studio
 

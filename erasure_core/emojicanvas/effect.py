@@ -16,22 +16,18 @@ from ..metrics.scores import Unlearning, combined_interval, mace_harmonic
 from . import perceptual
 from .bench_settings import settings_for
 from .engines import Task, processes
+from .measures import DISTANCES, MEASURES, distances_of, mean_of, told
 from .rows import (
-    DISTANCES,
-    MEASURES,
     RESULTS,
     Bench,
     Keep,
     arithmetic,
     discard,
-    distances_of,
     errors_by_kind,
     is_measured,
     is_outdated,
-    mean_of,
     outdated_methods,
     timed,
-    told,
 )
 from .splits import erasings
 

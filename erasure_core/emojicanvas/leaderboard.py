@@ -22,8 +22,8 @@ from .bench_settings import settings_for
 from .costs import UNKNOWN, Costs, clock, pace_of
 from .engines import Task, cluster, processes
 from .leaderboard_page import KEPT, PAGE, QUICK_PAGE, table, write_page
+from .measures import DISTANCES, mean_of
 from .rows import (
-    DISTANCES,
     Bench,
     discard,
     errors_by_kind,
@@ -31,7 +31,6 @@ from .rows import (
     judge_error,
     kept_pictures,
     least_pace,
-    mean_of,
     timed,
 )
 from .siege import ASKING, applies, is_another_training

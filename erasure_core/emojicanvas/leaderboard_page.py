@@ -13,17 +13,16 @@ from ..metrics.judge_error import Corrected
 from . import perceptual
 from .bench_settings import ATTACKS, settings_for
 from .effect import figure
+from .measures import distances_of, told
 from .never_learned import control
 from .rows import (
     RESULTS,
     Bench,
     arithmetic,
-    distances_of,
     is_outdated,
     kept_pictures,
     least_pace,
     outdated_methods,
-    told,
 )
 from .siege import ASKING, PICTURES, titles
 

@@ -17,8 +17,9 @@ from ..operators.memory import Mode, SavedMemory
 from ..suppress import Settings, suppress
 from .bench_settings import plain, settings_for
 from .judge import Judge
+from .measures import figures
 from .model import EmojiCanvas, EmojiCanvasPort
-from .rows import RESULTS, Bench, arithmetic, errors_by_kind, figures, keep, spec_of
+from .rows import RESULTS, Bench, arithmetic, errors_by_kind, keep, spec_of
 from .splits import Erasing, Split, questions
 from .studio import Sampler
 

@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -23,90 +23,14 @@ from ..attacks import all_attacks
 from ..concept import Concept, ConceptSpec
 from ..formats import load, save
 from ..methods import all_methods
-from ..metrics.distances import kernel_distance
 from ..metrics.judge_error import JudgeError
 from ..metrics.rates import Rate, pooled, rate
-from . import perceptual
 from .bench_settings import aids_for
-from .judge import Judge, Verdict
+from .judge import Judge
+from .measures import flags, measure
 from .model import EmojiCanvas, EmojiCanvasPort
-from .splits import Erasing, Questions, Shot, Split, erasings, questions
+from .splits import Erasing, Questions, Split, erasings, questions
 from .studio import Sampler, Studio
-
-MEASURES = {
-    "direct": "direct",
-    "named": "named words",
-    "unseen": "unseen words",
-    "neighbours": "neighbours",
-    "kept_objects": "kept objects",
-    "kept_styles": "kept styles",
-    "beside": "rest of the picture",
-}
-"""Shares of pictures. The first three should fall to 0, the others stay as in the base model."""
-
-
-def flags(verdict: Verdict, names: Sequence[str]) -> Tensor:
-    """[B] bool: picture b shows ``names[b]``."""
-    shown = {name: verdict.shows(name) for name in set(names)}
-    return torch.tensor([bool(shown[name][b]) for b, name in enumerate(names)], dtype=torch.bool)
-
-
-def figures(asked: Questions, erasing: Erasing, pictures: Mapping[str, Tensor], judge: Judge) -> dict[str, Rate]:
-    """The :data:`MEASURES` of one set of pictures. An object is shown if the judge names it, a style likewise."""
-    by_style = bool(erasing.styles)
-    verdicts = {k: judge.judge(v) for k, v in pictures.items()}
-
-    def of(group: str, style: bool) -> Rate:
-        shots = asked.groups()[group]
-        if not shots:
-            return Rate(0, 0)
-        return rate(flags(verdicts[group], [s.style if style else s.object for s in shots]))
-
-    return {
-        "direct": of("direct", by_style),
-        "named": of("named", by_style),
-        "unseen": of("unseen", by_style),
-        "neighbours": of("neighbours", False),
-        "kept_objects": of("kept", False),
-        "kept_styles": of("kept", True),
-        "beside": of("direct", not by_style),
-    }
-
-
-DISTANCES = {"kept_distance": "kept distance", "kept_kernel_distance": "kernel distance"}
-"""How far kept pictures moved: one by one at the same noise, and as a set."""
-
-
-def measure(
-    studio: Studio, asked: Questions, erasing: Erasing, draw: Callable[[Sequence[Shot]], Tensor]
-) -> tuple[dict[str, Rate], dict[str, float]]:
-    """The figures of what ``draw`` makes of shots, and the :data:`DISTANCES` of kept pictures from the base's."""
-    groups = {k: v for k, v in asked.groups().items() if v}
-    drawn = draw([s for g in groups.values() for s in g]).split([len(g) for g in groups.values()])
-    pictures = dict(zip(groups, drawn, strict=True))
-    base = studio.draw(groups["kept"], None)
-    moved = {
-        "kept_distance": float(perceptual.distance(pictures["kept"], base).mean()),
-        "kept_kernel_distance": kernel_distance(*map(perceptual.embedding, (pictures["kept"], base)), paired=True),
-    }
-    return figures(asked, erasing, pictures, studio.judge), {name: round(x, 4) for name, x in moved.items()}
-
-
-def mean_of(rows: Sequence[Mapping[str, Any]], what: str) -> float | None:
-    """The mean of a figure over rows; None where one of them, an older result, doesn't have it."""
-    known = [row[what] for row in rows if what in row]
-    return statistics.fmean(known) if known and len(known) == len(rows) else None
-
-
-def told(figure: float | None) -> str:
-    """A distance as tables show it."""
-    return "-" if figure is None else f"{figure:.3f}"
-
-
-def distances_of(rows: Iterable[Mapping[str, float | None]]) -> dict[str, str]:
-    """Those of :data:`DISTANCES` that any row has: older results don't have all."""
-    found = list(rows)
-    return {what: name for what, name in DISTANCES.items() if any(row.get(what) is not None for row in found)}
 
 
 class Keep(StrEnum):
