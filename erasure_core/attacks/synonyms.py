@@ -29,6 +29,8 @@ _FEW, _MORE = 2, 16
 """Noised pictures by which all prompts are compared, and then the best ones."""
 _AGAIN = 8
 """Times as many as are drawn are compared again."""
+_SEED = 0
+"""Of the noise at which prompts are compared: nothing is searched that another seed would find."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,6 @@ class Settings:
         high=1000,
         step=8,
     )
-    seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
 
 
 def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: Progress) -> Found:
@@ -59,19 +60,19 @@ def run(target: AttackTarget, spec: ConceptSpec, settings: Settings, progress: P
     prompts = dict.fromkeys(swap(prompt, known, word) for word in unseen for prompt in target.prompts)
     texts = [text for text in prompts if text is not None] or unseen
     if 0 < settings.drawn < len(texts):
-        texts = best_fitting(target, texts, settings.drawn, settings.seed, progress)
+        texts = best_fitting(target, texts, settings.drawn, progress)
     progress(1, 1)
     return Found(tuple(Way(text, text) for text in texts))
 
 
 @torch.no_grad()
-def best_fitting(target: AttackTarget, texts: Sequence[str], count: int, seed: int, progress: Progress) -> list[str]:
+def best_fitting(target: AttackTarget, texts: Sequence[str], count: int, progress: Progress) -> list[str]:
     """The ``count`` of ``texts`` with which the erased model predicts the noise on pictures of the concept best."""
     total = len(texts)
-    pictures = pictures_of(target, target.prompts, _MORE, seed, "synonyms", lambda *_: progress(0, total))
+    pictures = pictures_of(target, target.prompts, _MORE, _SEED, "synonyms", lambda *_: progress(0, total))
     with target.erased.trainable() as model:
         for probes, stay in ((_FEW, _AGAIN * count), (_MORE, count)):
-            losses = fit(model, target, texts, pictures, probes, seed, progress)
+            losses = fit(model, target, texts, pictures, probes, progress)
             best = losses.argsort(stable=True)[:stay].sort().values
             texts = [texts[i] for i in best.tolist()]
     return list(texts)
@@ -79,7 +80,7 @@ def best_fitting(target: AttackTarget, texts: Sequence[str], count: int, seed: i
 
 @torch.no_grad()
 def fit(
-    model: TrainableModel, target: AttackTarget, texts: Sequence[str], pictures: Tensor, probes: int, seed: int,
+    model: TrainableModel, target: AttackTarget, texts: Sequence[str], pictures: Tensor, probes: int,
     progress: Progress,
 ) -> Tensor:  # fmt: skip
     """[texts] mean of || target - net(x_t, t, text) ||^2 over ``probes`` noised pictures, the same for every text, whose times
@@ -87,7 +88,7 @@ def fit(
     schedule, space, away = model.schedule, model.space, target.away()
     x0 = pictures[torch.arange(probes) % len(pictures)].to(model.device, model.dtype)
     t = ((torch.arange(probes) + 0.5) / probes * len(schedule)).long()
-    noise = noises(model, seed, "synonyms fit", range(probes))
+    noise = noises(model, _SEED, "synonyms fit", range(probes))
     z, wanted = schedule.add_noise(x0, noise, t), schedule.target(space, x0, noise, t)
     size = max(1, model.at_once * 2 // probes)
     found = []
