@@ -20,7 +20,7 @@ from ..concept import ConceptSpec
 from ..operators.cond import Cond
 from ..operators.search import predicted
 from ..operators.trainable import TrainableModel
-from .drawing import Progress, noises, pictures_of
+from .drawing import Progress, noises, part, pictures_of
 from .registry import AttackSpec, Knowledge, setting
 from .target import AttackTarget, Found, Way
 from .words import swap
@@ -29,6 +29,8 @@ _FEW, _MORE = 2, 16
 """Noised pictures by which all prompts are compared, and then the best ones."""
 _AGAIN = 8
 """Times as many as are drawn are compared again."""
+_ENCODED = 256
+"""Prompts that are encoded at once: a host may have to fetch its text encoder for them."""
 _SEED = 0
 """Of the noise at which prompts are compared: nothing is searched that another seed would find."""
 
@@ -71,8 +73,8 @@ def best_fitting(target: AttackTarget, texts: Sequence[str], count: int, progres
     total = len(texts)
     pictures = pictures_of(target, target.prompts, _MORE, _SEED, "synonyms", lambda *_: progress(0, total))
     with target.erased.trainable() as model:
-        for probes, stay in ((_FEW, _AGAIN * count), (_MORE, count)):
-            losses = fit(model, target, texts, pictures, probes, progress)
+        for number, (probes, stay) in enumerate(((_FEW, _AGAIN * count), (_MORE, count))):
+            losses = fit(model, target, texts, pictures, probes, part(progress, number, 2))
             best = losses.argsort(stable=True)[:stay].sort().values
             texts = [texts[i] for i in best.tolist()]
     return list(texts)
@@ -92,9 +94,13 @@ def fit(
     z, wanted = schedule.add_noise(x0, noise, t), schedule.target(space, x0, noise, t)
     size = max(1, model.at_once * 2 // probes)
     found = []
+    conds: list[Cond] = []
     for start in range(0, len(texts), size):
         progress(start, len(texts))
-        some = [cond.to(z).expand(probes) for cond in target.erased.conditions(list(texts[start : start + size]))]
+        if len(conds) < size:
+            done = start + len(conds)
+            conds += target.erased.conditions(list(texts[done : done + _ENCODED])) if done < len(texts) else []
+        some, conds = [cond.to(z).expand(probes) for cond in conds[:size]], conds[size:]
         n = len(some)
         made = predicted(model, z.repeat(n, 1, 1, 1), t.repeat(n), Cond.cat(some), away, memory=target.memory)
         gaps = (made.float() - wanted.float().repeat(n, 1, 1, 1)).square().flatten(1).mean(1)

@@ -239,7 +239,7 @@ def main() -> None:
     if a.what == "peak":
         peak_page(bench, methods)
         return
-    if a.what == "leaderboard" or a.attack:
+    if a.what == "leaderboard" or (a.what == "tune" and a.attack):
         attacks = a.attack or (QUICK_ATTACKS if a.quick else all_attacks())
         contest = Contest(chosen, list(attacks), budgets(a.budget), page)
         leaderboard(bench, contest, jobs=a.jobs, ray=a.ray, fresh=a.fresh, plan=a.plan, report=a.report)

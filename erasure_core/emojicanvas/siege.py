@@ -127,7 +127,7 @@ def _found(bench: Bench, erasing: Erasing, target: AttackTarget, name: str, budg
 
 
 def _spelled_out(erasing: Erasing, budget: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The budget with all pairs of words in place of their name: results needn't hold twelve thousand."""
+    """The budget with all pairs of words in place of their name: results needn't hold sixteen thousand."""
     if budget.get("words") != EVERY_PAIR:
         return budget
     told = {word for words in erasing.words() for word in words}
