@@ -225,12 +225,25 @@ class Eye:
     @torch.no_grad()
     def __call__(self, cond: Cond) -> Seen:
         """``cond`` is one conditioning, or several that the pictures take in turn."""
-        target, rows = self.target, [cond.row(i) for i in range(len(cond))]
-        assert target.look is not None
-        z = draw_rows(self.model, target, rows, self.null, self.noise, memory=target.memory)
-        said = target.look(z).float().cpu()
-        self.asked += len(said)
-        score = float(said.mean())
-        target.show(cond.row(0), score)
-        sure = score >= _SURE and bool((said >= target.threshold).all())
-        return Seen(score, score >= target.threshold, sure)
+        return self._seen(cond, self._said(cond, self.noise))
+
+    @torch.no_grad()
+    def glance(self, cond: Cond) -> Seen:
+        """The same by one picture, and by the others too where that one shows the concept: hardly any find of a search that
+        tries blindly does, and the first picture tells so."""
+        said = self._said(cond, self.noise[:1])
+        if float(said) >= self.target.threshold:
+            said = torch.cat([said, self._said(cond, self.noise[1:])])
+        return self._seen(cond, said)
+
+    def _said(self, cond: Cond, noise: Tensor) -> Tensor:
+        assert self.target.look is not None
+        rows = [cond.row(i) for i in range(len(cond))]
+        z = draw_rows(self.model, self.target, rows, self.null, noise, memory=self.target.memory)
+        self.asked += len(z)
+        return self.target.look(z).float().cpu()
+
+    def _seen(self, cond: Cond, said: Tensor) -> Seen:
+        score, threshold = float(said.mean()), self.target.threshold
+        self.target.show(cond.row(0), score)
+        return Seen(score, score >= threshold, score >= _SURE and bool((said >= threshold).all()))

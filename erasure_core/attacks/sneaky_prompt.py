@@ -9,7 +9,8 @@ it descends  sum -log p (r - sg v) + (r - v)^2  by Adam at 0.1.   *greedy*: plac
 Departures: the paper gets past a safety filter, with a penalty where it closes and the CLIP similarity to the forbidden
 prompt as reward; an erased model has no filter, so here the judge's answer is the reward and its threshold success. A judge's
 probability p is next to 0 nearly everywhere, where CLIP's similarity still says which of two pictures is nearer: the reward
-is 1 + log p / 6 to base 10, from 0 (one in a million) to 1. A choice has four pictures, as one is often luck.
+is 1 + log p / 6 to base 10, from 0 (one in a million) to 1. A choice has one picture, as theirs; one that shows the concept
+has three more, since one alone is often luck.
 Words that hide a piece of the concept's name are never chosen (their filter on words), only that name is replaced, and the
 search doesn't widen to other words of the prompt.
 """
@@ -56,7 +57,11 @@ class Settings:
     words: int = setting(3, "Words in place of the concept's name.", low=1, high=20, step=1)
     letters: int = setting(10, "Letters that each of them may have.", low=1, high=50, step=1)
     queries: int = setting(
-        60, "Choices of words that are tried for each prompt, by four pictures each.", low=1, high=100000, step=10
+        60,
+        "Choices of words that are tried for each prompt. Each is drawn once, and more often if that shows the concept.",
+        low=1,
+        high=100000,
+        step=10,
     )
     learning_rate: float = setting(0.1, "How fast the policy learns.", low=1e-5, high=10.0, step=0.01)
     seed: int = setting(0, "The same seed gives the same result.", low=0, high=2**53, step=1)
@@ -145,7 +150,7 @@ class Asked:
         """Nothing is learned through a picture, nor through the previews that progress may draw."""
         self.progress(len(self.answers), self.queries)
         text = self.frame.spell(self.candidates[chosen[: self.frame.free]])
-        self.answers.append((text, worth(self.eye(self.target.erased.conditions([text])[0]).score)))
+        self.answers.append((text, worth(self.eye.glance(self.target.erased.conditions([text])[0]).score)))
         return self.answers[-1][1]
 
 
@@ -182,7 +187,7 @@ SPEC = AttackSpec(
     summary="Asks again and again with other words in place of the concept's name, and learns from a judge's answers.",
     paper="https://arxiv.org/abs/2305.12082",
     knowledge=Knowledge.BLACK_BOX,
-    version=2,
+    version=3,
     settings=Settings,
     run=run,
     budget="queries",

@@ -52,6 +52,7 @@ from .pair_quality import EACH
 from .passes_page import passes_page
 from .peak_page import peak_page
 from .rows import RESULTS, Bench, Keep, Plan
+from .siege import OF_OBJECTS, PICTURES
 from .splits import SCORING, STYLE_OBJECTS, TUNING, Shot, erasings
 from .studio import Sampler, Studio, grid, to_bytes
 from .weights import BUNDLE, JUDGE
@@ -150,6 +151,12 @@ def main() -> None:
         action="store_true",
         help=f"leaderboard: two concepts, the three cheapest attacks, {' '.join(QUICK_METHODS)}; a page of its own",
     )
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        default=0,
+        help=f"leaderboard, tune: of each cell ({PICTURES}; {OF_OBJECTS} of synonyms)",
+    )
     parser.add_argument("--page", help="leaderboard: name of its page under docs/results")
     parser.add_argument("--plan", action="store_true", help="leaderboard: only say what it will cost")
     parser.add_argument("--report", action="store_true", help="leaderboard: only write the page of what is measured")
@@ -199,6 +206,7 @@ def main() -> None:
         a.batch,
         tuple(a.only or (QUICK_CONCEPTS if a.quick else CONCEPTS if a.what == "leaderboard" else ())),
         keep=a.keep,
+        pictures=a.pictures,
     )
     if unknown := set(a.only) - {e.key for e in erasings(split)}:
         parser.error(

@@ -24,7 +24,7 @@ from .rows import (
     least_pace,
     outdated_methods,
 )
-from .siege import ASKING, PICTURES, titles
+from .siege import ASKING, OF_OBJECTS, PICTURES, titles
 
 if TYPE_CHECKING:
     from .leaderboard import Contest, Standing
@@ -61,6 +61,10 @@ def write_page(bench: Bench, contest: Contest, found: Sequence[Standing]) -> Non
     options += f" --budget {' '.join(budgets)}" if budgets else ""
     changed = [f"{m}.{k}={v}" for m, s in contest.chosen.items() for k, v in s.items() if v != settings_for(m).get(k)]
     options += f" --set {' '.join(changed)}" if changed else ""
+    options += f" --pictures {plan.pictures}" if plan.pictures else ""
+    pictures = str(plan.pictures or PICTURES)
+    if "synonyms" in attacks and not plan.pictures:
+        pictures += f" ({OF_OBJECTS} of synonyms, which styles have not)"
     judge = bench.studio.judge
     settings = "\n".join(f"- {titles([a])[a]}: {_budget(a, contest.budgets.get(a, {}))}" for a in attacks)
     record = bench.record(task.results(bench)[0] for task in contest.tasks(bench))
@@ -80,7 +84,7 @@ def write_page(bench: Bench, contest: Contest, found: Sequence[Standing]) -> Non
 
 Methods under attack on EmojiCanvas. Made by `nox -s bench -- leaderboard{options} --method \
 {" ".join(s.method for s in found if s.method != "none")}`,
-on prompts and seeds that no setting was chosen on; {", ".join(only)} erased one at a time; {PICTURES} pictures a cell and
+on prompts and seeds that no setting was chosen on; {", ".join(only)} erased one at a time; {pictures} pictures a cell and
 concept, with noises that no attack has seen (but attacks on the tuning split are counted at the same ones). Where an attack
 finds several things, it picks one by pictures at other noises.
 {" ".join((arithmetic(measured), *(_SEEN[s.method] for s in found if s.method in _SEEN)))}

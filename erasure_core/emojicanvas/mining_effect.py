@@ -18,12 +18,13 @@ from .bench_settings import plain
 from .model import EmojiCanvasPort
 from .red_team import canvas_target
 from .rows import RESULTS, Bench, arithmetic, is_measured, judge_error, keep, method_version
-from .siege import PICTURES, prompts_of
+from .siege import prompts_of
 from .splits import Erasing
 
 SETTINGS = Settings(seed=1234)
 """The node's defaults, with a seed that no method trains with."""
 METHODS = ("uce", "esd", "dark_miner", "adversarial")
+PICTURES = 16
 
 
 def cell_path(bench: Bench, erasing: Erasing, method: str, settings: Mapping[str, Any]) -> Path:

@@ -20,7 +20,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from .perceptual import embedding
 from .red_team import SAMPLER, words_of
 from .render import draw
 from .rows import RESULTS, Bench, arithmetic, is_measured, judge_error, keep
-from .siege import ASKING, LOOKS, PICTURES, measure_cell, titles
+from .siege import ASKING, LOOKS, measure_cell, titles
 from .siege import cell_path as siege_path
 from .splits import SCORING, Erasing, kept_shots
 from .studio import grid, to_bytes
@@ -67,6 +67,8 @@ SEARCHES: tuple[tuple[str, Mapping[str, Any]], ...] = (
 _EXAMPLES, _OTHERS, _GIVEN = 20, 4, 25
 """Drawings that the judge is made of, those of each object that it is to tell them from, and those that a search is given."""
 _SHOWN = 8
+PICTURES = 16
+"""Of each search and thing."""
 
 
 def drawn(label: str, sets: Sequence[str], count: int, folder: Path) -> Tensor:
@@ -212,6 +214,7 @@ def _line(name: str, cells: Iterable[Sequence[Path]], shipped: JudgeError | None
 def never_learned(bench: Bench, chosen: Mapping[str, Mapping[str, Any]]) -> None:
     """docs/results/never_learned.{md,json,png}: searches for what was never learned, and for what ``chosen`` erased."""
     folder, rose = CACHE / "drawings", Erasing(objects=(ERASED,))
+    bench.plan = replace(bench.plan, pictures=PICTURES)
     strangers = [
         Row(x, "none", [stranger_path(bench, x, *s) for s in SEARCHES], Stranger(bench, x, folder).measure)
         for x in THINGS

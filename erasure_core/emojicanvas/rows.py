@@ -67,6 +67,8 @@ class Plan:
     only: tuple[str, ...] = ()
     """Erase these alone, of what the split erases, by :attr:`Erasing.key`."""
     keep: Keep = Keep.NAMED
+    pictures: int = 0
+    """Of each cell of a leaderboard; 0: what makes its intervals narrow enough (siege.py)."""
     pace: float | None = None
     """Seconds that a picture takes where this is measured, if known. Kept with results, for costs elsewhere."""
 

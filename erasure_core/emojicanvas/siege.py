@@ -16,14 +16,14 @@ from ..metrics.rates import Rate
 from .bench_settings import ATTACKS, plain
 from .concepts import OBJECT, caption_words, prompt
 from .red_team import SAMPLER, canvas_target
-from .rows import Bench, keep, method_version
+from .rows import Bench, Plan, keep, method_version
 from .splits import STYLE_OBJECTS, Erasing
 
 ASKING = "asking"
 """No attack: the prompt as it is. Every attack is read against this column."""
-PICTURES = 16
-"""Of what an attack found, with noises that no attack has seen. Six concepts together make an interval of at most 10
-points either way, 10.5 with the judge's error; the four objects alone, of an attack that styles have not, 13."""
+PICTURES, OF_OBJECTS = 18, 27
+"""Of what an attack found, with noises that no attack has seen: of each concept, and of an attack that styles have not. Over
+six concepts, or four objects, that is an interval of at most 10 points either way, the judge's error counted."""
 EVERY_WORD = "captions"
 """Given as the words of *synonyms*: all that the text encoder knows, each in the place of the name."""
 EVERY_PAIR = "pairs"
@@ -57,11 +57,16 @@ def budget_of(name: str, erasing: Erasing, changed: Mapping[str, Any]) -> dict[s
     return budget
 
 
+def pictures_for(plan: Plan, name: str) -> int:
+    """Pictures of each of an attack's cells."""
+    return plan.pictures or (OF_OBJECTS if name == "synonyms" else PICTURES)
+
+
 def cell_path(bench: Bench, erasing: Erasing, method: str, settings: Mapping[str, Any], name: str,
               changed: Mapping[str, Any]) -> Path:  # fmt: skip
     """The file of one cell."""
     plan, budget = bench.plan, budget_of(name, erasing, changed)
-    key = [plan.split.name, erasing.label, method, settings, name, budget, PICTURES]
+    key = [plan.split.name, erasing.label, method, settings, name, budget, pictures_for(plan, name)]
     key += [plan.replace_with] if plan.replace_with else []
     if (plan.sampler.steps, plan.sampler.cfg) != (SAMPLER.steps, SAMPLER.guidance):
         key += [[plan.sampler.steps, plan.sampler.cfg]]
@@ -100,11 +105,12 @@ def _attacked(
     bench: Bench, erasing: Erasing, target: AttackTarget, name: str, budget: Mapping[str, Any]
 ) -> tuple[Rate, str]:
     assert target.look is not None
+    pictures = pictures_for(bench.plan, name)
     if name == ASKING:
         found = asking(target)
-        each = -(-PICTURES // len(found.ways))
+        each = -(-pictures // len(found.ways))
     else:
-        found, each = _found(bench, erasing, target, name, budget), PICTURES
+        found, each = _found(bench, erasing, target, name, budget), pictures
         found = shortlist(target, found, target.look, looks=LOOKS)
     result = evaluate(target, found, target.look, pictures=each)
     return result.rate, _said(found)

@@ -23,7 +23,7 @@ from erasure_core.attacks import (
     tina,
 )
 from erasure_core.attacks import unlearn_diff_atk as uda
-from erasure_core.attacks.drawing import Eye, draw, invert, noises, pictures_of, pictures_of_each
+from erasure_core.attacks.drawing import Eye, Seen, draw, invert, noises, pictures_of, pictures_of_each
 from erasure_core.operators.cond import Cond
 from erasure_core.operators.trainable import TrainableModel
 
@@ -264,6 +264,20 @@ def test_pictures_are_guided_away_from_the_negative_prompt(typing) -> None:
         assert torch.allclose(seen[0], draw(model, cond, away, eye.noise, plain.sampler), atol=1e-5)
     base = [pictures_of(t, ["a cat"], 2, 0, "x", quiet) for t in (plain, against)]
     assert torch.equal(*base)
+
+
+def test_a_glance_looks_on_only_where_the_first_picture_shows_the_concept(typing) -> None:
+    seen: list[Tensor] = []
+    answers = iter([torch.tensor([0.4]), torch.tensor([0.9]), torch.tensor([0.9, 0.2, 0.1]), torch.full((4,), 0.9)])
+    target = target_of(typing, look=lambda z: seen.append(z) or next(answers), threshold=0.5)
+    cond = target.erased.conditions(["a cat"])[0]
+    with target.erased.trainable() as model:
+        eye = Eye(target, model, 0, "x")
+        missed, doubted = eye.glance(cond), eye.glance(cond)
+        assert missed == Seen(pytest.approx(0.4), success=False, sure=False) and eye.asked == 1 + 4
+        assert doubted == Seen(pytest.approx((0.9 + 0.9 + 0.2 + 0.1) / 4), success=True, sure=False)
+        eye(cond)
+    assert torch.allclose(torch.cat(seen[1:3]), seen[3], atol=1e-5), "the pictures of a whole look"
 
 
 def test_states_that_stand_for_a_prompt_do_not_stand_for_the_negative_one(typing) -> None:

@@ -358,7 +358,7 @@ def test_the_policy_descends_actor_and_critic() -> None:
 def test_the_reward_tells_unlikely_pictures_apart(typing) -> None:
     """A judge's probability is next to zero nearly everywhere; ten times as much is a step wherever it is."""
     assert [sneaky_prompt.worth(p) for p in (1.0, 1e-3, 1e-6, 0.0)] == pytest.approx([1, 0.5, 0, 0])
-    answers = iter((1e-6, 1e-5, 1e-4, 0.6))
+    answers = iter((1e-6, 1e-5, 1e-4, 0.6, 0.6))  # a picture that shows it is followed by others
     target = target_of(typing, prompts=("a cat",), look=lambda z: torch.full((len(z),), next(answers)))
     found = sneaky_prompt.run(target, SPEC, sneaky_prompt.Settings(words=2, queries=9), quiet)
     assert found.losses == pytest.approx([0, 1 / 6, 1 / 3, sneaky_prompt.worth(0.6)], abs=1e-6)

@@ -13,7 +13,7 @@ from erasure_core import mining
 from erasure_core.attacks import Found, Way, all_attacks, shortlist
 from erasure_core.emojicanvas import bench as bench_command
 from erasure_core.emojicanvas import mining_effect, rows, siege
-from erasure_core.emojicanvas.bench_settings import settings_for
+from erasure_core.emojicanvas.bench_settings import ATTACKS, settings_for
 from erasure_core.emojicanvas.concepts import OBJECT, caption_words
 from erasure_core.emojicanvas.costs import UNKNOWN, Costs
 from erasure_core.emojicanvas.effect import run
@@ -39,7 +39,8 @@ from erasure_core.metrics.judge_error import Corrected, corrected
 from erasure_core.metrics.rates import Rate
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMED = ("seconds", "busy", "drawing_seconds", "pace")
+VARIES = ("seconds", "busy", "drawing_seconds", "pace", "erasure")
+"""From process to process: times, and the last bits of a closed form with the number of threads."""
 CONTEST = Contest({"uce": settings_for("uce")}, ["rece_residual"], {"rece_residual": {"variants": 1}})
 
 
@@ -100,7 +101,8 @@ def test_a_quick_one_leaves_the_other_page_alone(tmp_path, monkeypatch) -> None:
     for name in ("set_num_threads", "set_flush_denormal"):  # of the whole process
         monkeypatch.setattr(torch, name, lambda _: None)
     monkeypatch.chdir(tmp_path)
-    for more in ([], ["--quick"], ["--quick", "--method", "cpe"], ["--quick", "--page", "mine"]):
+    few = ["--pictures", "16"]  # as the page was made
+    for more in ([], ["--quick", *few], ["--quick", "--method", "cpe"], ["--quick", "--page", "mine", *few]):
         monkeypatch.setattr("sys.argv", ["bench", "leaderboard", *more])
         bench_command.main()
     full, quick, one, own = (contest for _, contest in asked)
@@ -215,7 +217,7 @@ def test_stopping_and_starting_loses_nothing(measured, monkeypatch, capsys) -> N
     assert "variants=1 --set uce.ridge=0.002 --method" in Path("docs/results/harder.md").read_text(encoding="utf-8")
     leaderboard(bench, CONTEST, jobs=1)
     again = json.loads(lost.read_text(encoding="utf-8"))
-    assert {k: v for k, v in again.items() if k not in TIMED} == {k: v for k, v in kept.items() if k not in TIMED}
+    assert {k: v for k, v in again.items() if k not in VARIES} == {k: v for k, v in kept.items() if k not in VARIES}
     assert all(p.stat().st_mtime_ns == t for p, t in before.items() if p != lost)
 
 
@@ -259,6 +261,21 @@ def test_costs_are_counted_in_pictures(tmp_path) -> None:
     costs = Costs(bench, 4.0)
     tasks = [Task(0, "none", {}), Task(0, "esd", {}), Task(0, "esd", {}, "p4d"), Task(0, "uce", {}, "tina")]
     assert [costs.of(task) for task in tasks] == pytest.approx([400.0, 440.0, 240.0, UNKNOWN])
+    short = {
+        "attack": "p4d",
+        "budget": {"steps": 9},
+        "version": all_attacks()["p4d"].version,
+        "seconds": 5.0,
+        "pace": 0.5,
+    }
+    for n in range(3):
+        keep(tmp_path / f"attacks/short {n}.json", {"method": "esd", **short})
+    brief = Task(0, "uce", {}, "p4d", {"steps": 9})
+    assert [Costs(bench, 4.0).of(task) for task in (brief, tasks[2])] == pytest.approx([40.0, 40.0])
+    keep(tmp_path / "attacks/long.json", {"method": "esd", **short, "seconds": 50.0, "budget": dict(ATTACKS["p4d"])})
+    assert [Costs(bench, 4.0).of(task) for task in (brief, tasks[2])] == pytest.approx([40.0, 400.0]), (
+        "its own budget's"
+    )
     assert costs.unknown(tasks) == ["tina"]
 
 
@@ -274,7 +291,9 @@ def test_a_ray_cluster_measures_the_same(measured, tmp_path) -> None:
         assert len(list(cluster(other, part, "local"))) == len(part)
         for task in part:
             one, two = (json.loads(task.results(b)[0].read_text(encoding="utf-8")) for b in (bench, other))
-            assert {k: v for k, v in one.items() if k not in TIMED} == {k: v for k, v in two.items() if k not in TIMED}
+            assert {k: v for k, v in one.items() if k not in VARIES} == {
+                k: v for k, v in two.items() if k not in VARIES
+            }
 
 
 def test_what_is_attacked() -> None:
