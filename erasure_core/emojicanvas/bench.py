@@ -34,13 +34,13 @@ from tqdm import tqdm
 from ..attacks import all_attacks
 from ..methods import all_methods
 from ..metrics.rates import Rate, pooled, rate
-from .bench_settings import parse_settings, settings_for
+from .bench_settings import parse_budgets, parse_settings, settings_for
 from .combine import METHODS as COMBINED
 from .combine import combine
 from .concepts import OBJECTS, STYLES, prompt
 from .effect import effect, page_of, tune
 from .judge import Judge
-from .leaderboard import CONCEPTS, QUICK_ATTACKS, QUICK_CONCEPTS, QUICK_METHODS, Contest, budgets, leaderboard
+from .leaderboard import CONCEPTS, QUICK_ATTACKS, QUICK_CONCEPTS, QUICK_METHODS, Contest, leaderboard
 from .leaderboard_page import PAGE, QUICK_PAGE
 from .measures import flags
 from .memory_effect import memory_effect
@@ -249,7 +249,7 @@ def main() -> None:
         return
     if a.what == "leaderboard" or (a.what == "tune" and a.attack):
         attacks = a.attack or (QUICK_ATTACKS if a.quick else all_attacks())
-        contest = Contest(chosen, list(attacks), budgets(a.budget), page)
+        contest = Contest(chosen, list(attacks), parse_budgets(a.budget), page)
         leaderboard(bench, contest, jobs=a.jobs, ray=a.ray, fresh=a.fresh, plan=a.plan, report=a.report)
         return
     (effect if a.what == "effect" else tune)(bench, chosen, a.fresh, a.jobs)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..attacks import all_attacks
 from ..methods import Aids, all_methods, settings_from
 from ..methods.registry import Look, typed
 from ..operators.cond import Cond
@@ -98,6 +99,24 @@ def parse_settings(method: str, pairs: Sequence[str]) -> dict[str, Any]:
         if name not in fields:
             raise SystemExit(f"--set {pair}: {method} has no setting {name!r}; there are {', '.join(fields)}")
         out[name] = typed(text, fields[name])
+    return out
+
+
+def parse_budgets(pairs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """``attack.setting=value`` of the command line, typed as the attack's settings are.
+
+    Raises:
+        SystemExit: an unknown attack or setting.
+    """
+    out: dict[str, dict[str, Any]] = {}
+    for pair in pairs:
+        left, _, text = pair.partition("=")
+        attack, _, name = left.partition(".")
+        known = all_attacks()
+        fields = {f.name: f.default for f in dataclasses.fields(known[attack].settings)} if attack in known else {}
+        if name not in fields:
+            raise SystemExit(f"--budget {pair}: write ATTACK.SETTING=VALUE; attacks are {', '.join(known)}")
+        out.setdefault(attack, {})[name] = typed(text, fields[name])
     return out
 
 

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from ..attacks import all_attacks
 from ..methods import all_methods
-from ..methods.registry import typed
 from ..metrics.judge_error import Corrected
 from ..metrics.rates import Rate, pooled
 from .bench_settings import settings_for
@@ -283,21 +282,3 @@ def _once(rates: Sequence[Rate], pictures: int) -> Rate:
     whole = pooled(rates)
     n = min(pictures, whole.n)
     return Rate(round(n * whole.share), n) if n else whole
-
-
-def budgets(pairs: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """``attack.setting=value`` of the command line, typed as the attack's settings are.
-
-    Raises:
-        SystemExit: an unknown attack or setting.
-    """
-    out: dict[str, dict[str, Any]] = {}
-    for pair in pairs:
-        left, _, text = pair.partition("=")
-        attack, _, name = left.partition(".")
-        known = all_attacks()
-        fields = {f.name: f.default for f in dataclasses.fields(known[attack].settings)} if attack in known else {}
-        if name not in fields:
-            raise SystemExit(f"--budget {pair}: write ATTACK.SETTING=VALUE; attacks are {', '.join(known)}")
-        out.setdefault(attack, {})[name] = typed(text, fields[name])
-    return out

@@ -13,7 +13,7 @@ from erasure_core import mining
 from erasure_core.attacks import Found, Way, all_attacks, shortlist
 from erasure_core.emojicanvas import bench as bench_command
 from erasure_core.emojicanvas import mining_effect, rows, siege
-from erasure_core.emojicanvas.bench_settings import ATTACKS, settings_for
+from erasure_core.emojicanvas.bench_settings import ATTACKS, parse_budgets, settings_for
 from erasure_core.emojicanvas.concepts import OBJECT, caption_words
 from erasure_core.emojicanvas.costs import UNKNOWN, Costs
 from erasure_core.emojicanvas.effect import run
@@ -21,14 +21,14 @@ from erasure_core.emojicanvas.engines import Task, cluster
 from erasure_core.emojicanvas.leaderboard import (
     Contest,
     Standing,
-    budgets,
     in_order,
     leaderboard,
     pointless,
     standings,
     unfinished,
 )
-from erasure_core.emojicanvas.leaderboard_page import aside, by_concept, outdated, powerless, table, verdict
+from erasure_core.emojicanvas.leaderboard_page import by_concept, table
+from erasure_core.emojicanvas.leaderboard_words import aside, outdated, powerless, verdict
 from erasure_core.emojicanvas.rows import Bench, Plan, arithmetic, keep
 from erasure_core.emojicanvas.siege import ASKING, PICTURES, applies, titles
 from erasure_core.emojicanvas.splits import SCORING, Erasing
@@ -299,13 +299,13 @@ def test_a_ray_cluster_measures_the_same(measured, tmp_path) -> None:
 def test_what_is_attacked() -> None:
     assert applies("synonyms", Erasing(objects=("cat",))) and not applies("synonyms", Erasing(styles=("neon",)))
     assert not applies("p4d", Erasing(objects=("cat", "rose")))
-    assert budgets(["p4d.steps=7", "free_embedding.learning_rate=0.5"]) == {
+    assert parse_budgets(["p4d.steps=7", "free_embedding.learning_rate=0.5"]) == {
         "p4d": {"steps": 7}, "free_embedding": {"learning_rate": 0.5}}  # fmt: skip
-    assert budgets(["concept_inversion.teacher=False"]) == {"concept_inversion": {"teacher": False}}
+    assert parse_budgets(["concept_inversion.teacher=False"]) == {"concept_inversion": {"teacher": False}}
     tried = siege.budget_of("concept_inversion", Erasing(objects=("cat",)), {"teacher": False})
     assert tried == {"steps": 600}, "a default is no change, whoever says it: results keep their names"
     with pytest.raises(SystemExit, match="write ATTACK"):
-        budgets(["steps=7"])
+        parse_budgets(["steps=7"])
 
 
 RUN = (ASKING, "free_embedding")

@@ -13,7 +13,8 @@ from erasure_core.emojicanvas import drawings, never_learned, siege
 from erasure_core.emojicanvas.bench_settings import settings_for
 from erasure_core.emojicanvas.concepts import OBJECTS
 from erasure_core.emojicanvas.judge_data import EMOJI_SETS
-from erasure_core.emojicanvas.leaderboard_page import table, teaching
+from erasure_core.emojicanvas.leaderboard_page import table
+from erasure_core.emojicanvas.leaderboard_words import teaching
 from erasure_core.emojicanvas.perceptual import embedding
 from erasure_core.emojicanvas.rows import Bench, Plan
 from erasure_core.emojicanvas.splits import SCORING
