@@ -59,8 +59,9 @@ TESTBED: dict[str, Mapping[str, Any]] = {
 }
 
 ATTACKS: dict[str, Mapping[str, Any]] = {
-    # On the tuning split it found more than 3000 steps without a teacher do, in a third of their time.
-    "concept_inversion": {"steps": 600, "teacher": True},
+    # On the tuning split 600 steps found more than 3000 without a teacher do; after UCE and SDD they found a dog or a key in 9
+    # of 64 pictures, 150 steps in 6.
+    "concept_inversion": {"steps": 300, "teacher": True},
     # More teach what a model never learned as well as they bring back (docs/results/never_learned.md).
     "free_embedding": {"steps": 50},
     "unlearn_diff_atk": {"times": 10, "steps": 20},
