@@ -65,7 +65,8 @@ ATTACKS: dict[str, Mapping[str, Any]] = {
     # More teach what a model never learned as well as they bring back (docs/results/never_learned.md).
     "free_embedding": {"steps": 50},
     "unlearn_diff_atk": {"times": 10, "steps": 20},
-    "p4d": {"steps": 400},
+    # On the tuning split's dog and key 150 steps draw all 32 pictures of the unchanged model, as 400 do, and after UCE one.
+    "p4d": {"steps": 150},
     "ring_a_bell": {"generations": 300, "population": 100},
     "mma_diffusion": {"rounds": 60, "tries": 64},
     "relearning": {"learning_rate": 1e-3},
