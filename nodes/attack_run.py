@@ -21,9 +21,9 @@ from ..erasure_core.operators.changes import Layers, LoRA
 from ..erasure_core.operators.cond import Cond
 from ..erasure_core.operators.memory import Mode, PromptMemory
 from ..erasure_core.operators.trainable import TrainableModel
+from .footprint import Demand
 from .patching import carried
 from .reading import uses_of
-from .replica import Demand
 from .sampling import PLACE, template
 from .training import Decode, Watcher
 

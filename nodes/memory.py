@@ -21,12 +21,12 @@ from ..erasure_core.suppress import Settings as SuppressSettings
 from ..erasure_core.suppress import suppress
 from .erase import check_words_are_read, unfinished
 from .erase_notes import doubted
+from .footprint import Demand
 from .methods import seed_widget
 from .modes import ordinary_tensors
 from .patching import apply_erasure, check_ungated, note_unheard
 from .port import ComfyPort
 from .reading import apply_memory
-from .replica import Demand
 from .saved import Saved, place
 from .training import decoder, demand_of, watcher_of
 from .types import CATEGORY, Erasure, Memory

@@ -22,11 +22,12 @@ from ..erasure_core.operators.cond import Cond
 from ..erasure_core.operators.trainable import TrainableModel
 from ..erasure_core.port import Family
 from .attack_run import check_base
+from .footprint import Demand
 from .methods import widget
 from .modes import host_mode, ordinary_tensors
 from .patching import check_ungated, note_unheard
 from .port import ComfyPort, family_of
-from .replica import Demand, latent_shape
+from .replica import latent_shape
 from .saved import Saved, place
 from .towers import pseudo_words
 from .training import Watcher, decoder, making_room

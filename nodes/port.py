@@ -20,8 +20,9 @@ from ..erasure_core.operators.changes import role_of
 from ..erasure_core.operators.cond import Cond
 from ..erasure_core.operators.trainable import TrainableModel
 from ..erasure_core.port import FAMILIES, token_kinds
+from .footprint import Demand
 from .modes import host_mode
-from .replica import PREFIX, Demand, build, effective, latent_shape, make_room, prediction_of
+from .replica import PREFIX, build, effective, latent_shape, make_room, prediction_of
 
 # Of a UNet: others (LTXV) have attn2 too, fed by a projection of the text that no port knows.
 _TEXT_SITE = re.compile(

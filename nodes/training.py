@@ -19,8 +19,9 @@ from ..erasure_core.methods.registry import Look
 from ..erasure_core.operators.changes import FullWeights, Layers, LoRA
 from ..erasure_core.operators.cond import Cond
 from ..erasure_core.operators.trainable import TrainableModel
+from .footprint import Demand
 from .modes import host_mode
-from .replica import Demand, Replica, make_room
+from .replica import Replica, make_room
 
 _T = TypeVar("_T")
 Decode = Callable[[Tensor], Tensor]

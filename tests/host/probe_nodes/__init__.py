@@ -173,44 +173,44 @@ class Replica(Probe):
     INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",), "clip": ("CLIP",)}})
 
     def run(self, model, clip):
-        replica, port = pack("nodes.replica"), pack("nodes.port")
+        replica, port, memory_of = pack("nodes.replica"), pack("nodes.port"), pack("nodes.footprint")
         mm.load_models_gpu([model])
         network, memory = model.model.diffusion_model, model.model.state_dict()
         before = {k: v.clone() for k, v in memory.items()}
         with pack("nodes.modes").ordinary_tensors():
             g = torch.Generator().manual_seed(1)
             z, t = torch.randn(2, 4, 16, 16, generator=g), torch.tensor([10, 900])
-            cond = replica.Cond.cat(port.ComfyPort(model, clip).conditions(["a cat", "a small dog"]))
+            cond = memory_of.Cond.cat(port.ComfyPort(model, clip).conditions(["a cat", "a small dog"]))
             known = {"context": cond.context, **cond.extra}
             beside = self.by_comfy(model, clip, ["a cat", "a small dog"])
-            options = {"optimized_attention_override": replica._attention}
+            options = {"optimized_attention_override": pack("nodes.network").attention}
             live = network(z, t.float(), transformer_options=options, **known)
             stock = network(z, t.float(), **known)
-            with replica.build(model, "emojicanvas", replica.Demand(), (4, 16, 16)) as own:
+            with replica.build(model, "emojicanvas", memory_of.Demand(), (4, 16, 16)) as own:
                 mine = own.reference(z, t, cond)
-                parameters = own.train(replica.FullWeights(replica.Layers.ALL))
+                parameters = own.train(memory_of.FullWeights(memory_of.Layers.ALL))
                 with torch.enable_grad():
                     gradients = torch.autograd.grad(own.predict(z, t, cond).square().mean(), parameters)
                 inference = sum(p.is_inference() for p in own.net.parameters())
-                kept = self.kept(own, replica.Demand().what, cond.row(0))
+                kept = self.kept(own, memory_of.Demand().what, cond.row(0))
                 drawn, rows = self.alive(own, 4, cond.row(0)), own.rows
                 read, new = port.ComfyPort(model, clip).text, f"number {time.time_ns()}"
                 asked = self.asked_for(lambda: (read(["a cat"]), read([new]), read([new])))
             asked_later = self.asked_for(lambda: read([new + ", later"]))
-            how = (model, own.schedule, own.prediction, own.latent_shape, replica.Demand(pictures=1))
-            need, plain = replica.footprint(*how), replica.footprint(*how, fused=False)
-            holding = replica.footprint(*how[:-1], replica.Demand(pictures=1, latents=10))
-            in_pieces = replica._attends_in_pieces(torch.device("cpu"), torch.float32)
+            how = (model, own.schedule, own.prediction, own.latent_shape, memory_of.Demand(pictures=1))
+            need, plain = memory_of.footprint(*how), memory_of.footprint(*how, fused=False)
+            holding = memory_of.footprint(*how[:-1], memory_of.Demand(pictures=1, latents=10))
+            in_pieces = replica.attends_in_pieces(torch.device("cpu"), torch.float32)
             math = torch.nn.attention.SDPBackend.MATH
             with torch.nn.attention.sdpa_kernel(math):
-                by_formula = replica._attends_in_pieces(torch.device("cpu"), torch.float32)
+                by_formula = replica.attends_in_pieces(torch.device("cpu"), torch.float32)
             cpu, fits = torch.device("cpu"), {}
             room = mm.get_free_memory(cpu) / 1.35
             for name, share, draws in (("ample", 0.1, 0.01), ("short", 0.1, 0.29), ("shorter", 2, 0.29)):
-                like = replica.Footprint(0, 0, 0, int(share * room), int(0.1 * room), int(draws * room), 0)
+                like = memory_of.Footprint(0, 0, 0, int(share * room), int(0.1 * room), int(draws * room), 0)
                 fits[name] = replica._fit(like, False, cpu, "", 16)
             try:
-                replica._fit(replica.Footprint(1 << 50, 0, 0, 0, 0, 0, 0), False, cpu, "Lower the batch", 16)
+                replica._fit(memory_of.Footprint(1 << 50, 0, 0, 0, 0, 0, 0), False, cpu, "Lower the batch", 16)
                 refused = ""
             except ValueError as error:
                 refused = str(error)
