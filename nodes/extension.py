@@ -6,16 +6,18 @@ from comfy_api.latest import ComfyExtension, io
 
 from .attack import RedTeamAttack
 from .compare import CompareErasures
+from .dark_files import LoadDarkEmbeddings, SaveDarkEmbeddings
 from .demo import LoadDemo
 from .erase import ApplyErasure, EraseConcept
 from .erasures import LoadErasure, MergeErasures, SaveErasure
 from .gate import GateErasures
 from .judges import JudgeCLIP, JudgeExamples, JudgePictures
-from .memory import ApplySafePromptMemory, LearnSafePromptMemory, LoadPromptMemory, SavePromptMemory
+from .memory import ApplySafePromptMemory, LearnSafePromptMemory
+from .memory_files import LoadPromptMemory, SavePromptMemory
 from .methods import method_nodes
-from .mine import LoadDarkEmbeddings, MineDarkEmbeddings, SaveDarkEmbeddings
+from .mine import MineDarkEmbeddings
 from .onnx_judge import JudgeONNX
-from .pairs import LoadPairs, SavePairs
+from .pair_files import LoadPairs, SavePairs
 from .receipt import ErasureReceipt
 from .sdedit import MakeSDEditPair
 

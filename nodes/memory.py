@@ -1,22 +1,19 @@
-"""Learn, Apply, Save and Load Safe Prompt Memory."""
+"""Learn and Apply Safe Prompt Memory."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import folder_paths
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..erasure_core import Aids, ConceptSpec, FileError
+from ..erasure_core import Aids, ConceptSpec
 from ..erasure_core import Erasure as CoreErasure
-from ..erasure_core.formats import check_file_name
 from ..erasure_core.methods import kpop
 from ..erasure_core.operators.changes import Layers, LoRA
-from ..erasure_core.operators.memory import Mode, Placement, SavedMemory, load_memory, read_memory_header, save_memory
+from ..erasure_core.operators.memory import Mode, Placement
 from ..erasure_core.suppress import Settings as SuppressSettings
 from ..erasure_core.suppress import suppress
 from .erase import check_words_are_read, unfinished
@@ -27,7 +24,6 @@ from .modes import ordinary_tensors
 from .patching import apply_erasure, check_ungated, note_unheard
 from .port import ComfyPort
 from .reading import apply_memory
-from .saved import Saved, place
 from .training import decoder, demand_of, watcher_of
 from .types import CATEGORY, Erasure, Memory
 
@@ -255,84 +251,3 @@ class ApplySafePromptMemory(io.ComfyNode):
         _choice("read_by", read_by, _READERS)
         with ordinary_tensors():
             return io.NodeOutput(apply_memory(model, memory, strength, conditional_only=_READERS[read_by]))
-
-
-SAVED = Saved("prompt memory", "Save Prompt Memory", ("erasure",), read_memory_header)
-
-
-class SavePromptMemory(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="ErasureSavePromptMemory",
-            display_name="Save Prompt Memory",
-            category=CATEGORY,
-            description="Writes a memory as one small file in models/erasure. A memory of key mode is what restores "
-            "the concept: keep its file apart from the erasure that you share.",
-            is_output_node=True,
-            inputs=[
-                Memory.Input("memory", tooltip="From Learn Safe Prompt Memory."),
-                io.String.Input("name", default="no-cigarette-memory", tooltip="File name, without folders."),
-                io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of the same name."),
-            ],
-            outputs=[io.String.Output(display_name="file", tooltip="folder/file, as Load Prompt Memory lists it.")],
-        )
-
-    @classmethod
-    def validate_inputs(cls, name):
-        if name is None:
-            return True
-        try:
-            check_file_name(name)
-        except FileError as error:
-            return str(error)
-        return True
-
-    @classmethod
-    def execute(cls, memory, name, overwrite) -> io.NodeOutput:
-        file = check_file_name(name) + ".safetensors"
-        root = Path(folder_paths.get_folder_paths("erasure")[0])
-        root.mkdir(parents=True, exist_ok=True)
-        if (root / file).exists() and not overwrite:
-            raise FileError(f"name: {file} is already in {place(root)}. Choose another name or switch overwrite on")
-        save_memory(memory, root / file)
-        shown = f"saved {place(root / file)} ({(root / file).stat().st_size / 1e3:.0f} KB)"
-        return io.NodeOutput(f"erasure/{file}", ui=ui.PreviewText(shown))
-
-
-class LoadPromptMemory(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="ErasureLoadPromptMemory",
-            display_name="Load Prompt Memory",
-            category=CATEGORY,
-            description="Reads a memory that you or somebody else saved, and says what it does. Connect it to Apply Safe "
-            "Prompt Memory.",
-            inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=SAVED.options(),
-                    tooltip="Prompt memories in models/erasure, newest first. Press R to refresh the list.",
-                )
-            ],
-            outputs=[
-                Memory.Output(display_name="memory", tooltip="For Apply Safe Prompt Memory."),
-                io.String.Output(display_name="report", tooltip="What the file says of itself."),
-            ],
-        )
-
-    @classmethod
-    def validate_inputs(cls, file):
-        return SAVED.check(file)
-
-    @classmethod
-    def fingerprint_inputs(cls, file):
-        return SAVED.stamp(file)
-
-    @classmethod
-    def execute(cls, file) -> io.NodeOutput:
-        with ordinary_tensors():
-            memory: SavedMemory = load_memory(SAVED.path(file))
-        report = memory.summary(doubted(memory.header.spec, memory.header.family))
-        return io.NodeOutput(memory, report, ui=ui.PreviewText(report))
