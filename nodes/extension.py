@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .apply import ApplyErasure
 from .attack import RedTeamAttack
 from .compare import CompareErasures
 from .dark_files import LoadDarkEmbeddings, SaveDarkEmbeddings
 from .demo import LoadDemo
-from .erase import ApplyErasure, EraseConcept
-from .erasures import LoadErasure, MergeErasures, SaveErasure
+from .erase import EraseConcept
+from .erasure_files import LoadErasure, SaveErasure
 from .gate import GateErasures
 from .judges import JudgeCLIP, JudgeExamples, JudgePictures
 from .memory import ApplySafePromptMemory, LearnSafePromptMemory
 from .memory_files import LoadPromptMemory, SavePromptMemory
+from .merge import MergeErasures
 from .methods import method_nodes
 from .mine import MineDarkEmbeddings
 from .onnx_judge import JudgeONNX

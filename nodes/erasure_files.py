@@ -1,4 +1,4 @@
-"""Save, Load and Merge Erasure."""
+"""Save and Load Erasure."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..erasure_core import Erasure as CoreErasure
-from ..erasure_core import FileError, Layout, load, merge, read_header, save
+from ..erasure_core import FileError, Layout, load, read_header, save
 from ..erasure_core.artifact import digest, same_base, weights_digest
 from ..erasure_core.formats import check_file_name, opened, read_receipt, receipt_of, write_bytes
-from ..erasure_core.fusion import beyond_words
 from ..erasure_core.methods._training import fingerprint
 from ..erasure_core.receipt_file import parse_receipt, receipt_json
 from .erase_notes import doubted
 from .modes import ordinary_tensors
-from .patching import apply_erasure, check_without
 from .port import ComfyPort
 from .saved import Saved, place
 from .types import CATEGORY, Erasure
@@ -255,54 +253,3 @@ class LoadErasure(io.ComfyNode):
             said = erasure.summary(doubted(erasure.header.spec, erasure.header.family))
             report = f"{said}{fits}\n\n{receipt_report(path, erasure, port, own)}"
         return io.NodeOutput(erasure, report, ui=ui.PreviewText(report))
-
-
-class MergeErasures(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="ErasureMerge",
-            display_name="Merge Erasures",
-            category=CATEGORY,
-            description="Joins several erasures into one, so that each still does what it does on its own words and disturbs "
-            "the others less than stacking them would. Save the result as one file.",
-            inputs=[
-                io.Model.Input(
-                    "model", tooltip="The model from before the erasures, of the family that they were made for."
-                ),
-                io.Clip.Input("clip", tooltip="Its CLIP: the words are encoded again."),
-                Erasure.Input("erasure_1", tooltip="From Erase Concept or Load Erasure."),
-                Erasure.Input("erasure_2", tooltip="From Erase Concept or Load Erasure."),
-                Erasure.Input("erasure_3", optional=True, tooltip="From Erase Concept or Load Erasure."),
-                Erasure.Input("erasure_4", optional=True, tooltip="From Erase Concept or Load Erasure."),
-            ],
-            outputs=[
-                io.Model.Output(display_name="model", tooltip="The model with all of them, at full strength."),
-                Erasure.Output(display_name="erasure", tooltip="For Apply Erasure (with a strength) and Save Erasure."),
-                io.String.Output(display_name="report", tooltip="What was joined."),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, model, clip, erasure_1, erasure_2, erasure_3=None, erasure_4=None) -> io.NodeOutput:
-        named = {
-            f"erasure_{n}": e for n, e in enumerate((erasure_1, erasure_2, erasure_3, erasure_4), 1) if e is not None
-        }
-        given = list(named.values())
-        with ordinary_tensors():
-            check_without(model, given)
-            merged = merge(ComfyPort(model, clip), given)
-            patched = apply_erasure(model, merged, 1.0)
-        report = merged.summary(doubted(merged.header.spec, merged.header.family))
-        first = merged.header.base
-        if others := [name for name, e in named.items() if not same_base(first, e.header.base)]:
-            report += (
-                f"\nWARNING: {', '.join(others)}: made on another base model than erasure_1, whose base ({first}) the merged "
-                "one names. What was made on another base may suppress less"
-            )
-        if aimed := [name for name, e in named.items() if beyond_words(e)]:
-            report += (
-                f"\nWARNING: {', '.join(aimed)}: made to hold against more than words, which merging does not keep. Put it on "
-                "with an Apply Erasure of its own instead"
-            )
-        return io.NodeOutput(patched, merged, report, ui=ui.PreviewText(report))
