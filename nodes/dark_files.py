@@ -13,7 +13,7 @@ from ..erasure_core.dark import load_dark, read_dark_header, save_dark, save_wor
 from ..erasure_core.formats import check_file_name
 from .mine import conditioning_of
 from .modes import ordinary_tensors
-from .saved import Saved, place
+from .saved import Saved, check_name, place
 from .types import CATEGORY, Dark
 
 SAVED = Saved("dark embeddings", "Save Dark Embeddings", ("erasure",), read_dark_header)
@@ -51,13 +51,7 @@ class SaveDarkEmbeddings(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name):
-        if name is None:
-            return True
-        try:
-            check_file_name(name)
-        except FileError as error:
-            return str(error)
-        return True
+        return check_name(name)
 
     @classmethod
     def execute(cls, dark, name, overwrite) -> io.NodeOutput:

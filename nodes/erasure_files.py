@@ -19,7 +19,7 @@ from ..erasure_core.receipt_file import parse_receipt, receipt_json
 from .erase_notes import doubted
 from .modes import ordinary_tensors
 from .port import ComfyPort
-from .saved import Saved, place
+from .saved import Saved, check_name, place
 from .types import CATEGORY, Erasure
 
 FOLDERS = ("loras", "erasure")
@@ -75,13 +75,7 @@ class SaveErasure(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name):
-        if name is None:
-            return True
-        try:
-            check_file_name(name)
-        except FileError as error:
-            return str(error)
-        return True
+        return check_name(name)
 
     @classmethod
     def execute(cls, erasure, name, folder, layout, precision, overwrite) -> io.NodeOutput:

@@ -12,7 +12,7 @@ from ..erasure_core.formats import check_file_name
 from ..erasure_core.operators.memory import SavedMemory, load_memory, read_memory_header, save_memory
 from .erase_notes import doubted
 from .modes import ordinary_tensors
-from .saved import Saved, place
+from .saved import Saved, check_name, place
 from .types import CATEGORY, Memory
 
 SAVED = Saved("prompt memory", "Save Prompt Memory", ("erasure",), read_memory_header)
@@ -38,13 +38,7 @@ class SavePromptMemory(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name):
-        if name is None:
-            return True
-        try:
-            check_file_name(name)
-        except FileError as error:
-            return str(error)
-        return True
+        return check_name(name)
 
     @classmethod
     def execute(cls, memory, name, overwrite) -> io.NodeOutput:

@@ -12,7 +12,7 @@ from ..erasure_core import FileError
 from ..erasure_core.formats import check_file_name
 from ..erasure_core.pair_files import load_pairs, read_pairs_header, save_pairs
 from .modes import ordinary_tensors
-from .saved import Saved, place
+from .saved import Saved, check_name, place
 from .types import CATEGORY, Pairs
 
 FOLDER = "erasure_pairs"
@@ -40,11 +40,7 @@ class SavePairs(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name):
-        try:
-            check_file_name("x" if name is None else name)
-        except FileError as error:
-            return str(error)
-        return True
+        return check_name(name)
 
     @classmethod
     def execute(cls, pairs, name, overwrite) -> io.NodeOutput:

@@ -13,7 +13,7 @@ import folder_paths
 
 from ..erasure_core import FileError
 from ..erasure_core.checked import OtherKindError
-from ..erasure_core.formats import opened
+from ..erasure_core.formats import check_file_name, opened
 
 _SUFFIX = ".safetensors"
 LINKED = "linked"
@@ -100,6 +100,16 @@ class Saved:
             return LINKED
         stat = os.stat(self.path(file))
         return f"{stat.st_mtime_ns}:{stat.st_size}"
+
+
+def check_name(name: str | None) -> bool | str:
+    """What a Save node's ``validate_inputs`` answers; None is linked."""
+    try:
+        if name is not None:
+            check_file_name(name)
+    except FileError as error:
+        return str(error)
+    return True
 
 
 def portable(name: str) -> str:
