@@ -116,7 +116,7 @@ def outdated(measured: Sequence[Mapping[str, Any]]) -> str:
     counts = Counter(row["attack"] for row in measured if is_outdated(row) and row.get("method") not in methods)
     said = [f"of the method: {', '.join(methods)}"] if methods else []
     attacks = ", ".join(f"{titles([name])[name]} ({n})" for name, n in counts.items())
-    said += [f"of the attack, mostly weaker: {attacks}"] if counts else []
+    said += [f"of the attack: {attacks}"] if counts else []
     return f"\n\n\\*: with results of an earlier version {'; '.join(said)}." if said else ""
 
 
