@@ -442,7 +442,7 @@ def test_pages_say_which_results_are_of_an_earlier_version() -> None:
         {"method": "uce"},
     ]
     assert all_attacks()["p4d"].version == 2
-    assert outdated(rows[:-1]).endswith("version of the attack, mostly weaker: P4D (1).")
+    assert outdated(rows[:-1]).endswith("version of the attack: P4D (1).")
     now = {"method": "uce", "method_version": all_methods()["uce"].version}
     assert not outdated([*rows[1:-1], now])
     assert outdated([now | {"attack": "p4d", "method_version": 1}]).endswith("version of the method: uce.")
