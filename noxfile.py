@@ -36,7 +36,7 @@ STAMP = HOST / "requirements.sha256"
 # Only nodes for sound need it, and ComfyUI starts without them.
 NOT_NEEDED = ("torchaudio",)
 EXTRAS = ("test", "emojicanvas")
-TRAINING = ("data", "train_vae", "train_unet", "model", "train_judge")
+TRAINING = ("data", "train_vae", "train_unet", "bundle", "train_judge")
 
 
 def host(session: nox.Session) -> str:
@@ -89,7 +89,7 @@ def train(session: nox.Session) -> None:
     """Rebuild the EmojiCanvas model: pictures, VAE, UNet, the file of them all, judge."""
     python = host(session)
     for part in TRAINING:
-        session.run(python, "-m", f"erasure_core.emojicanvas.{part}")
+        session.run(python, "-m", f"erasure_core.emojicanvas.training.{part}")
 
 
 @nox.session(reuse_venv=True)

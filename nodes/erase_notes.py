@@ -10,8 +10,8 @@ import comfy.sd1_clip
 
 from ..erasure_core import ConceptSpec
 from ..erasure_core.dark import DarkEmbeddings
-from ..erasure_core.emojicanvas.bench_settings import TESTBED
 from ..erasure_core.emojicanvas.concepts import caption_words
+from ..erasure_core.emojicanvas.testbed import TESTBED
 from ..erasure_core.methods import MethodSpec
 from ..erasure_core.port import Family
 from .attack_report import plain

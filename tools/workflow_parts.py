@@ -12,7 +12,7 @@ from graph_builder import Graph, Node, Output, Subgraph
 sys.path.append(
     str(Path(__file__).resolve().parent.parent)
 )  # the core is not installed here; ComfyUI is another process
-from erasure_core.emojicanvas.bench_settings import TESTBED
+from erasure_core.emojicanvas.testbed import TESTBED
 
 DEMO_SAMPLER = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 SEED = 7

@@ -9,13 +9,11 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..artifact import Erasure
@@ -31,41 +29,15 @@ from .unet import UNet, UNetConfig
 from .weights import BUNDLE
 
 NAME, VERSION = "emojicanvas", "1"
-_UNET, _TEXT, _VAE = "unet.", "clip.clip_l.transformer.", "vae."
+UNET, TEXT, VAE = "unet.", "clip.clip_l.transformer.", "vae."
+"""What keys of the file begin with."""
 # ComfyUI's CLIP class expects both; EmojiCanvas trains neither (no pooled output is used).
-_LOGIT_SCALE, _PROJECTION = "clip.clip_l.logit_scale", "clip.clip_l.transformer.text_projection.weight"
+LOGIT_SCALE, PROJECTION = "clip.clip_l.logit_scale", "clip.clip_l.transformer.text_projection.weight"
 _SITE_ROLES = {"attn2.to_k": Role.TEXT_KEY, "attn2.to_v": Role.TEXT_VALUE}
 
 
 class BundleError(ValueError):
     """A file is not an EmojiCanvas bundle."""
-
-
-def save_bundle(cache: Path, path: Path = BUNDLE) -> Path:
-    """Collect ``unet.pt`` (its averaged weights) and ``vae.safetensors`` of ``cache`` into one fp16 file."""
-    trained = torch.load(cache / "unet.pt", weights_only=True)
-    vae = TAESD.load(cache).state_dict()
-    average = trained["average"]
-    out: dict[str, Tensor] = {}
-    text_config, unet_config = TextConfig(), UNetConfig()
-    out |= {_UNET + k.removeprefix("unet."): v for k, v in average.items() if k.startswith("unet.")}
-    out |= {_TEXT + k.removeprefix("text."): v for k, v in average.items() if k.startswith("text.")}
-    out |= {_VAE + k: v for k, v in vae.items()}
-    out[_LOGIT_SCALE], out[_PROJECTION] = torch.tensor(4.6055), torch.eye(text_config.width)
-    half = {k: v.detach().half().clone(memory_format=torch.contiguous_format) for k, v in out.items()}
-    broken = [k for k, v in half.items() if not torch.isfinite(v).all()]
-    if broken:
-        raise BundleError(f"{len(broken)} weights don't fit half precision, first {broken[0]}")
-    metadata = {
-        "name": NAME,
-        "version": VERSION,
-        "steps": str(trained["step"]),
-        "unet_config": json.dumps(asdict(unet_config)),
-        "text_config": json.dumps(asdict(text_config)),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(half, path, metadata)
-    return path
 
 
 @contextmanager
@@ -146,19 +118,19 @@ class EmojiCanvas:
         """
         if not path.is_file():
             raise BundleError(
-                f"{path}: there is no such file. Train the model, then run erasure_core.emojicanvas.model"
+                f"{path}: there is no such file. Train the model, then run erasure_core.emojicanvas.training.bundle"
             )
         with safe_open(path, framework="pt") as f:
             metadata, keys = f.metadata() or {}, list(f.keys())
             if metadata.get("name") != NAME or metadata.get("version") != VERSION:
                 raise BundleError(f"{path.name}: not an {NAME} bundle of version {VERSION}")
-            tensors = {k: f.get_tensor(k).float() for k in keys if k not in (_LOGIT_SCALE, _PROJECTION)}
+            tensors = {k: f.get_tensor(k).float() for k in keys if k not in (LOGIT_SCALE, PROJECTION)}
         unet_config: dict[str, Any] = json.loads(metadata["unet_config"])
         unet_config = {k: tuple(v) if isinstance(v, list) else v for k, v in unet_config.items()}
         model = cls(
             UNet(UNetConfig(**unet_config)), TextEncoder(TextConfig(**json.loads(metadata["text_config"]))), TAESD()
         )
-        for module, prefix in ((model.unet, _UNET), (model.text_encoder, _TEXT), (model.vae, _VAE)):
+        for module, prefix in ((model.unet, UNET), (model.text_encoder, TEXT), (model.vae, VAE)):
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         model.steps_trained = int(metadata.get("steps", 0))
         return model
@@ -264,10 +236,3 @@ class EmojiCanvasPort:
         schedule = Schedule.from_alphas_cumprod(alphas_cumprod())
         shape = (replica.config.channels, 16, 16)
         return TrainableModel(replica, schedule, self.prediction, shape, autocast=torch.bfloat16 if self.bf16 else None)
-
-
-if __name__ == "__main__":
-    from .data import CACHE
-
-    written = save_bundle(CACHE)
-    print(f"{written}: {written.stat().st_size / 1e6:.1f} MB")

@@ -17,9 +17,9 @@ learn at 1e-2 (text states have entries of size one, which a thousand steps of 1
 is 0.5; the weights' rate falls along a cosine, which halves what they move; kept words are held in both steps, so that with
 the key too they stay what they were (without that, a third of other objects went). Where the key is wanted, it goes on
 learning alone once the weights are fixed, on latents that the frozen network draws, which are those that it meets when it
-restores. These are drawn once, so that many steps are cheap. Chosen on the tuning split of EmojiCanvas, which
-``emojicanvas.memory_effect`` measures, and on objects that no split erases. Tried and left: holding the empty prompt, which
-guidance subtracts, in the key's steps. And as in esd.py: a replacement is the base of T, linear layers only.
+restores. These are drawn once, so that many steps are cheap. Chosen on the tuning split of EmojiCanvas (its benchmark
+*memory*), and on objects that no split erases. Tried and left: holding the empty prompt, which guidance subtracts, in the key's
+steps. And as in esd.py: a replacement is the base of T, linear layers only.
 
 The latents of the alternating steps, drawn by the student, were chosen after a look at the scoring split: drawn by the frozen
 network, the key restored more there on the tuning split, less on the scoring split, and some of the objects stayed.

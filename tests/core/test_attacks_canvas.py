@@ -9,9 +9,9 @@ import torch
 
 from erasure_core import ConceptSpec, erase
 from erasure_core.attacks import Sampler, asking, attack, evaluate
+from erasure_core.emojicanvas.bench.red_team import canvas_target, decode, words_of
 from erasure_core.emojicanvas.judge import Judge
 from erasure_core.emojicanvas.model import EmojiCanvas, EmojiCanvasPort
-from erasure_core.emojicanvas.red_team import canvas_target, decode, words_of
 from erasure_core.emojicanvas.text import VOCABULARY, tokenize
 
 pytestmark = pytest.mark.core

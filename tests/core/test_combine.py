@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from erasure_core.emojicanvas import combine as module
-from erasure_core.emojicanvas.bench_settings import settings_for
-from erasure_core.emojicanvas.combine import How, alone, combine, draw_with
-from erasure_core.emojicanvas.effect import run
+from erasure_core.emojicanvas.bench import combine as module
+from erasure_core.emojicanvas.bench.combine import How, alone, combine, draw_with
+from erasure_core.emojicanvas.bench.effect import run
+from erasure_core.emojicanvas.bench.rows import Bench, Plan
+from erasure_core.emojicanvas.bench.settings import settings_for
 from erasure_core.emojicanvas.model import EmojiCanvasPort
-from erasure_core.emojicanvas.rows import Bench, Plan
 from erasure_core.emojicanvas.splits import SCORING, Erasing, Shot
 from erasure_core.emojicanvas.studio import Sampler
 from erasure_core.emojicanvas.weights import BUNDLE, JUDGE
@@ -26,7 +26,7 @@ TWO = Erasing(objects=("cat", "rose"))
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.chdir(tmp_path)
-    for where in ("erasure_core.emojicanvas.rows.erasings", "erasure_core.emojicanvas.combine.erasings"):
+    for where in ("erasure_core.emojicanvas.bench.rows.erasings", "erasure_core.emojicanvas.bench.combine.erasings"):
         monkeypatch.setattr(where, lambda split: [*alone(TWO), Erasing(styles=("neon",)), TWO])
     return Bench(Plan(BUNDLE, JUDGE, Sampler(3, 4.0), SCORING, 1, 1, "", tmp_path / "cells"))
 

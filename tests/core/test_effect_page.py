@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from erasure_core import all_methods
-from erasure_core.emojicanvas import rows
-from erasure_core.emojicanvas.effect import figure, in_terms_of_papers, singles, true_shares
-from erasure_core.emojicanvas.measures import MEASURES
-from erasure_core.emojicanvas.rows import least_pace, timed
+from erasure_core.emojicanvas.bench import rows
+from erasure_core.emojicanvas.bench.effect import figure, in_terms_of_papers, singles, true_shares
+from erasure_core.emojicanvas.bench.measures import MEASURES
+from erasure_core.emojicanvas.bench.rows import least_pace, timed
 from erasure_core.metrics.judge_error import JudgeError
 from erasure_core.metrics.rates import Rate
 

@@ -23,8 +23,8 @@ from erasure_core import (
 from erasure_core.analytic import AnalyticPort
 from erasure_core.attacks import Sampler, Way, all_attacks, asking, attack, evaluate
 from erasure_core.attacks.target import Found
+from erasure_core.emojicanvas.bench.red_team import words_of
 from erasure_core.emojicanvas.model import EmojiCanvas, EmojiCanvasPort
-from erasure_core.emojicanvas.red_team import words_of
 
 pytestmark = pytest.mark.core
 ASKED = ("a cat", "a drawing of a beer")

@@ -85,7 +85,22 @@ def test_nothing_unpickles_or_evaluates() -> None:
                 called = ast.unparse(node.func)
                 assert called not in ("eval", "exec"), f"{path}: {called}"
                 if called == "torch.load":  # training's own checkpoints in .cache; never a user's file
-                    assert path.parent.name == "emojicanvas" and "weights_only=True" in ast.unparse(node), path
+                    assert "emojicanvas" in path.parts and "weights_only=True" in ast.unparse(node), path
+
+
+def test_what_the_registry_leaves_out_is_not_imported_by_the_rest() -> None:
+    root = ROOT.parent
+    left_out = [root / x for x in (root / ".comfyignore").read_text().splitlines() if x.startswith("erasure_core/")]
+    assert len(left_out) == 2 and all(folder.is_dir() for folder in left_out)
+    for path in (p for part in ("nodes", "erasure_core") for p in (root / part).rglob("*.py")):
+        if any(folder in path.parents for folder in left_out):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                start = path.parents[node.level - 1] if node.level else root
+                module = start.joinpath(*(node.module or "").split("."))
+                meant = [module, *(module / alias.name for alias in node.names)]
+                assert not any(folder in (m, *m.parents) for folder in left_out for m in meant), path
 
 
 def test_what_is_exported_is_there() -> None:
@@ -99,8 +114,10 @@ def test_training_makes_the_file_of_the_model() -> None:
         ast.literal_eval(line.partition("=")[2].strip()) for line in source.splitlines() if line.startswith("TRAINING")
     )
     for part in parts:
-        assert 'if __name__ == "__main__":' in (ROOT / "emojicanvas" / f"{part}.py").read_text(encoding="utf-8"), part
-    assert parts.index("train_vae") < parts.index("train_unet") < parts.index("model")
+        assert 'if __name__ == "__main__":' in (ROOT / "emojicanvas/training" / f"{part}.py").read_text(
+            encoding="utf-8"
+        ), part
+    assert parts.index("train_vae") < parts.index("train_unet") < parts.index("bundle")
 
 
 def test_linters_are_of_one_version() -> None:

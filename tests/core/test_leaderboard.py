@@ -11,14 +11,12 @@ import torch
 
 from erasure_core import mining
 from erasure_core.attacks import Found, Way, all_attacks, shortlist
-from erasure_core.emojicanvas import bench as bench_command
-from erasure_core.emojicanvas import mining_effect, rows, siege
-from erasure_core.emojicanvas.bench_settings import ATTACKS, parse_budgets, settings_for
-from erasure_core.emojicanvas.concepts import OBJECT, caption_words
-from erasure_core.emojicanvas.costs import UNKNOWN, Costs
-from erasure_core.emojicanvas.effect import run
-from erasure_core.emojicanvas.engines import Task, cluster
-from erasure_core.emojicanvas.leaderboard import (
+from erasure_core.emojicanvas.bench import __main__ as bench_command
+from erasure_core.emojicanvas.bench import mining_effect, rows, siege
+from erasure_core.emojicanvas.bench.costs import UNKNOWN, Costs
+from erasure_core.emojicanvas.bench.effect import run
+from erasure_core.emojicanvas.bench.engines import Task, cluster
+from erasure_core.emojicanvas.bench.leaderboard import (
     Contest,
     Standing,
     in_order,
@@ -27,10 +25,12 @@ from erasure_core.emojicanvas.leaderboard import (
     standings,
     unfinished,
 )
-from erasure_core.emojicanvas.leaderboard_page import by_concept, table
-from erasure_core.emojicanvas.leaderboard_words import aside, outdated, powerless, verdict
-from erasure_core.emojicanvas.rows import Bench, Plan, arithmetic, keep
-from erasure_core.emojicanvas.siege import ASKING, PICTURES, applies, titles
+from erasure_core.emojicanvas.bench.leaderboard_page import by_concept, table
+from erasure_core.emojicanvas.bench.leaderboard_words import aside, outdated, powerless, verdict
+from erasure_core.emojicanvas.bench.rows import Bench, Plan, arithmetic, keep
+from erasure_core.emojicanvas.bench.settings import ATTACKS, parse_budgets, settings_for
+from erasure_core.emojicanvas.bench.siege import ASKING, PICTURES, applies, titles
+from erasure_core.emojicanvas.concepts import OBJECT, caption_words
 from erasure_core.emojicanvas.splits import SCORING, Erasing
 from erasure_core.emojicanvas.studio import Sampler
 from erasure_core.emojicanvas.weights import BUNDLE, JUDGE
@@ -204,7 +204,9 @@ def test_stopping_and_starting_loses_nothing(measured, monkeypatch, capsys) -> N
     leaderboard(bench, CONTEST, jobs=1, plan=True)
     assert not lost.exists() and f"{len(tasks)} tasks, {len(tasks) - 1} of them done" in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr("erasure_core.emojicanvas.leaderboard.pace_of", lambda *_: pytest.fail("a report times nothing"))
+        patch.setattr(
+            "erasure_core.emojicanvas.bench.leaderboard.pace_of", lambda *_: pytest.fail("a report times nothing")
+        )
         leaderboard(bench, CONTEST, jobs=1, report=True)
     page = Path("docs/results/leaderboard.md").read_text(encoding="utf-8")
     assert not lost.exists() and "| uce |" in page, "the page of what there is"
@@ -232,7 +234,7 @@ def test_what_is_to_be_measured_afresh_stays_so_when_that_is_stopped(measured, t
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("erasure_core.emojicanvas.engines.Task.run", stopped)
+        patch.setattr("erasure_core.emojicanvas.bench.engines.Task.run", stopped)
         leaderboard(there, CONTEST, jobs=1, fresh=True)
     again = bench_in(tmp_path / "cells")
     again.recall()
@@ -240,7 +242,7 @@ def test_what_is_to_be_measured_afresh_stays_so_when_that_is_stopped(measured, t
     tasks[0].run(again)
     assert tasks[0].done(again) and not any(p.with_suffix(".discarded").exists() for p in tasks[0].results(again))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("erasure_core.emojicanvas.rows.Bench.measure_row", stopped)
+        patch.setattr("erasure_core.emojicanvas.bench.rows.Bench.measure_row", stopped)
         run(again, {}, fresh=True)
     bench_in(tmp_path / "cells").recall()
     assert not tasks[0].done(again)

@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from erasure_core.attacks import Sampler as AttackSampler
-from erasure_core.emojicanvas import drawings, never_learned, siege
-from erasure_core.emojicanvas.bench_settings import settings_for
+from erasure_core.emojicanvas.bench import never_learned, siege
+from erasure_core.emojicanvas.bench.leaderboard_page import table
+from erasure_core.emojicanvas.bench.leaderboard_words import teaching
+from erasure_core.emojicanvas.bench.perceptual import embedding
+from erasure_core.emojicanvas.bench.rows import Bench, Plan
+from erasure_core.emojicanvas.bench.settings import settings_for
 from erasure_core.emojicanvas.concepts import OBJECTS
-from erasure_core.emojicanvas.judge_data import EMOJI_SETS
-from erasure_core.emojicanvas.leaderboard_page import table
-from erasure_core.emojicanvas.leaderboard_words import teaching
-from erasure_core.emojicanvas.perceptual import embedding
-from erasure_core.emojicanvas.rows import Bench, Plan
 from erasure_core.emojicanvas.splits import SCORING
 from erasure_core.emojicanvas.studio import Sampler
+from erasure_core.emojicanvas.training import drawings
+from erasure_core.emojicanvas.training.judge_data import EMOJI_SETS
 from erasure_core.emojicanvas.weights import BUNDLE, JUDGE
 from erasure_core.metrics.rates import Rate
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from erasure_core.emojicanvas import pair_quality
+from erasure_core.emojicanvas.bench import pair_quality
+from erasure_core.emojicanvas.bench.pair_page import pairs_page
+from erasure_core.emojicanvas.bench.pair_quality import Made, chosen, counterpart, distances, grounds_of, scenes
+from erasure_core.emojicanvas.bench.rows import Bench, Plan
 from erasure_core.emojicanvas.concepts import BACKGROUNDS
-from erasure_core.emojicanvas.pair_page import pairs_page
-from erasure_core.emojicanvas.pair_quality import Made, chosen, counterpart, distances, grounds_of, scenes
-from erasure_core.emojicanvas.rows import Bench, Plan
 from erasure_core.emojicanvas.splits import SCORING, Erasing
 from erasure_core.emojicanvas.studio import Sampler
 from erasure_core.emojicanvas.weights import BUNDLE, JUDGE

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from erasure_core.emojicanvas import passes_page as page_module
-from erasure_core.emojicanvas.bench_settings import TESTBED
-from erasure_core.emojicanvas.pass_meter import Back, Interval, Pass, Took
-from erasure_core.emojicanvas.passes import Cost, costs, heard
-from erasure_core.emojicanvas.passes_page import passes_page, table, verdict
-from erasure_core.emojicanvas.rows import Bench, Plan
+from erasure_core.emojicanvas.bench import passes_page as page_module
+from erasure_core.emojicanvas.bench.pass_meter import Back, Interval, Pass, Took
+from erasure_core.emojicanvas.bench.passes import Cost, costs, heard
+from erasure_core.emojicanvas.bench.passes_page import passes_page, table, verdict
+from erasure_core.emojicanvas.bench.rows import Bench, Plan
 from erasure_core.emojicanvas.splits import SCORING
 from erasure_core.emojicanvas.studio import Sampler
+from erasure_core.emojicanvas.testbed import TESTBED
 from erasure_core.emojicanvas.weights import BUNDLE, JUDGE
 from erasure_core.operators.train_loop import Phase
 

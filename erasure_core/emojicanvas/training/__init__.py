@@ -1,0 +1,1 @@
+"""How EmojiCanvas was made: its data, its networks and its judge."""
