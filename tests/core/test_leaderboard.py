@@ -101,8 +101,7 @@ def test_a_quick_one_leaves_the_other_page_alone(tmp_path, monkeypatch) -> None:
     for name in ("set_num_threads", "set_flush_denormal"):  # of the whole process
         monkeypatch.setattr(torch, name, lambda _: None)
     monkeypatch.chdir(tmp_path)
-    few = ["--pictures", "16"]  # as the page was made
-    for more in ([], ["--quick", *few], ["--quick", "--method", "cpe"], ["--quick", "--page", "mine", *few]):
+    for more in ([], ["--quick"], ["--quick", "--method", "cpe"], ["--quick", "--page", "mine"]):
         monkeypatch.setattr("sys.argv", ["bench", "leaderboard", *more])
         bench_command.main()
     full, quick, one, own = (contest for _, contest in asked)
