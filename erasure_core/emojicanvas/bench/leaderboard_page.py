@@ -212,8 +212,8 @@ def draw(found: Sequence[Standing], columns: Sequence[str], path: Path) -> None:
     adjust_text(
         labels,
         ax=right,
-        expand=(1.2, 2.0),
-        force_text=(0.4, 0.8),
+        expand=(1.2, 2.4),
+        force_text=(0.6, 1.2),
         iter_lim=2000,
         arrowprops={"arrowstyle": "-", "color": "grey", "lw": 0.5},
     )
