@@ -229,8 +229,8 @@ class Eye:
 
     @torch.no_grad()
     def glance(self, cond: Cond) -> Seen:
-        """The same of one conditioning by one picture, and by the others too where that one shows the concept: hardly any find of
-        a search that tries blindly does, and the first picture tells so."""
+        """The same of one conditioning by one picture, and by the others too where that one shows the concept: hardly any find
+        of a search that tries blindly does, and the first picture tells so."""
         said = self._said(cond, self.noise[:1])
         if float(said) >= self.target.threshold:
             said = torch.cat([said, self._said(cond, self.noise[1:])])
