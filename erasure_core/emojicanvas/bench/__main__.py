@@ -25,7 +25,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -228,33 +228,23 @@ def main() -> None:
     bench = Bench(plan)
     page = a.page or (QUICK_PAGE if a.quick else PAGE)
     bench.recall({"leaderboard": page, "effect": page_of(plan.keep)}.get(a.what, a.what))
-    if a.what == "memory":
-        memory_effect(bench)
-        return
-    if a.what == "combine":
-        combine(bench, chosen)
-        return
-    if a.what == "mining":
-        mining_effect(bench, chosen)
-        return
-    if a.what == "never_learned":
-        never_learned(bench, chosen)
-        return
-    if a.what == "pairs":
-        pairs_page(bench, a.seeds or EACH)
-        return
-    if a.what == "passes":
-        passes_page(bench, methods)
-        return
-    if a.what == "peak":
-        peak_page(bench, methods)
-        return
     if a.what == "leaderboard" or (a.what == "tune" and a.attack):
         attacks = a.attack or (QUICK_ATTACKS if a.quick else all_attacks())
         contest = Contest(chosen, list(attacks), parse_budgets(a.budget), page)
         leaderboard(bench, contest, jobs=a.jobs, ray=a.ray, fresh=a.fresh, plan=a.plan, report=a.report)
         return
-    (effect if a.what == "effect" else tune)(bench, chosen, a.fresh, a.jobs)
+    run: dict[str, Callable[[], object]] = {
+        "combine": lambda: combine(bench, chosen),
+        "effect": lambda: effect(bench, chosen, a.fresh, a.jobs),
+        "memory": lambda: memory_effect(bench),
+        "mining": lambda: mining_effect(bench, chosen),
+        "never_learned": lambda: never_learned(bench, chosen),
+        "pairs": lambda: pairs_page(bench, a.seeds or EACH),
+        "passes": lambda: passes_page(bench, methods),
+        "peak": lambda: peak_page(bench, methods),
+        "tune": lambda: tune(bench, chosen, a.fresh, a.jobs),
+    }
+    run[a.what]()
 
 
 if __name__ == "__main__":
