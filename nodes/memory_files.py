@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import folder_paths
 from comfy_api.latest import io, ui
 
-from ..erasure_core import FileError
-from ..erasure_core.formats import check_file_name
 from ..erasure_core.operators.memory import SavedMemory, load_memory, read_memory_header, save_memory
 from .erase_notes import doubted
 from .modes import ordinary_tensors
-from .saved import Saved, check_name, place
+from .saved import Saved, check_name, place, target
 from .types import CATEGORY, Memory
 
 SAVED = Saved("prompt memory", "Save Prompt Memory", ("erasure",), read_memory_header)
@@ -42,14 +37,10 @@ class SavePromptMemory(io.ComfyNode):
 
     @classmethod
     def execute(cls, memory, name, overwrite) -> io.NodeOutput:
-        file = check_file_name(name) + ".safetensors"
-        root = Path(folder_paths.get_folder_paths("erasure")[0])
-        root.mkdir(parents=True, exist_ok=True)
-        if (root / file).exists() and not overwrite:
-            raise FileError(f"name: {file} is already in {place(root)}. Choose another name or switch overwrite on")
-        save_memory(memory, root / file)
-        shown = f"saved {place(root / file)} ({(root / file).stat().st_size / 1e3:.0f} KB)"
-        return io.NodeOutput(f"erasure/{file}", ui=ui.PreviewText(shown))
+        file = target("erasure", name, overwrite)
+        save_memory(memory, file)
+        shown = f"saved {place(file)} ({file.stat().st_size / 1e3:.0f} KB)"
+        return io.NodeOutput(f"erasure/{file.name}", ui=ui.PreviewText(shown))
 
 
 class LoadPromptMemory(io.ComfyNode):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..erasure_core import FileError
-from ..erasure_core.formats import check_file_name
 from ..erasure_core.pair_files import load_pairs, read_pairs_header, save_pairs
 from .modes import ordinary_tensors
-from .saved import Saved, check_name, place
+from .saved import Saved, check_name, place, target
 from .types import CATEGORY, Pairs
 
 FOLDER = "erasure_pairs"
@@ -44,15 +41,11 @@ class SavePairs(io.ComfyNode):
 
     @classmethod
     def execute(cls, pairs, name, overwrite) -> io.NodeOutput:
-        file = check_file_name(name) + ".safetensors"
-        root = Path(folder_paths.get_folder_paths(FOLDER)[0])
-        root.mkdir(parents=True, exist_ok=True)
-        if (root / file).exists() and not overwrite:
-            raise FileError(f"name: {file} is already in {place(root)}. Choose another name or switch overwrite on")
+        file = target(FOLDER, name, overwrite)
         with ordinary_tensors():
-            save_pairs(pairs, root / file)
-        size = (root / file).stat().st_size
-        return io.NodeOutput(file, ui=ui.PreviewText(f"saved {place(root / file)} ({size / 1e6:.1f} MB)"))
+            save_pairs(pairs, file)
+        shown = f"saved {place(file)} ({file.stat().st_size / 1e6:.1f} MB)"
+        return io.NodeOutput(file.name, ui=ui.PreviewText(shown))
 
 
 class LoadPairs(io.ComfyNode):

@@ -112,6 +112,20 @@ def check_name(name: str | None) -> bool | str:
     return True
 
 
+def target(folder: str, name: str, overwrite: bool) -> Path:
+    """The file that a Save node writes, in the first of ComfyUI's folders called ``folder``, which is made if need be.
+
+    Raises:
+        FileError: no file can be called so, or one is and may not be replaced.
+    """
+    root = Path(folder_paths.get_folder_paths(folder)[0])
+    file = root / f"{check_file_name(name)}{_SUFFIX}"
+    root.mkdir(parents=True, exist_ok=True)
+    if file.exists() and not overwrite:
+        raise FileError(f"name: {file.name} is already in {place(root)}. Choose another name or switch overwrite on")
+    return file
+
+
 def portable(name: str) -> str:
     """As entries are written: a workflow from Windows finds its files elsewhere, and the other way round."""
     return name.replace(os.sep, "/")

@@ -27,6 +27,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -114,26 +115,27 @@ def base(studio: Studio, seeds: int) -> None:
         print(f"{k}: {v}; weakest: " + ", ".join(f"{name} {100 * r.share:.0f} %" for name, r in weakest))
 
 
+Chosen = Mapping[str, Mapping[str, Any]]
+"""Methods with their settings."""
+PAGES: dict[str, Callable[[Bench, argparse.Namespace, Chosen], object]] = {
+    "combine": lambda bench, a, chosen: combine(bench, chosen),
+    "effect": lambda bench, a, chosen: effect(bench, chosen, a.fresh, a.jobs),
+    "memory": lambda bench, a, chosen: memory_effect(bench),
+    "mining": lambda bench, a, chosen: mining_effect(bench, chosen),
+    "never_learned": lambda bench, a, chosen: never_learned(bench, chosen),
+    "pairs": lambda bench, a, chosen: pairs_page(bench, a.seeds or EACH),
+    "passes": lambda bench, a, chosen: passes_page(bench, list(chosen)),
+    "peak": lambda bench, a, chosen: peak_page(bench, list(chosen)),
+    "tune": lambda bench, a, chosen: tune(bench, chosen, a.fresh, a.jobs),
+}
+"""What there is beside ``base`` and ``leaderboard``."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "what",
-        choices=(
-            "base",
-            "combine",
-            "effect",
-            "leaderboard",
-            "memory",
-            "mining",
-            "never_learned",
-            "pairs",
-            "passes",
-            "peak",
-            "tune",
-        ),
-    )
+    parser.add_argument("what", choices=sorted(("base", "leaderboard", *PAGES)))
     parser.add_argument(
         "--method",
         nargs="+",
@@ -233,18 +235,7 @@ def main() -> None:
         contest = Contest(chosen, list(attacks), parse_budgets(a.budget), page)
         leaderboard(bench, contest, jobs=a.jobs, ray=a.ray, fresh=a.fresh, plan=a.plan, report=a.report)
         return
-    run: dict[str, Callable[[], object]] = {
-        "combine": lambda: combine(bench, chosen),
-        "effect": lambda: effect(bench, chosen, a.fresh, a.jobs),
-        "memory": lambda: memory_effect(bench),
-        "mining": lambda: mining_effect(bench, chosen),
-        "never_learned": lambda: never_learned(bench, chosen),
-        "pairs": lambda: pairs_page(bench, a.seeds or EACH),
-        "passes": lambda: passes_page(bench, methods),
-        "peak": lambda: peak_page(bench, methods),
-        "tune": lambda: tune(bench, chosen, a.fresh, a.jobs),
-    }
-    run[a.what]()
+    PAGES[a.what](bench, a, chosen)
 
 
 if __name__ == "__main__":
